@@ -1,0 +1,1 @@
+"""The protocol: typed messages, frames, liveness and stream sequencing; zmq in `sockets.py` only."""

@@ -1,0 +1,35 @@
+"""What one forward pass is asked to do: the contract between the scheduler (core) and a runner.
+
+A `Batch` is data. It names tokens, positions and blocks; it holds no tensors and no sequence objects,
+so a runner needs nothing but it and the pool it owns, and a scheduler test can compare it by value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NewType
+
+BlockId = NewType("BlockId", int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """One sequence's share of a forward pass.
+
+        0            start                    start + len(token_ids)
+        |--- in pool ---|--- computed by this pass ---|
+
+    token_ids: the tokens to compute, at positions `start .. start + len(token_ids)`.
+    start: how many tokens of the sequence are already in the pool (its context length before the pass).
+    block_table: the sequence's blocks in order; covers at least `start + len(token_ids)` positions.
+    wants_logits: whether the last token's logits are needed (the final prefill chunk, and each decode).
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[BlockId]
+    wants_logits: bool
+
+
+Batch = Sequence[Slice]
