@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bus.errors import BadArgument, ModelNotFound, ModelUnavailable
+from kvcache import models
+from kvcache.models import BuiltIn, ModelKind, ModelRegistry
+from kvcache.pull import PullProgress, pull
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def ignore(_: PullProgress) -> None:
+    pass
+
+
+def make_wheel(folder: Path, member: str, content: bytes) -> None:
+    folder.mkdir()
+    info = "tinywheel-1.0.dist-info"
+    with zipfile.ZipFile(folder / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(member, content)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """A wheel that pip finds without a network, registered as the built-in model `tiny`; its member is no GGUF."""
+    content = b"not a model at all"
+    make_wheel(tmp_path / "index", "tinywheel/tiny.gguf", content)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    register(monkeypatch, sha256=hashlib.sha256(content).hexdigest())
+    return content
+
+
+def register(monkeypatch: pytest.MonkeyPatch, *, sha256: str, member: str = "tinywheel/tiny.gguf") -> None:
+    tiny = BuiltIn(requirement="tinywheel==1.0", member=member, member_bytes=18, sha256=sha256, licence="MIT")
+    monkeypatch.setitem(models.BUILT_IN, "tiny", tiny)
+
+
+def test_built_in_model_is_known_before_it_is_pulled(tmp_path: Path) -> None:
+    (source,) = ModelRegistry(tmp_path).list_models()
+    assert (source.name, source.kind, source.is_present) == ("smollm2", ModelKind.BUILT_IN, False)
+
+
+def test_resolving_a_model_that_was_not_pulled_says_how_to_pull_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="kvcache models pull smollm2"):
+        ModelRegistry(tmp_path).resolve("smollm2")
+
+
+def test_built_in_model_resolves_once_it_is_in_the_cache(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "models" / "smollm2")
+    assert ModelRegistry(tmp_path).resolve("smollm2").path == folder
+
+
+def test_folders_in_the_cache_are_models_and_hidden_or_incomplete_ones_are_not(tmp_path: Path) -> None:
+    make_folder(tmp_path / "models" / "mine")
+    make_folder(tmp_path / "models" / "org%2Fname")
+    make_folder(tmp_path / "models" / ".pull-x")
+    (tmp_path / "models" / "empty").mkdir()
+    names = [source.name for source in ModelRegistry(tmp_path).list_models()]
+    assert names == ["mine", "org/name", "smollm2"]
+
+
+def test_a_link_in_the_cache_is_not_a_model(tmp_path: Path) -> None:
+    outside = make_folder(tmp_path / "outside")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "linked").symlink_to(outside)
+    with pytest.raises(ModelNotFound):
+        ModelRegistry(tmp_path).resolve("linked")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc",
+        "/etc",
+        "..",
+        ".",
+        "",
+        "a\0b",
+        "x" * 4096,
+        "smоllm2",  # noqa: RUF001 (a Cyrillic o: the look-alike is the test)
+        "smollm2/",
+        "SMOLLM2",
+        "models/../../outside",
+    ],
+)
+def test_a_name_nobody_registered_is_not_found_whatever_it_looks_like(tmp_path: Path, name: str) -> None:
+    make_folder(tmp_path / "outside")
+    registry = ModelRegistry(tmp_path)
+    with pytest.raises(ModelNotFound, match="known: smollm2") as caught:
+        registry.resolve(name)
+    assert len(str(caught.value)) < 300
+
+
+def test_operator_names_a_folder_and_it_answers_to_its_last_part(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "elsewhere" / "my-llama")
+    source = ModelRegistry(tmp_path, [str(folder)]).resolve("my-llama")
+    assert (source.kind, source.path) == (ModelKind.FOLDER, folder)
+
+
+def test_two_folders_of_one_name_are_refused(tmp_path: Path) -> None:
+    first, second = make_folder(tmp_path / "a" / "same"), make_folder(tmp_path / "b" / "same")
+    with pytest.raises(BadArgument, match="'same'"):
+        ModelRegistry(tmp_path, [str(first), str(second)])
+
+
+def test_operator_names_a_hub_id_and_it_is_to_be_pulled(tmp_path: Path) -> None:
+    source = ModelRegistry(tmp_path, ["org/name"]).find("org/name")
+    assert (source.kind, source.is_present, source.path) == (ModelKind.HUB, False, tmp_path / "models" / "org%2Fname")
+
+
+@pytest.mark.parametrize("entry", ["no-such-model", "../..x", "a/b/c", "a\0b", "", "org/../x"])
+def test_operator_names_nothing_that_exists(tmp_path: Path, entry: str) -> None:
+    with pytest.raises(BadArgument, match="neither"):
+        ModelRegistry(tmp_path, [entry])
+
+
+def test_naming_the_built_in_model_adds_nothing(tmp_path: Path) -> None:
+    assert len(ModelRegistry(tmp_path, ["smollm2"]).list_models()) == 1
+
+
+def test_pull_of_an_unknown_name_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with pytest.raises(ModelNotFound):
+        pull(ModelRegistry(home), "nothing", ignore)
+    assert not home.exists()
+
+
+def test_pull_of_a_present_model_does_nothing(tmp_path: Path) -> None:
+    make_folder(tmp_path / "models" / "smollm2")
+    assert pull(ModelRegistry(tmp_path), "smollm2", lambda _: pytest.fail("it worked")).is_present
+
+
+@pytest.mark.usefixtures("tiny_wheel")
+def test_wheel_with_other_bytes_is_refused_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch, sha256="0" * 64)
+    with pytest.raises(ModelUnavailable, match="sha256"):
+        pull(ModelRegistry(tmp_path), "tiny", ignore)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".tiny.lock"]
+
+
+@pytest.mark.usefixtures("tiny_wheel")
+def test_wheel_without_the_member_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, sha256="0" * 64, member="other.gguf")
+    with pytest.raises(ModelUnavailable, match="not the wheel we know"):
+        pull(ModelRegistry(tmp_path), "tiny", ignore)
+
+
+@pytest.mark.usefixtures("tiny_wheel")
+def test_pip_failure_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ModelUnavailable, match=r"pip could not download tinywheel.*No matching distribution"):
+        pull(ModelRegistry(tmp_path), "tiny", ignore)
+
+
+def test_cache_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelUnavailable, match="cannot pull"):
+        pull(ModelRegistry(tmp_path / "file"), "smollm2", ignore)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_wheel")
+def test_failed_conversion_tells_what_the_file_is_and_the_next_pull_cleans_up(tmp_path: Path) -> None:
+    (tmp_path / "models" / ".pull-tiny-killed").mkdir(parents=True)
+    stages: list[str] = []
+    with pytest.raises(ModelUnavailable, match="not a GGUF file"):
+        pull(ModelRegistry(tmp_path), "tiny", lambda progress: stages.append(progress.stage))
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".tiny.lock"]
+    assert stages[0] == "downloading"
+    assert "checking" in stages
+
+
+def test_two_pulls_at_once_do_the_work_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def fake_hub(repo_id: str, *, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]) -> None:
+        fetched.append(repo_id)
+        assert "*.bin" not in allow_patterns
+        assert ignore_patterns
+        make_folder(local_dir)
+        (local_dir / "model.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub)
+    registry = ModelRegistry(tmp_path, ["org/name"])
+    with ThreadPoolExecutor(4) as pool:
+        sources = list(pool.map(lambda _: pull(registry, "org/name", ignore), range(4)))
+    assert fetched == ["org/name"]
+    assert all(source.is_present for source in sources)
+
+
+def test_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_hub(_repo_id: str, *, local_dir: Path, **_patterns: list[str]) -> None:
+        make_folder(local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub)
+    with pytest.raises(ModelUnavailable, match="safetensors"):
+        pull(ModelRegistry(tmp_path, ["org/name"]), "org/name", ignore)
