@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Make the development environment, or bring it up to date. Safe to run any number of times.
+#
+# Uses the active virtual or conda environment, else makes .venv at the root. PYTHON names the interpreter to make it
+# with. Nothing is installed when setup.cfg and pyproject.toml have not changed since the last time.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+cd "$root"
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if command -v "$candidate" >/dev/null && is_new_enough "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed; tried ${PYTHON:-python3, python3.13, python3.12, python3.11}." \
+        "Install one, or name one: PYTHON=/path/to/python3.11 scripts/setup.sh"
+}
+
+make_environment() {
+    local python
+    python="$(find_python)"
+    say "Making $root/.venv with $("$python" --version)"
+    "$python" -m venv "$root/.venv" || {
+        rm -rf "$root/.venv"
+        fail "$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv"
+    }
+}
+
+# What the installed environment depends on: the two files, and the checkout that an editable install points at.
+fingerprint() { (printf '%s\n' "$root" && cat setup.cfg pyproject.toml) | cksum; }
+
+is_current() {
+    [[ -f $stamp && "$(<"$stamp")" == "$(fingerprint)" ]] &&
+        "$python" -c 'import importlib.metadata as m; m.version("kvcache")' 2>/dev/null
+}
+
+install() {
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null ||
+        fail "$python has no pip, and ensurepip cannot give it one"
+    # A torch that is already there, or that pip's own settings point at (a CPU wheel), is kept: an unbounded
+    # requirement would fetch the newest build, gigabytes of CUDA libraries included.
+    if ! "$python" -c 'import torch' 2>/dev/null; then
+        say "Installing torch"
+        "$python" -m pip install --no-input 'torch>=2.6,<2.14' || fail "pip could not install torch; see its message above"
+    fi
+    say "Installing kvcache and its development tools"
+    "$python" -m pip install --no-input -e "${root}[test,dev]" || fail "pip could not install kvcache; see its message above"
+}
+
+[[ -n ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} || -x $root/.venv/bin/python ]] || make_environment
+python="$(env_python)"
+stamp="$(env_prefix)/.kvcache-installed"
+[[ -x $python ]] || fail "$(env_prefix) is active but has no bin/python; deactivate it, or activate a working one"
+is_new_enough "$python" || fail "$("$python" --version) in $(env_prefix) is too old; Python 3.11 or newer is needed"
+scripts/link_wheels.sh
+if ! is_current; then
+    install
+    fingerprint >"$stamp"
+    say "The environment $(env_prefix) is ready"
+fi
