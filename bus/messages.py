@@ -1,0 +1,592 @@
+"""Every message of the protocol, as frozen data, in one closed union per direction.
+
+A message says what its sender means and nothing else: ids, numbers, text, tuples. Tensors, prompts
+and other bulk travel beside it as payload frames, described by `payload`. The first field of every
+request is `req_id`, so that even a request whose other fields are wrong can be answered. Ranges that
+protect the process stand here, as types; ranges that a user can get wrong (a temperature, a length)
+are checked where they are used, so that the answer can name the parameter.
+
+docs/PROTOCOL.md holds the same as a table, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from bus.tensors import TensorMeta
+
+MAX_PAYLOADS = 8
+
+U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+I63 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Millis = Annotated[int, msgspec.Meta(ge=0, le=7 * 24 * 3600 * 1000)]
+Id16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+ChainNode = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
+Chain = Annotated[tuple[ChainNode, ...], msgspec.Meta(max_length=64)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
+SeqId = Annotated[str, msgspec.Meta(max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=1024)]
+Piece = Annotated[str, msgspec.Meta(max_length=4096)]
+PayloadBytes = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One payload frame: its exact length and its crc32c."""
+
+    nbytes: PayloadBytes
+    crc: U32
+
+
+Parts = Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_PAYLOADS)]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """The root. `opcode` picks the type before anything is parsed; `payloads` is how many frames may follow."""
+
+    opcode: ClassVar[int] = 0
+    payloads: ClassVar[tuple[int, int]] = (0, 0)
+
+
+# --- joining and staying -------------------------------------------------------------------------
+
+
+class WorkerState(enum.StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+class ModelState(enum.StrEnum):
+    ABSENT = "absent"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Hello(Message, frozen=True):
+    """A client joins. `instance` is random per client object; it scopes request ids with the peer's user id."""
+
+    opcode = 1
+    instance: Id16
+    major: U32
+    minor: U32
+    software: Name
+
+
+class WorkerHello(Message, frozen=True):
+    """A worker joins. Of two with one `worker_id`, the higher `incarnation` of the same user wins."""
+
+    opcode = 2
+    worker_id: Name
+    incarnation: U63
+    major: U32
+    minor: U32
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
+    state: WorkerState = WorkerState.READY
+    pid: U63 = 0
+    software: Name = ""
+
+
+class Welcome(Message, frozen=True):
+    """The broker accepts a peer. `session` is its secret for the bulk lane; limits hold for what it sends."""
+
+    opcode = 3
+    session: Id16
+    incarnation: U63
+    major: U32
+    minor: U32
+    heartbeat_ms: Millis
+    lease_ms: Millis
+    max_inline_bytes: U63
+    max_prompt_bytes: U63
+    max_tensor_bytes: U63
+    chunk_bytes: U63
+    window_tokens: U63
+
+
+class AttachBulk(Message, frozen=True):
+    """The first message on a bulk connection: whose it is."""
+
+    opcode = 4
+    session: Id16
+
+
+class Beat(Message, frozen=True):
+    """A client lives. The broker answers each with a `BrokerBeat`."""
+
+    opcode = 5
+    beat: U63
+
+
+class WorkerBeat(Message, frozen=True):
+    """A worker lives, and its engine moves: `progress` counts steps. Asks for its lease to be renewed."""
+
+    opcode = 6
+    beat: U63
+    state: WorkerState
+    running: U32
+    waiting: U32
+    progress: U63
+    kv_used_bytes: U63
+    kv_total_bytes: U63
+    models: Annotated[tuple[tuple[Name, ModelState], ...], msgspec.Meta(max_length=32)] = ()
+
+
+class BrokerBeat(Message, frozen=True):
+    """Answers the beat of that number; the lease runs from when the beat was *sent*."""
+
+    opcode = 7
+    beat: U63
+    lease_ms: Millis
+
+
+class Goodbye(Message, frozen=True):
+    """The sender leaves; nothing more comes from it."""
+
+    opcode = 8
+    reason: Text
+
+
+class WorkerStatus(Message, frozen=True):
+    """A worker's figures, pushed each second; the payload is a `bus.stats.WorkerStats`."""
+
+    opcode = 9
+    payloads = (1, 1)
+    payload: Parts
+
+
+# --- asking about the cluster --------------------------------------------------------------------
+
+
+class QueryKind(enum.StrEnum):
+    STATS = "stats"
+    WORKERS = "workers"
+    HEALTH = "health"
+
+
+class Query(Message, frozen=True):
+    opcode = 16
+    req_id: Id16
+    kind: QueryKind
+
+
+class Route(Message, frozen=True):
+    """Which worker would serve this key now, and why; nothing is dispatched."""
+
+    opcode = 17
+    req_id: Id16
+    seq_id: SeqId = ""
+    chain: Chain = ()
+    policy: Name = ""
+
+
+class QueryReply(Message, frozen=True):
+    """The answer to a `Query`; the payload is a `bus.stats.ClusterStats`."""
+
+    opcode = 18
+    payloads = (1, 1)
+    req_id: Id16
+    payload: Parts
+
+
+class Routed(Message, frozen=True):
+    """The answer to a `Route`, and sent with a `Generate(explain=True)`; payload: `bus.stats.Explanation`."""
+
+    opcode = 19
+    payloads = (1, 1)
+    req_id: Id16
+    worker_id: Name
+    reason: Text
+    payload: Parts
+
+
+# --- generation ----------------------------------------------------------------------------------
+
+
+class PromptKind(enum.StrEnum):
+    TEXT = "text"
+    TOKENS = "tokens"
+    MESSAGES = "messages"
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How tokens are drawn and when to stop. Ranges are checked by `kvcache.sampling.check_sampling`."""
+
+    max_tokens: I63 = 128
+    min_tokens: I63 = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: I63 = 0
+    seed: I63 = 0
+    stop: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)] = ()
+    stop_token_ids: Annotated[tuple[I63, ...], msgspec.Meta(max_length=64)] = ()
+    ignore_eos: bool = False
+
+
+class OpenStream(Message, frozen=True):
+    """Ask for a topic that nobody can guess. Subscribe, wait for `SubAck`, then `Generate`."""
+
+    opcode = 32
+    req_id: Id16
+
+
+class StreamOpened(Message, frozen=True):
+    opcode = 33
+    req_id: Id16
+    stream_id: Id16
+
+
+class Generate(Message, frozen=True):
+    """Generate from a prompt. Payloads: the prompt (utf-8 text, `<u4` token ids, or JSON messages), and, when
+    the stream goes on after a fault, the `<u4` tokens that the client already has; `epoch` is then higher."""
+
+    opcode = 34
+    payloads = (1, 2)
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    stream_id: Id16
+    epoch: U32
+    kind: PromptKind
+    sampling: Sampling
+    model: Name = ""
+    seq_id: SeqId = ""
+    cache_salt: Name = ""
+    policy: Name = ""
+    chain: Chain = ()
+    explain: bool = False
+    payload: Parts = ()
+
+
+class Cancel(Message, frozen=True):
+    opcode = 35
+    req_id: Id16
+
+
+class Resume(Message, frozen=True):
+    """Tokens are missing from `from_seq` on: replay them on the reliable lane."""
+
+    opcode = 36
+    req_id: Id16
+    epoch: U32
+    from_seq: U63
+
+
+class Ack(Message, frozen=True):
+    """All tokens below `upto` have arrived; the worker may run ahead of it by the window."""
+
+    opcode = 37
+    req_id: Id16
+    epoch: U32
+    upto: U63
+
+
+class Started(Message, frozen=True):
+    """The worker admitted the sequence: where it runs, why there, and how much of the prompt was cached."""
+
+    opcode = 38
+    req_id: Id16
+    epoch: U32
+    worker_id: Name
+    reason: Text
+    model: Name
+    prompt_tokens: U63
+    cached_tokens: U63
+
+
+class Replay(Message, frozen=True):
+    """Tokens from `seq` on, on the reliable lane. `pull`: publishing has stopped, ask again with `Resume`."""
+
+    opcode = 39
+    req_id: Id16
+    epoch: U32
+    seq: U63
+    tokens: Annotated[tuple[U32, ...], msgspec.Meta(max_length=256)]
+    texts: Annotated[tuple[Piece, ...], msgspec.Meta(max_length=256)]
+    pull: bool = False
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class StreamEnd(Message, frozen=True):
+    """The one good end of a `Generate`: how many tokens there are, and blake2b-256 over all of them as `<u4`."""
+
+    opcode = 40
+    req_id: Id16
+    epoch: U32
+    num_tokens: U63
+    digest: Digest
+    finish_reason: FinishReason
+    prompt_tokens: U63
+    cached_tokens: U63
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+# --- the stream itself (PUB/SUB; the topic says which) -------------------------------------------
+
+
+class SubAck(Message, frozen=True):
+    """The broker lets this subscription see its stream; sent on the topic."""
+
+    opcode = 48
+
+
+class StreamTokens(Message, frozen=True):
+    """Tokens `seq ..` of one stream, each with the text it released (which may be empty)."""
+
+    opcode = 49
+    epoch: U32
+    seq: U63
+    tokens: Annotated[tuple[U32, ...], msgspec.Meta(max_length=64)]
+    texts: Annotated[tuple[Piece, ...], msgspec.Meta(max_length=64)]
+
+
+class StreamBeat(Message, frozen=True):
+    """How far the stream has got; shows the loss of the last message."""
+
+    opcode = 50
+    epoch: U32
+    next_seq: U63
+
+
+# --- the KV plane --------------------------------------------------------------------------------
+
+
+class Put(Message, frozen=True):
+    """Store K and V of one layer. Payloads: K and V, or none: then they follow as `Chunk`s once there is `Credit`."""
+
+    opcode = 64
+    payloads = (0, 2)
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+    layer: U32
+    k: TensorMeta
+    v: TensorMeta
+    payload: Parts = ()
+
+
+class Append(Message, frozen=True):
+    """Add to the end of a layer, if its length is `at` (or whatever it is, when `at` is None)."""
+
+    opcode = 65
+    payloads = (0, 2)
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+    layer: U32
+    k: TensorMeta
+    v: TensorMeta
+    at: U63 | None = None
+    payload: Parts = ()
+
+
+class Get(Message, frozen=True):
+    """Read tokens `start .. stop` of one layer (`stop` None: to the end). `credit`: chunks the client can take now."""
+
+    opcode = 66
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+    layer: U32
+    start: U63 = 0
+    stop: U63 | None = None
+    credit: U32 = 8
+
+
+class Length(Message, frozen=True):
+    opcode = 67
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+    layer: U32
+
+
+class Delete(Message, frozen=True):
+    """Forget a sequence, or one layer of it."""
+
+    opcode = 68
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+    layer: U32 | None = None
+
+
+class Pin(Message, frozen=True):
+    """Keep a sequence from eviction, for `ttl_ms` or (0) until it is unpinned."""
+
+    opcode = 69
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+    ttl_ms: Millis = 0
+
+
+class Unpin(Message, frozen=True):
+    opcode = 70
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    seq_id: SeqId
+
+
+class ListSequences(Message, frozen=True):
+    """Sequences of one worker, in the order of their ids, after `after`. The client asks each worker in turn."""
+
+    opcode = 71
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    worker_id: Name
+    prefix: SeqId = ""
+    after: SeqId = ""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1000
+
+
+class KvDone(Message, frozen=True):
+    """A KV request took effect. `durability` says what an acknowledged write survives: `mem1` is one memory.
+
+    length: tokens now in the layer. count: layers or sequences concerned. duplicate: it had been applied before.
+    """
+
+    opcode = 72
+    req_id: Id16
+    length: U63 = 0
+    count: U63 = 0
+    durability: Name = "mem1"
+    duplicate: bool = False
+
+
+class KvValue(Message, frozen=True):
+    """What a `Get` found. Payloads: K and V; none: they follow as `Chunk`s.."""
+
+    opcode = 73
+    payloads = (0, 2)
+    req_id: Id16
+    k: TensorMeta
+    v: TensorMeta
+    length: U63
+    payload: Parts = ()
+
+
+class KvListed(Message, frozen=True):
+    """One page of `ListSequences`; the payload is a `bus.stats.SequencePage`."""
+
+    opcode = 74
+    payloads = (1, 1)
+    req_id: Id16
+    payload: Parts
+
+
+class Credit(Message, frozen=True):
+    """The receiver of a bulk transfer can take this many more chunks."""
+
+    opcode = 75
+    req_id: Id16
+    chunks: U32
+
+
+class Chunk(Message, frozen=True):
+    """Bytes `offset ..` of a transfer: K's bytes, then V's; a chunk never holds some of both."""
+
+    opcode = 76
+    payloads = (1, 1)
+    req_id: Id16
+    offset: U63
+    payload: Parts
+
+
+# --- ends and envelopes --------------------------------------------------------------------------
+
+
+class Failed(Message, frozen=True):
+    """The one bad end of any request. `req_id` is all zero when the request could not be read that far."""
+
+    opcode = 96
+    req_id: Id16
+    code: U32
+    message: Text
+    retryable: bool
+    retry_after_ms: Millis = 0
+    detail: I63 = 0
+
+
+class Assign(Message, frozen=True):
+    """Envelope, broker to worker: a request begins. The client's own frames follow untouched.
+
+    call: the broker's number for it. tenant, client: who asks, by the broker's word. reason: why this worker.
+    """
+
+    opcode = 112
+    call: U63
+    tenant: Name
+    client: Id16
+    deadline_ms: Millis
+    reason: Text
+
+
+class Forward(Message, frozen=True):
+    """Envelope, broker to worker: more of a request that was assigned (a cancel, an ack, a chunk)."""
+
+    opcode = 113
+    call: U63
+
+
+class Reply(Message, frozen=True):
+    """Envelope, worker to broker: an answer within a call; `final` ends it. The answer's frames follow untouched."""
+
+    opcode = 114
+    call: U63
+    final: bool
+
+
+class Release(Message, frozen=True):
+    """Broker to worker: nobody waits for this call any more; stop its work. No answer is expected."""
+
+    opcode = 115
+    call: U63
+
+
+Dispatched = Generate | Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences
+"""Requests that the broker hands to a worker."""
+
+FollowUp = Cancel | Resume | Ack | Credit | Chunk
+"""What a client says within a request that was dispatched."""
+
+ToBroker = Hello | AttachBulk | Beat | Goodbye | OpenStream | Query | Route | Dispatched | FollowUp
+WorkerToBroker = WorkerHello | AttachBulk | WorkerBeat | WorkerStatus | Goodbye | Reply
+ToWorker = Welcome | BrokerBeat | Goodbye | Assign | Forward | Release
+ToClient = (
+    Welcome
+    | BrokerBeat
+    | Goodbye
+    | QueryReply
+    | Routed
+    | StreamOpened
+    | Started
+    | Replay
+    | StreamEnd
+    | KvDone
+    | KvValue
+    | KvListed
+    | Credit
+    | Chunk
+    | Failed
+)
+OnStream = SubAck | StreamTokens | StreamBeat

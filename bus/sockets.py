@@ -1,0 +1,391 @@
+"""ZeroMQ, all of it: the one file that imports zmq.
+
+A `Socket` is a plain zmq socket drained on its file descriptor by the running event loop, one reader
+and one writer in one thread. It hands each drained batch to a callback at once, as an asyncio protocol
+does; awaiting message by message costs four times as much (docs/PROTOCOL.md). What the callback may
+rely on, and why the code is as it is:
+
+- nothing is ever cancelled inside a receive, so no message is lost to a timeout;
+- sends never block: what libzmq will not take now waits in a queue of ours, bounded per peer, in order;
+  when that is full the send reports `Sent.FULL` and the message is not sent: the caller decides;
+- a ROUTER is always MANDATORY: a peer that is gone is reported (`Sent.GONE`), never a silent hole;
+- the descriptor is edge-triggered and a send can swallow the edge, so events are looked at again after
+  every batch and after every send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from bus.errors import ConnectionLost
+from bus.security import SecurityConfig
+from bus.wire import MAX_HEADER_BYTES, PREFIX_BYTES, Buffer
+
+DRAIN_LIMIT = 256
+FLUSH_RETRY_S = 0.005
+CHUNK_BYTES = 1 << 20
+CONTROL_MESSAGE_BYTES = CHUNK_BYTES + 64 * 1024
+ZERO_COPY_BYTES = 64 * 1024
+
+Message = list[Buffer]
+OnBatch = Callable[[list[Message]], None]
+
+
+class Sent(enum.Enum):
+    """What became of a send. QUEUED will go out in order; FULL and GONE were not sent and never will be."""
+
+    DONE = enum.auto()
+    QUEUED = enum.auto()
+    FULL = enum.auto()
+    GONE = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Socket options of one kind of traffic; queue_limit is ours, in messages per peer, beyond libzmq's HWM."""
+
+    send_hwm: int
+    receive_hwm: int
+    max_message_bytes: int
+    queue_limit: int
+    zero_copy: bool = False
+
+
+CONTROL = Lane(send_hwm=256, receive_hwm=256, max_message_bytes=CONTROL_MESSAGE_BYTES, queue_limit=1024)
+BULK = Lane(send_hwm=4, receive_hwm=4, max_message_bytes=CHUNK_BYTES + 4096, queue_limit=64, zero_copy=True)
+TOKENS = Lane(send_hwm=1000, receive_hwm=2000, max_message_bytes=16 * 1024, queue_limit=0)
+SUBSCRIPTIONS = Lane(send_hwm=1000, receive_hwm=1000, max_message_bytes=64, queue_limit=0)
+
+
+class Context:
+    """libzmq's I/O threads; closes every socket that was made from it."""
+
+    def __init__(self, *, io_threads: int = 1, max_sockets: int = 4096) -> None:
+        self._zmq = zmq.Context(io_threads)
+        self._zmq.set(zmq.MAX_SOCKETS, max_sockets)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._zmq.destroy(linger=0)
+
+    def raw(self, kind: int) -> zmq.Socket[bytes]:
+        return self._zmq.socket(kind)
+
+
+class Socket:
+    """The part every kind shares. Make a subclass; `start` inside a running loop, `close` in the same function."""
+
+    kind: int
+
+    def __init__(self, context: Context, lane: Lane, security: SecurityConfig, on_batch: OnBatch) -> None:
+        self.lane = lane
+        self.dropped = 0
+        self._security = security
+        self._on_batch = on_batch
+        self._socket = _open(context, self.kind, lane)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._recheck_due = False
+
+    def bind(self, endpoint: str) -> None:
+        """Raises Forbidden for an address the security mode does not allow, ConnectionLost if it is taken."""
+        self._security.check_bind(endpoint)
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise ConnectionLost(f"cannot bind {endpoint}: {error.strerror or error}") from error
+
+    def connect(self, endpoint: str) -> None:
+        self._socket.connect(endpoint)
+
+    def start(self) -> None:
+        """Begin to drain; callbacks come from the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.fileno(), self._drain)
+        self._recheck()
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Stop draining and close, giving what was sent `linger_ms` to leave. Safe to call twice."""
+        if self._socket.closed:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket.fileno())
+        self._socket.close(linger=linger_ms)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _drain(self) -> None:
+        if self._socket.closed:
+            return
+        batch = self._receive_batch()
+        if batch:
+            self._on_batch(batch)
+        self._after_batch()
+
+    def _after_batch(self) -> None:
+        if not self._socket.closed:  # the callback may have closed us
+            self._flush()
+            self._recheck()
+
+    def _receive_batch(self) -> list[Message]:
+        batch: list[Message] = []
+        receive = self._socket.recv_multipart
+        try:
+            if self.lane.zero_copy:
+                while len(batch) < DRAIN_LIMIT:
+                    batch.append([_view(frame) for frame in receive(zmq.NOBLOCK, copy=False)])
+            else:
+                while len(batch) < DRAIN_LIMIT:
+                    batch.append(receive(zmq.NOBLOCK))  # type: ignore[arg-type]  # list[bytes] is a Message
+        except zmq.Again:
+            pass
+        return batch
+
+    def _recheck_soon(self) -> None:
+        """After a send: the descriptor's edge may be gone. Coalesced to one look per loop turn."""
+        if not self._recheck_due and self._loop is not None:
+            self._recheck_due = True
+            self._loop.call_soon(self._recheck)
+
+    def _recheck(self) -> None:
+        self._recheck_due = False
+        if self._loop is None or self._socket.closed:
+            return
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._drain)
+
+    def _flush(self) -> None:
+        """Send what waits, if anything can wait in this kind of socket."""
+
+    def _try_send(self, frames: Sequence[Buffer]) -> bool:
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=not self.lane.zero_copy)
+        except zmq.Again:
+            return False
+        self._recheck_soon()
+        return True
+
+
+class Dealer(Socket):
+    """One peer, found by address. Sends queue (bounded) while it is away."""
+
+    kind = zmq.DEALER
+
+    def __init__(self, context: Context, lane: Lane, security: SecurityConfig, on_batch: OnBatch) -> None:
+        super().__init__(context, lane, security, on_batch)
+        self._queue: deque[Sequence[Buffer]] = deque()
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def send(self, frames: Sequence[Buffer]) -> Sent:
+        """Send or queue one message."""
+        if not self._queue and self._try_send(frames):
+            return Sent.DONE
+        if len(self._queue) >= self.lane.queue_limit:
+            self.dropped += 1
+            return Sent.FULL
+        if not self._queue and self._loop is not None:
+            self._loop.call_later(FLUSH_RETRY_S, self._retry)
+        self._queue.append(frames)
+        return Sent.QUEUED
+
+    def forget_queue(self) -> None:
+        """Drop what waits: the peer it was meant for is known to be gone."""
+        self._queue.clear()
+
+    def _retry(self) -> None:
+        if self._socket.closed:
+            return
+        self._flush()
+        if self._queue and self._loop is not None:
+            self._loop.call_later(FLUSH_RETRY_S, self._retry)
+
+    def _flush(self) -> None:
+        while self._queue and self._try_send(self._queue[0]):
+            self._queue.popleft()
+
+
+class Router(Socket):
+    """Many peers, by the routing ids that libzmq gave them; received messages begin with that id."""
+
+    kind = zmq.ROUTER
+
+    def __init__(self, context: Context, lane: Lane, security: SecurityConfig, on_batch: OnBatch) -> None:
+        super().__init__(context, lane, security, on_batch)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._queues: dict[bytes, deque[Sequence[Buffer]]] = {}
+
+    @property
+    def queued(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> Sent:
+        """Send or queue one message for `peer`."""
+        queue = self._queues.get(peer)
+        if queue is None:
+            outcome = self._offer(peer, frames)
+            if outcome is not Sent.QUEUED:
+                return outcome
+            if not self._queues and self._loop is not None:
+                self._loop.call_later(FLUSH_RETRY_S, self._retry)
+            self._queues[peer] = deque([frames])
+            return Sent.QUEUED
+        if len(queue) >= self.lane.queue_limit:
+            self.dropped += 1
+            return Sent.FULL
+        queue.append(frames)
+        return Sent.QUEUED
+
+    def forget(self, peer: bytes) -> None:
+        """Drop what waits for a peer that has left."""
+        self._queues.pop(peer, None)
+
+    def _offer(self, peer: bytes, frames: Sequence[Buffer]) -> Sent:
+        try:
+            return Sent.DONE if self._try_send([peer, *frames]) else Sent.QUEUED
+        except zmq.ZMQError as error:
+            if error.errno == errno.EHOSTUNREACH:
+                return Sent.GONE
+            raise
+
+    def _retry(self) -> None:
+        if self._socket.closed:
+            return
+        self._flush()
+        if self._queues and self._loop is not None:
+            self._loop.call_later(FLUSH_RETRY_S, self._retry)
+
+    def _flush(self) -> None:
+        for peer in list(self._queues):
+            queue = self._queues[peer]
+            while queue:
+                outcome = self._offer(peer, queue[0])
+                if outcome is Sent.QUEUED:
+                    break
+                if outcome is Sent.GONE:
+                    queue.clear()
+                    break
+                queue.popleft()
+            if not queue:
+                del self._queues[peer]
+
+
+class Publisher(Socket):
+    """A worker's tokens. What a full or absent subscriber misses is dropped; sequence numbers reveal it."""
+
+    kind = zmq.PUB
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        self._try_send(frames)
+
+
+class Subscriber(Socket):
+    """Receives the topics it subscribed to, as `[topic, frame 0]`."""
+
+    kind = zmq.SUB
+
+    def subscribe(self, topic: bytes) -> None:
+        self._socket.setsockopt(zmq.SUBSCRIBE, topic)
+
+    def unsubscribe(self, topic: bytes) -> None:
+        self._socket.setsockopt(zmq.UNSUBSCRIBE, topic)
+
+
+class StreamHub(Socket):
+    """An XPUB in manual mode: a subscription counts only if `allow(topic)` says so, then `on_allowed` is told.
+
+    In manual mode `SUBSCRIBE` applies to the peer whose request was read last, so each request is decided
+    before the next one is read. An unsubscription must be repeated to libzmq, or data would go on flowing.
+    """
+
+    kind = zmq.XPUB
+
+    def __init__(
+        self,
+        context: Context,
+        security: SecurityConfig,
+        *,
+        allow: Callable[[bytes], bool],
+        on_allowed: Callable[[bytes], None],
+    ) -> None:
+        super().__init__(context, SUBSCRIPTIONS, security, lambda batch: None)
+        self._socket.setsockopt(zmq.XPUB_MANUAL, 1)
+        self._allow = allow
+        self._on_allowed = on_allowed
+        self.refused = 0
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        self._try_send(frames)
+
+    def _receive_batch(self) -> list[Message]:
+        for _ in range(DRAIN_LIMIT):
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if frame[:1] == b"\x01":
+                self._decide(frame[1:])
+            elif frame[:1] == b"\x00":
+                self._socket.setsockopt(zmq.UNSUBSCRIBE, frame[1:])
+        return []
+
+    def _decide(self, topic: bytes) -> None:
+        if self._allow(topic):
+            self._socket.setsockopt(zmq.SUBSCRIBE, topic)
+            self._on_allowed(topic)
+        else:
+            self.refused += 1
+
+
+def _view(frame: zmq.Frame) -> Buffer:
+    """Small frames as bytes (they are parsed), large ones as a read-only view of what libzmq received."""
+    if len(frame) <= PREFIX_BYTES + MAX_HEADER_BYTES:
+        return frame.bytes
+    return frame.buffer.toreadonly()
+
+
+def _open(context: Context, kind: int, lane: Lane) -> zmq.Socket[bytes]:
+    socket = context.raw(kind)
+    socket.setsockopt(zmq.SNDHWM, lane.send_hwm)
+    socket.setsockopt(zmq.RCVHWM, lane.receive_hwm)
+    socket.setsockopt(zmq.MAXMSGSIZE, lane.max_message_bytes)
+    socket.setsockopt(zmq.LINGER, 0)
+    if kind == zmq.DEALER:
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+    streaming = kind in {zmq.PUB, zmq.SUB, zmq.XPUB}
+    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000 if streaming else 500)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000 if streaming else 1500)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 4000 if streaming else 2000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.BACKLOG, 1024)
+    if lane.zero_copy:
+        socket.setsockopt(zmq.SNDBUF, 4 << 20)
+        socket.setsockopt(zmq.RCVBUF, 4 << 20)
+        socket.copy_threshold = ZERO_COPY_BYTES
+    return socket

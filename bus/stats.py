@@ -1,0 +1,210 @@
+"""Figures that travel: what a worker reports, what a broker answers, and why a request went where it did.
+
+They are payloads rather than headers because they grow with the cluster. They are decoded with their
+type like everything else; numbers are totals since the process started unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from bus.errors import MalformedMessage
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """The root: plain data, encoded as a map so that a newer peer may add a field."""
+
+
+class PoolStats(Figures, frozen=True):
+    """One model's block pool and prefix cache."""
+
+    num_blocks: int = 0
+    free_blocks: int = 0
+    held_blocks: int = 0
+    cached_blocks: int = 0
+    block_size: int = 0
+    evictions: int = 0
+    lookup_tokens: int = 0
+    hit_tokens: int = 0
+    preemptions: int = 0
+
+
+class ModelStats(Figures, frozen=True):
+    """A model that this worker may serve, and its state: absent, loading, ready or failed (with the reason)."""
+
+    name: str
+    state: str
+    reason: str = ""
+    load_s: float = 0.0
+    dtype: str = ""
+    device: str = ""
+    fingerprint: str = ""
+    num_layers: int = 0
+    max_model_len: int = 0
+    pool: PoolStats = PoolStats()
+
+
+class StoreStats(Figures, frozen=True):
+    """The explicit KV plane."""
+
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    pinned_bytes: int = 0
+    sequences: int = 0
+    evictions: int = 0
+    moved_bytes: int = 0
+    puts: int = 0
+    appends: int = 0
+    gets: int = 0
+    misses: int = 0
+
+
+class EngineStats(Figures, frozen=True):
+    """Generation."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    gaps_replayed: int = 0
+    pulled_streams: int = 0
+
+
+class WorkerStats(Figures, frozen=True):
+    """Everything one worker reports of itself."""
+
+    worker_id: str
+    incarnation: int
+    state: str
+    pid: int = 0
+    uptime_s: float = 0.0
+    rss_bytes: int = 0
+    loop_lag_ms: float = 0.0
+    malformed: int = 0
+    models: tuple[ModelStats, ...] = ()
+    engine: EngineStats = EngineStats()
+    store: StoreStats = StoreStats()
+
+
+class WorkerView(Figures, frozen=True):
+    """One worker as the broker sees it. `status`: ready, suspect, loading or draining."""
+
+    worker_id: str
+    status: str
+    weight: int
+    share: float
+    inflight: int
+    dispatched: int
+    last_heard_s: float
+    lease_s: float
+    running: int = 0
+    waiting: int = 0
+    kv_used_bytes: int = 0
+    kv_total_bytes: int = 0
+    models: tuple[tuple[str, str], ...] = ()
+    stats: WorkerStats | None = None
+
+
+class BrokerStats(Figures, frozen=True):
+    """The broker's own figures. `failed` counts the ends it gave itself, by the name of their code."""
+
+    incarnation: int
+    state: str
+    policy: str
+    uptime_s: float = 0.0
+    pid: int = 0
+    rss_bytes: int = 0
+    loop_lag_ms: float = 0.0
+    clients: int = 0
+    streams: int = 0
+    inflight: int = 0
+    requests: int = 0
+    failed: dict[str, int] = {}
+    routed: dict[str, int] = {}
+    malformed: int = 0
+    unwelcome: int = 0
+    refused_subscriptions: int = 0
+    dropped_sends: int = 0
+    queued_frames: int = 0
+    tokens_relayed: int = 0
+    workers_lost: int = 0
+
+
+class ClusterStats(Figures, frozen=True):
+    """The answer to a query: the broker, and the workers unless only health was asked."""
+
+    healthy: bool
+    broker: BrokerStats
+    workers: tuple[WorkerView, ...] = ()
+
+
+class Candidate(Figures, frozen=True):
+    """One worker as a policy weighed it."""
+
+    worker_id: str
+    rank: int
+    load: int
+    weight: int
+    limit: float = 0.0
+    note: str = ""
+
+
+class Explanation(Figures, frozen=True):
+    """Why a request went where it did: the key, the policy, and every candidate in the order of preference."""
+
+    policy: str
+    key: str
+    worker_id: str
+    reason: str
+    ring_epoch: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+class LayerInfo(Figures, frozen=True):
+    layer: int
+    length: int
+    k_shape: tuple[int, ...]
+    v_shape: tuple[int, ...]
+    dtype: str
+
+
+class SequenceInfo(Figures, frozen=True):
+    """One sequence of a worker. `kind`: stored (put by a client) or computed (left by a generation)."""
+
+    seq_id: str
+    kind: str
+    nbytes: int
+    pinned: bool
+    layers: tuple[LayerInfo, ...]
+    num_tokens: int = 0
+
+
+class SequencePage(Figures, frozen=True):
+    """Sequences in the order of their ids; `more` when the limit cut the list."""
+
+    worker_id: str
+    sequences: tuple[SequenceInfo, ...] = ()
+    more: bool = False
+
+
+F = TypeVar("F", bound=Figures)
+
+
+def pack(figures: Figures) -> bytes:
+    """Encode for a payload frame."""
+    return msgspec.msgpack.encode(figures)
+
+
+def unpack(data: bytes | memoryview, kind: type[F]) -> F:
+    """Decode a payload frame as `kind`. Raises MalformedMessage."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise MalformedMessage(f"{kind.__name__} payload: {error}") from error

@@ -1,0 +1,172 @@
+"""Bytes to messages and back; the only place that knows either.
+
+    frame 0    'K' 'V' 0x01 | major u8 | minor u8 | opcode u8 | flags u16 | crc32c of the rest u32 | header
+    frame 1..  payloads, exactly as many and as long as the header's `payload` says, each with its crc32c
+
+The 12-byte prefix decides magic, version and opcode before msgpack sees a byte; the header is decoded
+straight into the opcode's type, whose fields bound every length. `decode` returns a message or raises
+`MalformedMessage` / `UnsupportedVersion`, whatever the bytes; nothing past it checks again. An envelope
+(`Assign`, `Forward`, `Reply`) is one such frame in front of a message's own, added and taken off at the
+broker so that what it relays is never parsed, copied or re-encoded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, get_args
+
+import msgspec
+from crc32c import crc32c
+
+from bus import messages
+from bus.errors import KVCacheError, MalformedMessage, UnsupportedVersion
+from bus.messages import MAX_PAYLOADS, Failed, Message, Part
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Frames: TypeAlias = Sequence[Buffer]
+
+MAGIC = b"KV\x01"
+MAJOR, MINOR = 1, 0
+MAX_HEADER_BYTES = 8 * 1024
+NO_REQUEST = bytes(16)
+
+_PREFIX = struct.Struct("<3sBBBHI")
+PREFIX_BYTES = _PREFIX.size
+
+ENVELOPES: frozenset[int] = frozenset({messages.Assign.opcode, messages.Forward.opcode, messages.Reply.opcode})
+
+
+def _all_messages() -> dict[int, type[Message]]:
+    unions = (
+        messages.ToBroker,
+        messages.WorkerToBroker,
+        messages.ToWorker,
+        messages.ToClient,
+        messages.OnStream,
+    )
+    return {kind.opcode: kind for union in unions for kind in get_args(union)}
+
+
+BY_OPCODE: dict[int, type[Message]] = _all_messages()
+_DECODERS: dict[int, msgspec.msgpack.Decoder[Any]] = {
+    opcode: msgspec.msgpack.Decoder(kind) for opcode, kind in BY_OPCODE.items()
+}
+_HAS_PAYLOAD: dict[int, bool] = {opcode: "payload" in kind.__struct_fields__ for opcode, kind in BY_OPCODE.items()}
+_encoder = msgspec.msgpack.Encoder()
+
+
+class _RequestId(msgspec.Struct, array_like=True):
+    req_id: messages.Id16
+
+
+_request_id = msgspec.msgpack.Decoder(_RequestId)
+
+
+class Decoded(NamedTuple):
+    """A message and its payload frames, as they came (views of what was received, never copies)."""
+
+    message: Any
+    payload: Frames
+
+
+def describe(payload: Sequence[Buffer]) -> tuple[Part, ...]:
+    """The `payload` field for these frames: their lengths in bytes and checksums."""
+    return tuple(Part(nbytes=_nbytes(frame), crc=crc32c(frame)) for frame in payload)
+
+
+def encode(message: Message) -> bytes:
+    """Frame 0 of a message; its payload frames are sent behind it."""
+    header = _encoder.encode(message)
+    if len(header) > MAX_HEADER_BYTES:
+        raise MalformedMessage(f"{type(message).__name__} header is {len(header)} bytes, limit {MAX_HEADER_BYTES}")
+    return _PREFIX.pack(MAGIC, MAJOR, MINOR, message.opcode, 0, crc32c(header)) + header
+
+
+def opcode_of(frame: Buffer) -> int:
+    """The opcode of frame 0, after its prefix was checked. Raises MalformedMessage or UnsupportedVersion."""
+    if len(frame) < PREFIX_BYTES or len(frame) > PREFIX_BYTES + MAX_HEADER_BYTES:
+        raise MalformedMessage(
+            f"first frame of {len(frame)} bytes; {PREFIX_BYTES} to {PREFIX_BYTES + MAX_HEADER_BYTES}"
+        )
+    magic, major, _, opcode, flags, _ = _PREFIX.unpack_from(frame)
+    if magic != MAGIC:
+        raise MalformedMessage("first frame does not begin with the protocol's magic bytes")
+    if major != MAJOR:
+        raise UnsupportedVersion(f"protocol version {major} is not supported; this side speaks {MAJOR}.{MINOR}")
+    if flags:
+        raise MalformedMessage(f"flags {flags:#x} are not defined")
+    return int(opcode)
+
+
+def decode(frames: Frames, *, verify_payload: bool = True) -> Decoded:
+    """The message that `frames` are.
+
+    verify_payload: check the payload frames' lengths and checksums too. The broker passes False for what
+    it only relays: the far end checks, so a bit that flips on either hop is found.
+    Raises MalformedMessage or UnsupportedVersion, and nothing else, for any bytes at all.
+    """
+    if not frames:
+        raise MalformedMessage("message of no frames")
+    if len(frames) > 1 + MAX_PAYLOADS:
+        raise MalformedMessage(f"message of {len(frames)} frames; at most {1 + MAX_PAYLOADS}")
+    message = decode_header(frames[0])
+    payload = frames[1:]
+    parts: Sequence[Part] = message.payload if _HAS_PAYLOAD[message.opcode] else ()
+    least, most = message.payloads
+    if len(parts) != len(payload) or not least <= len(parts) <= most:
+        raise MalformedMessage(
+            f"{type(message).__name__} with {len(payload)} payload frames, {len(parts)} described,"
+            f" {least} to {most} allowed"
+        )
+    if verify_payload:
+        check_payload(parts, payload)
+    return Decoded(message, payload)
+
+
+def decode_header(frame: Buffer) -> Any:  # noqa: ANN401  # any of the closed unions; receivers match on it
+    """The message in frame 0 alone. Raises MalformedMessage or UnsupportedVersion."""
+    opcode = opcode_of(frame)
+    decoder = _DECODERS.get(opcode)
+    if decoder is None:
+        raise MalformedMessage(f"opcode {opcode} is not defined")
+    header = frame[PREFIX_BYTES:]
+    if crc32c(header) != _PREFIX.unpack_from(frame)[5]:
+        raise MalformedMessage("header checksum does not match")
+    try:
+        return decoder.decode(header)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise MalformedMessage(f"{BY_OPCODE[opcode].__name__}: {error}") from error
+
+
+def check_payload(parts: Sequence[Part], payload: Frames) -> None:
+    """Raise MalformedMessage unless each payload frame has the length and checksum its part says."""
+    for index, (part, frame) in enumerate(zip(parts, payload, strict=True)):
+        if part.nbytes != _nbytes(frame):
+            raise MalformedMessage(f"payload {index} is {_nbytes(frame)} bytes, its header says {part.nbytes}")
+        if part.crc != crc32c(frame):
+            raise MalformedMessage(f"payload {index} does not match its checksum")
+
+
+def request_id_of(frame: Buffer) -> bytes:
+    """The request id in a frame 0 whose other fields may be wrong; all zero when there is none to be read."""
+    try:
+        return _request_id.decode(frame[PREFIX_BYTES:]).req_id
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return NO_REQUEST
+
+
+def failed(req_id: bytes, error: KVCacheError) -> Failed:
+    """The terminal message that carries `error`."""
+    return Failed(
+        req_id=req_id,
+        code=int(error.code),
+        message=error.message[:1000],
+        retryable=error.retryable,
+        retry_after_ms=max(0, error.retry_after_ms),
+        detail=error.detail,
+    )
+
+
+def _nbytes(frame: Buffer) -> int:
+    return frame.nbytes if isinstance(frame, memoryview) else len(frame)
