@@ -1,0 +1,88 @@
+"""Blocks that can be found again: the block pool and the prefix index, moved together.
+
+What is indexed is kept by the pool, what the pool evicts leaves the index, and each change of the index is
+in a bounded log of events. Sequences live elsewhere; here there are blocks, digests and tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from kvcache.hashing import BlockHash
+from workers.batch import BlockId
+from workers.blocks import BlockPool
+from workers.prefix import BlockEvent, PrefixIndex
+
+MAX_EVENTS = 4096
+
+
+class PrefixCache:
+    """`num_blocks` blocks of `block_size` tokens. Raises ValueError unless both are at least 1."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if block_size < 1:
+            raise ValueError(f"a block needs at least 1 token, not {block_size}")
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self._index = PrefixIndex(block_size)
+        self._events: deque[BlockEvent] = deque(maxlen=MAX_EVENTS)
+
+    def longest(self, digests: Sequence[BlockHash], tokens: bytes) -> list[BlockId]:
+        """Blocks of the longest prefix that can be shared; pin them before anything is allocated."""
+        return self._index.longest(digests, tokens)
+
+    def allocate(self, num: int) -> list[BlockId] | None:
+        """Take `num` blocks, evicting cached ones where free ones run out; None, and nothing changed, if too few."""
+        if num > self.pool.num_available:
+            return None
+        for block in self.pool.evict(max(0, num - self.pool.num_free)):
+            self._events.append(self._index.remove(block))
+        return self.pool.allocate(num)
+
+    def publish(self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes) -> BlockId:
+        """Make a full, computed block findable, and return the block that its holder is to use from now on.
+
+        That is another block when the same tokens were published before: the holder's own is let go, so that
+        equal prefixes share memory and descendants are always held together with the ancestors they hang on.
+        """
+        twin = self._index.find(digest, parent, tokens)
+        if twin is not None:
+            self.pool.pin([twin])
+            self.pool.unpin([block])
+            return twin
+        stored = self._index.insert(block, digest, parent, tokens)
+        if stored is not None:
+            self.pool.keep(block)
+            self._events.append(stored)
+        return block
+
+    def is_exclusive(self, block: BlockId) -> bool:
+        """Whether the one holder of this block may write into it, after `withdraw`: nobody shares or builds on it."""
+        return self.pool.ref_count(block) == 1 and (block not in self._index or self._index.is_leaf(block))
+
+    def withdraw(self, block: BlockId) -> None:
+        """Make an exclusive block unfindable, because its holder is about to write into it."""
+        if block in self._index:
+            self._events.append(self._index.remove(block))
+            self.pool.forget(block)
+
+    def flush(self) -> None:
+        """Make every block unfindable; cached ones become free, held ones stay with their holders."""
+        blocks, event = self._index.flush()
+        for block in blocks:
+            self.pool.forget(block)
+        self._events.append(event)
+
+    def events_since(self, sequence: int) -> list[BlockEvent] | None:
+        """Events numbered above `sequence`, or None if some of them are no longer in the log."""
+        if self._events and self._events[0].sequence > sequence + 1:
+            return None
+        return [event for event in self._events if event.sequence > sequence]
+
+    def check(self) -> None:
+        """Assert the invariants of pool and index, and that they agree on every cached block."""
+        self.pool.check()
+        self._index.check()
+        findable = {block for block in map(BlockId, range(self.pool.num_blocks)) if block in self._index}
+        assert self.pool.kept() == findable, "the pool keeps other blocks than the index finds"
