@@ -11,6 +11,7 @@ from typing import TypeVar
 import msgspec
 
 from bus.errors import MalformedMessage
+from bus.wire import Buffer
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,7 +133,7 @@ class BrokerStats(Figures, frozen=True):
     unwelcome: int = 0
     refused_subscriptions: int = 0
     dropped_sends: int = 0
-    queued_frames: int = 0
+    queued_messages: int = 0
     tokens_relayed: int = 0
     workers_lost: int = 0
 
@@ -202,7 +203,7 @@ def pack(figures: Figures) -> bytes:
     return msgspec.msgpack.encode(figures)
 
 
-def unpack(data: bytes | memoryview, kind: type[F]) -> F:
+def unpack(data: Buffer, kind: type[F]) -> F:
     """Decode a payload frame as `kind`. Raises MalformedMessage."""
     try:
         return msgspec.msgpack.decode(data, type=kind)

@@ -1,0 +1,96 @@
+"""From a request to a worker: the routing policies applied to the broker's view of its members."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from bus import messages as m
+from bus.errors import BadArgument, NoWorkers, Overloaded
+from bus.stats import Candidate, Explanation
+from kvcache.broker.members import Worker, Workers
+from kvcache.routing.keys import PrefixKeys, RoutingKey, sequence_key
+from kvcache.routing.policies import Choice, load_limit, policy_by_name
+
+RETRY_AFTER_MS = 200
+
+Placed = m.Generate | m.Put | m.Append | m.Get | m.Length | m.Delete | m.Pin | m.Unpin | m.ListSequences | m.Route
+
+
+class Placement:
+    """Chooses; counts what it chose by policy. `routed` maps a reason's first word to how often it decided."""
+
+    def __init__(self, policy: str, workers: Workers) -> None:
+        self.routed: Counter[str] = Counter()
+        self._policy = policy
+        self._workers = workers
+        self._prefixes = PrefixKeys()
+
+    def place(self, tenant: str, message: Placed, now: float) -> tuple[Choice, Worker]:
+        """The worker for a request, and why. Raises NoWorkers, Overloaded or BadArgument."""
+        if isinstance(message, m.ListSequences):
+            return self._named(message.worker_id)
+        workers = self._workers
+        if not workers.ring.workers:
+            raise NoWorkers("no worker is ready", retry_after_ms=RETRY_AFTER_MS)
+        choice = self._owner(tenant, message) if message.seq_id else self._by_policy(tenant, message, now)
+        if not isinstance(message, m.Route):
+            self.routed[choice.reason.partition(":")[0]] += 1
+        return choice, workers.by_id[choice.worker_id]
+
+    def explain(self, tenant: str, message: m.Generate | m.Route, choice: Choice, now: float) -> Explanation:
+        """The same decision with everything it rested on."""
+        ring, loads = self._workers.ring, self._workers.loads(now)
+        key = sequence_key(tenant, message.seq_id) if message.seq_id else self._peek(tenant, message.chain, now)
+        order = list(ring.preference(key.key)) if key.key else list(ring.workers)
+        available = {worker: load for worker, load in loads.items() if load.is_available}
+        return Explanation(
+            policy="consistent_hash" if key.named else message.policy or self._policy,
+            key=key.text,
+            worker_id=choice.worker_id,
+            reason=choice.reason,
+            ring_epoch=ring.epoch,
+            candidates=tuple(
+                Candidate(
+                    worker_id=worker,
+                    rank=rank,
+                    load=loads[worker].inflight,
+                    weight=loads[worker].weight,
+                    limit=round(load_limit(available, worker), 3) if worker in available else 0.0,
+                    note="" if worker in available else "suspect or full",
+                )
+                for rank, worker in enumerate(order)
+            ),
+        )
+
+    def _named(self, worker_id: str) -> tuple[Choice, Worker]:
+        worker = self._workers.by_id.get(worker_id)
+        if worker is None:
+            raise BadArgument(f"no live worker is called {worker_id!r}")
+        return Choice(worker_id, "named: the request names the worker"), worker
+
+    def _owner(self, tenant: str, message: Placed) -> Choice:
+        """A sequence lives on its owner and nowhere else, so its requests have no second choice."""
+        assert not isinstance(message, m.ListSequences)
+        if isinstance(message, m.Generate | m.Route) and message.policy not in {"", "consistent_hash"}:
+            raise BadArgument(f"a request with a seq_id goes to its owner; leave out policy {message.policy!r}")
+        key = sequence_key(tenant, message.seq_id)
+        owner = self._workers.ring.owner(key.key)
+        if not isinstance(message, m.Route) and self._workers.is_full(self._workers.by_id[owner]):
+            raise Overloaded(f"worker {owner}, which owns {key.text}, is full", retry_after_ms=RETRY_AFTER_MS)
+        return Choice(owner, f"consistent_hash: owner of {key.text}")
+
+    def _by_policy(self, tenant: str, message: Placed, now: float) -> Choice:
+        if not isinstance(message, m.Generate | m.Route):
+            raise BadArgument("seq_id must not be empty")
+        policy = policy_by_name(message.policy or self._policy)
+        if isinstance(message, m.Route):
+            key = self._peek(tenant, message.chain, now)
+        else:
+            key = self._prefixes.key(tenant, message.chain, len(self._workers.ring), now)
+        choice = policy(key, self._workers.ring, self._workers.loads(now))
+        if choice is None:
+            raise Overloaded("every worker is full or has fallen silent", retry_after_ms=RETRY_AFTER_MS)
+        return choice
+
+    def _peek(self, tenant: str, chain: m.Chain, now: float) -> RoutingKey:
+        return self._prefixes.peek(tenant, chain, len(self._workers.ring), now)

@@ -1,0 +1,124 @@
+"""The broker's sockets and clock: moves frames between them and the core, and relays tokens untouched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import psutil
+
+from bus import sockets, wire
+from bus.endpoints import endpoints
+from bus.messages import SubAck
+from bus.security import SecurityConfig
+from bus.sockets import Message, Router, Sent, StreamHub, Subscriber
+from kvcache.broker.core import BrokerCore, Port, Send
+from kvcache.config import BrokerConfig
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+LINGER_MS = 500
+
+Handler = Callable[[bytes, Message, float, str], list[Send]]
+
+
+class Broker:
+    """One broker on its six endpoints. `run` returns when `stop` is set and what was in flight has ended."""
+
+    def __init__(self, config: BrokerConfig) -> None:
+        self._config = config
+        self._security = SecurityConfig()
+        self.core = BrokerCore(config, incarnation=time.time_ns(), now=time.monotonic())
+        self.core.gauges.pid = os.getpid()
+        self._routers: dict[Port, Router] = {}
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop`; then drain. Raises Forbidden or ConnectionLost if an endpoint cannot be bound."""
+        at = endpoints(self._config.bind)
+        with ExitStack() as stack:
+            context = stack.enter_context(sockets.Context())
+            hub = stack.enter_context(
+                StreamHub(context, self._security, allow=self.core.allows, on_allowed=self._acknowledge)
+            )
+            tokens = stack.enter_context(Subscriber(context, sockets.TOKENS, self._security, self._relay))
+            self._hub = hub
+            for port, lane, address, handler in (
+                (Port.CLIENT, sockets.CONTROL, at.control, self.core.on_client),
+                (Port.CLIENT_BULK, sockets.BULK, at.bulk, self.core.on_client_bulk),
+                (Port.WORKER, sockets.CONTROL, at.worker_control, self.core.on_worker),
+                (Port.WORKER_BULK, sockets.BULK, at.worker_bulk, self.core.on_worker_bulk),
+            ):
+                router = stack.enter_context(Router(context, lane, self._security, self._receiver(handler)))
+                router.bind(address)
+                self._routers[port] = router
+            hub.bind(at.streams)
+            tokens.bind(at.tokens)
+            tokens.subscribe(b"")
+            for socket in (*self._routers.values(), hub, tokens):
+                socket.start()
+            on_ready()
+            await self._serve(stop)
+            for socket in (*self._routers.values(), hub):
+                socket.close(LINGER_MS)
+
+    async def _serve(self, stop: asyncio.Event) -> None:
+        """Tick until told to stop and drained, or until draining has taken too long."""
+        process = psutil.Process()
+        due = time.monotonic() + TICK_S
+        drain_until: float | None = None
+        while True:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            self._update_gauges(process, now - due)
+            due = now + TICK_S
+            self._perform(self.core.tick(now))
+            if stop.is_set() and drain_until is None:
+                log.info("draining: %d requests in flight", self.core.inflight)
+                self.core.drain()
+                drain_until = now + self._config.drain_ms / 1000
+            if drain_until is not None and (not self.core.inflight or now > drain_until):
+                self._perform(self.core.farewell())
+                return
+
+    def _update_gauges(self, process: psutil.Process, lag_s: float) -> None:
+        gauges = self.core.gauges
+        gauges.loop_lag_s = max(0.9 * gauges.loop_lag_s, lag_s)
+        gauges.rss_bytes = process.memory_info().rss
+        gauges.refused_subscriptions = self._hub.refused
+        gauges.dropped_sends = sum(router.dropped for router in self._routers.values())
+        gauges.queued_messages = sum(router.queued for router in self._routers.values())
+
+    def _receiver(self, handler: Handler) -> Callable[[list[Message]], None]:
+        """The callback of one socket. One bad message never stops the ones behind it."""
+        user_id = self._security.user_id
+
+        def receive(batch: list[Message]) -> None:
+            now = time.monotonic()
+            for link, *frames in batch:
+                try:
+                    self._perform(handler(bytes(link), frames, now, user_id))
+                except Exception:
+                    log.exception("a message could not be handled")
+
+        return receive
+
+    def _perform(self, sends: list[Send]) -> None:
+        for send in sends:
+            outcome = self._routers[send.port].send(send.link, send.frames)
+            if outcome is Sent.FULL or outcome is Sent.GONE:
+                self._perform(self.core.on_unsent(send, is_gone=outcome is Sent.GONE))
+
+    def _relay(self, batch: list[Message]) -> None:
+        """Tokens from workers to whoever subscribed; never parsed here."""
+        send = self._hub.send
+        for frames in batch:
+            send(frames)
+        self.core.gauges.tokens_relayed += len(batch)
+
+    def _acknowledge(self, topic: bytes) -> None:
+        self._hub.send([topic, wire.encode(SubAck())])

@@ -1,0 +1,87 @@
+"""The broker's configuration, parsed once from flags and environment, and never derived from hardware.
+
+Each flag `--some-name` may also be given as `KVCACHE_BROKER_SOME_NAME`; the flag wins. A value that
+cannot be read is an error that names it, never a default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from bus.endpoints import DEFAULT_URL, endpoints
+from bus.errors import BadArgument
+from bus.security import SecurityConfig
+from kvcache.routing.policies import DEFAULT_POLICY, POLICIES, policy_by_name
+
+ENV_PREFIX = "KVCACHE_BROKER_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BrokerConfig:
+    """bind: the first of six endpoints. settle_s: after its start the broker waits this long for workers that
+    knew an earlier one, rather than give their keys to others. max_inflight: requests one worker may have."""
+
+    bind: str = DEFAULT_URL
+    policy: str = DEFAULT_POLICY
+    security: str = "none"
+    heartbeat_ms: int = 250
+    lease_ms: int = 2000
+    worker_lost_ms: int = 1000
+    client_lost_ms: int = 3000
+    settle_ms: int = 1000
+    drain_ms: int = 10_000
+    max_inflight: int = 512
+    log_level: str = "info"
+    log_format: str = "text"
+
+    def __post_init__(self) -> None:
+        endpoints(self.bind)
+        policy_by_name(self.policy)
+        SecurityConfig(mode=self.security)  # type: ignore[arg-type]  # a wrong one raises
+        for name in ("heartbeat_ms", "lease_ms", "worker_lost_ms", "client_lost_ms", "max_inflight"):
+            if getattr(self, name) < 1:
+                raise BadArgument(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("settle_ms", "drain_ms"):
+            if getattr(self, name) < 0:
+                raise BadArgument(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.worker_lost_ms < 3 * self.heartbeat_ms:
+            raise BadArgument(f"worker_lost_ms {self.worker_lost_ms} must be at least three heartbeats")
+        if self.log_format not in {"text", "json"}:
+            raise BadArgument(f"log format {self.log_format!r} is neither 'text' nor 'json'")
+
+
+def parse_broker_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> BrokerConfig:
+    """Flags over environment over defaults. Raises BadArgument; argparse ends the process for unknown flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvcache.broker", description="Route requests to workers and relay their token streams."
+    )
+    helps = {
+        "bind": "first of six consecutive endpoints: tcp://127.0.0.1:PORT or ipc:///PATH",
+        "policy": f"for requests that name no sequence: {', '.join(POLICIES)}",
+        "security": "none: bind loopback or ipc only",
+        "settle_ms": "after start, wait this long for workers to rejoin",
+        "max_inflight": "requests one worker may have at a time",
+    }
+    for field in fields(BrokerConfig):
+        flag = "--" + field.name.replace("_", "-")
+        parser.add_argument(flag, default=None, metavar="X", help=f"{helps.get(field.name, '')} [{field.default}]")
+    given = vars(parser.parse_args(argv))
+    environ = os.environ if env is None else env
+    values: dict[str, str | int] = {}
+    for field in fields(BrokerConfig):
+        text = given[field.name] if given[field.name] is not None else environ.get(ENV_PREFIX + field.name.upper())
+        if text is not None:
+            values[field.name] = _parse(field.name, text, isinstance(field.default, int))
+    return BrokerConfig(**values)  # type: ignore[arg-type]  # names and types follow the fields
+
+
+def _parse(name: str, text: str, is_int: bool) -> str | int:
+    if not is_int:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise BadArgument(f"--{name.replace('_', '-')} must be a whole number, not {text!r}") from None
