@@ -26,7 +26,8 @@ usage: scripts/local_dev.sh COMMAND
 
 Environment: KVCACHE_PORT (first of a block of six ports, now $port), KVCACHE_MODEL (now $model),
 KVCACHE_KV_BYTES (each worker's KV memory, default 1GiB), KVCACHE_GRACE_S ($grace_s), KVCACHE_READY_S ($ready_s),
-KVCACHE_RUN_DIR. The Python environment is the active one, else .venv at the root, made on first use.
+KVCACHE_RUN_DIR. The Python environment is the active one, else .venv at the root, made on first use; or that of
+KVCACHE_PYTHON, where nothing is installed.
 HELP
 }
 
@@ -67,7 +68,7 @@ start_worker() {
 # How many of our workers the broker would send work to now; nothing while the broker does not answer.
 num_serving() {
     kvcache workers --json --timeout 2 2>/dev/null | "$python" -c \
-        'import json, sys; print(sum(worker["state"] == "serving" for worker in json.load(sys.stdin)))' 2>/dev/null || true
+        'import json, sys; print(sum(worker["status"] == "ready" for worker in json.load(sys.stdin)))' 2>/dev/null || true
 }
 
 # wait_until_ready N: until the broker counts N serving workers, and every process we started is alive.

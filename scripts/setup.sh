@@ -2,7 +2,8 @@
 # Make the development environment, or bring it up to date. Safe to run any number of times.
 #
 # Uses the active virtual or conda environment, else makes .venv at the root. PYTHON names the interpreter to make it
-# with. Nothing is installed when setup.cfg and pyproject.toml have not changed since the last time.
+# with. Nothing is installed when setup.cfg and pyproject.toml have not changed since the last time, or when
+# KVCACHE_PYTHON names the Python of an environment that somebody else looks after.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
@@ -52,6 +53,7 @@ install() {
     "$python" -m pip install --no-input -e "${root}[test,dev]" || fail "pip could not install kvcache; see its message above"
 }
 
+[[ -z ${KVCACHE_PYTHON:-} ]] || exit 0
 [[ -n ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} || -x $root/.venv/bin/python ]] || make_environment
 python="$(env_python)"
 stamp="$(env_prefix)/.kvcache-installed"
