@@ -62,8 +62,8 @@ class Lane:
 
 CONTROL = Lane(send_hwm=256, receive_hwm=256, max_message_bytes=CONTROL_MESSAGE_BYTES, queue_limit=1024)
 BULK = Lane(send_hwm=4, receive_hwm=4, max_message_bytes=CHUNK_BYTES + 4096, queue_limit=64, zero_copy=True)
-TOKENS = Lane(send_hwm=1000, receive_hwm=2000, max_message_bytes=16 * 1024, queue_limit=0)
-SUBSCRIPTIONS = Lane(send_hwm=1000, receive_hwm=1000, max_message_bytes=64, queue_limit=0)
+TOKENS = Lane(send_hwm=4000, receive_hwm=4000, max_message_bytes=16 * 1024, queue_limit=0)
+SUBSCRIPTIONS = Lane(send_hwm=4000, receive_hwm=1000, max_message_bytes=64, queue_limit=0)
 
 
 class Context:

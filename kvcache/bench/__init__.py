@@ -1,0 +1,1 @@
+"""Benchmarks, each against its reference in the same run: `kvcache bench NAME`."""
