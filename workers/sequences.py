@@ -1,0 +1,300 @@
+"""Sequences and the blocks they hold: the running ones, and those retained under a client's name.
+
+A retained sequence keeps its KV after its generation, the partial last block included, so that it can be read
+and gone on with. It is evicted whole, least recently used first, when blocks run short and it is not pinned:
+its full blocks then become cached, its tail is free. All that hands out blocks here is all-or-nothing.
+
+    0                    num_computed        len(token_ids)
+    |------- KV in the block table -|-- not yet computed --|
+    |-- full blocks, findable --|tail|
+
+Invariant: a sequence writes only into blocks that nobody else holds and that nobody can find.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from bus.errors import Conflict, NotFound
+from kvcache.hashing import BlockHash, HashSeed, block_digests, encode_token_ids, extend
+from workers.batch import BlockId
+from workers.keys import SequenceKey
+from workers.prefix_cache import PrefixCache
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One prompt with its growing output. Only the table touches all but the tokens."""
+
+    seed: HashSeed
+    token_ids: list[int]
+    key: SequenceKey | None = None
+    block_table: list[BlockId] = field(default_factory=list)
+    num_computed: int = 0
+    num_published: int = 0
+    digests: list[BlockHash] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.digests = list(block_digests(self.seed, self.token_ids))
+
+    def append(self, token_id: int) -> None:
+        """Add the newest token; the digest chain grows with each full block."""
+        self.token_ids.append(token_id)
+        size = self.seed.block_size
+        if len(self.token_ids) % size == 0:
+            parent = self.digests[-1] if self.digests else self.seed.root
+            self.digests.append(extend(self.seed, parent, self.token_ids[-size:]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableCounts:
+    """retained: sequences kept now. evictions: of whole sequences. lookup/hit_tokens: asked for and found."""
+
+    retained: int
+    evictions: int
+    lookup_tokens: int
+    hit_tokens: int
+
+
+class SequenceTable:
+    """Gives blocks to sequences and takes them back. One writer per name: a second one gets Conflict."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        self._live: set[Sequence] = set()
+        self._claimed: dict[SequenceKey, Sequence] = {}
+        self._retained: OrderedDict[SequenceKey, Sequence] = OrderedDict()
+        self._pins: dict[SequenceKey, float] = {}
+        self._evictions = 0
+        self._lookup_tokens = 0
+        self._hit_tokens = 0
+
+    # --- the life of a running sequence ---
+
+    def begin(self, sequence: Sequence) -> None:
+        """Begin a sequence, the one writer of its name (if it has one) until `end`. Raises Conflict if there is one."""
+        if sequence.key is not None:
+            other = self._claimed.get(sequence.key)
+            if other is not None:
+                message = f"sequence {sequence.key.seq_id!r} is being generated; wait for its end or cancel it"
+                raise Conflict(message, detail=other.num_computed)
+            self._claimed[sequence.key] = sequence
+        self._live.add(sequence)
+
+    def admit(self, sequence: Sequence, num_blocks: int, now: float) -> int | None:
+        """Fill an empty block table up to `num_blocks`, reusing what is there already.
+
+        Reuses the retained sequence of its name or the longest findable prefix, whichever has more tokens, and
+        leaves at least the last token to compute. Returns how many tokens need no computing, or None, with
+        nothing changed, if there is no room.
+        """
+        kept = None if sequence.key is None else self._retained.get(sequence.key)
+        num_kept = 0 if kept is None else self._num_reusable(kept, sequence)
+        limit = (len(sequence.token_ids) - 1) // self.cache.block_size
+        shared = self.cache.longest(sequence.digests[:limit], encode_token_ids(sequence.token_ids))
+        if kept is not None and num_kept > len(shared) * self.cache.block_size:
+            admitted = self._take_over(kept, sequence, num_kept, num_blocks, now)
+        else:
+            admitted = self._share(sequence, shared, num_blocks, now)
+        if not admitted:
+            return None
+        self._lookup_tokens += len(sequence.token_ids)
+        self._hit_tokens += sequence.num_computed
+        return sequence.num_computed
+
+    def grow(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
+        """Have blocks for `num_tokens` tokens; False, with nothing changed, if there is no room."""
+        need = self._blocks_for(num_tokens) - len(sequence.block_table)
+        if need > self._obtainable(need, now):
+            return False
+        sequence.block_table += self._allocate(need, now)
+        return True
+
+    def advance(self, sequence: Sequence, num_computed: int) -> None:
+        """Tokens below `num_computed` are in the blocks now; blocks that became full can be found from now on."""
+        sequence.num_computed = num_computed
+        size = self.cache.block_size
+        for i in range(sequence.num_published, num_computed // size):
+            parent = sequence.block_table[i - 1] if i else None
+            tokens = encode_token_ids(sequence.token_ids[i * size : (i + 1) * size])
+            block = sequence.block_table[i]
+            sequence.block_table[i] = self.cache.publish(block, sequence.digests[i], parent, tokens)
+            sequence.num_published = i + 1
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks back; what was full can still be found."""
+        self.cache.pool.unpin(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_published = 0
+
+    def end(self, sequence: Sequence) -> None:
+        """The sequence runs no more. If it has a name, its computed part is kept under it, however it ended.
+
+        One that has computed nothing leaves what its name stood for before. Its tokens are cut to what is kept.
+        """
+        self._live.remove(sequence)
+        key = sequence.key
+        if key is not None:
+            del self._claimed[key]
+        if key is not None and sequence.num_computed > 0:
+            self._retain(key, sequence)
+        else:
+            self.release(sequence)
+        if key is not None and key not in self._retained:
+            self._pins.pop(key, None)
+
+    # --- what clients ask of named sequences ---
+
+    def find(self, key: SequenceKey) -> Sequence:
+        """The sequence of that name, running or retained, for reading `num_computed` tokens. Raises NotFound."""
+        running = self._claimed.get(key)
+        if running is not None and running.num_computed > 0:
+            return running
+        retained = self._retained.get(key)
+        if retained is None:
+            raise NotFound(f"no KV is kept for sequence {key.seq_id!r}; it may have been evicted")
+        self._retained.move_to_end(key)
+        return retained
+
+    def delete(self, key: SequenceKey) -> None:
+        """Forget a retained sequence, pinned or not. Raises NotFound, or Conflict while it is being generated."""
+        if key in self._claimed:
+            raise Conflict(f"sequence {key.seq_id!r} is being generated; cancel it first")
+        self.find(key)
+        self._drop(key)
+
+    def pin(self, key: SequenceKey, expires_at: float) -> None:
+        """Keep it from eviction until `expires_at` (monotonic seconds, `math.inf` for ever). Raises NotFound."""
+        self.find(key)
+        self._pins[key] = expires_at
+
+    def unpin(self, key: SequenceKey) -> None:
+        """Let it be evicted again. Raises NotFound."""
+        self.find(key)
+        self._pins.pop(key, None)
+
+    def is_pinned(self, key: SequenceKey, now: float) -> bool:
+        return key in self._pins and self._pins[key] > now
+
+    def keys(self) -> list[SequenceKey]:
+        """The names that `find` would find, in order."""
+        running = {key for key, sequence in self._claimed.items() if sequence.num_computed > 0}
+        return sorted(running | self._retained.keys())
+
+    def counts(self) -> TableCounts:
+        return TableCounts(
+            retained=len(self._retained),
+            evictions=self._evictions,
+            lookup_tokens=self._lookup_tokens,
+            hit_tokens=self._hit_tokens,
+        )
+
+    def check(self) -> None:
+        """Assert that every reference the pool counts is that of a sequence here, and the pool's own invariants."""
+        self.cache.check()
+        holders = Counter(block for sequence in self._live for block in sequence.block_table)
+        holders.update(block for sequence in self._retained.values() for block in sequence.block_table)
+        for block in map(BlockId, range(self.cache.pool.num_blocks)):
+            assert self.cache.pool.ref_count(block) == holders[block], f"block {block} is held by nobody known"
+        assert self._pins.keys() <= self._claimed.keys() | self._retained.keys(), "a pin outlived its sequence"
+
+    # --- reuse ---
+
+    def _retain(self, key: SequenceKey, sequence: Sequence) -> None:
+        before = self._retained.pop(key, None)
+        if before is not None:
+            self.release(before)
+        self._cut(sequence, sequence.num_computed)
+        self._retained[key] = sequence
+
+    def _num_reusable(self, kept: Sequence, sequence: Sequence) -> int:
+        """Tokens of `kept` that `sequence` can take over: the common prefix, less a tail it must not write into."""
+        if kept.seed.root != sequence.seed.root:
+            return 0
+        size = self.cache.block_size
+        num = min(_common_prefix(kept.token_ids, sequence.token_ids), len(sequence.token_ids) - 1)
+        if num % size and not self.cache.is_exclusive(kept.block_table[num // size]):
+            num -= num % size
+        return num
+
+    def _take_over(self, kept: Sequence, sequence: Sequence, num: int, num_blocks: int, now: float) -> bool:
+        """Move the first `num` tokens' blocks from the retained sequence, which ends, to the running one."""
+        assert sequence.key is not None
+        del self._retained[sequence.key]
+        surplus = kept.block_table[self._blocks_for(num) :]
+        need = num_blocks - self._blocks_for(num)
+        if need > self._obtainable(need, now, surplus):
+            self._retained[sequence.key] = kept
+            return False
+        self._cut(kept, num)
+        if num % self.cache.block_size:
+            self.cache.withdraw(kept.block_table[-1])
+        sequence.block_table = kept.block_table + self._allocate(need, now)
+        sequence.num_computed, sequence.num_published = num, num // self.cache.block_size
+        return True
+
+    def _share(self, sequence: Sequence, shared: list[BlockId], num_blocks: int, now: float) -> bool:
+        """Hold the findable blocks with whoever else does, and take fresh ones for the rest."""
+        self.cache.pool.pin(shared)
+        need = num_blocks - len(shared)
+        if need > self._obtainable(need, now):
+            self.cache.pool.unpin(shared)
+            return False
+        sequence.block_table = shared + self._allocate(need, now)
+        sequence.num_computed = len(shared) * self.cache.block_size
+        sequence.num_published = len(shared)
+        return True
+
+    def _cut(self, sequence: Sequence, num_tokens: int) -> None:
+        """Shorten to `num_tokens` computed tokens, letting the blocks behind them go."""
+        num_blocks = self._blocks_for(num_tokens)
+        self.cache.pool.unpin(sequence.block_table[num_blocks:])
+        del sequence.block_table[num_blocks:]
+        del sequence.token_ids[num_tokens:]
+        del sequence.digests[num_tokens // self.cache.block_size :]
+        sequence.num_computed = num_tokens
+
+    # --- room ---
+
+    def _obtainable(self, num: int, now: float, leaving: Iterable[BlockId] = ()) -> int:
+        """How many blocks could be had, counted no further than `num` needs it.
+
+        A held block comes free when all its holders are retained sequences that may be evicted, or `leaving`.
+        """
+        pool = self.cache.pool
+        if num <= pool.num_available:
+            return pool.num_available
+        holders = Counter(leaving)
+        for key in self._evictable(now):
+            holders.update(self._retained[key].block_table)
+        return pool.num_available + sum(pool.ref_count(block) == count for block, count in holders.items())
+
+    def _allocate(self, num: int, now: float) -> list[BlockId]:
+        """Take `num` obtainable blocks, evicting retained sequences one by one as far as it needs."""
+        while self.cache.pool.num_available < num:
+            self._drop(next(self._evictable(now)))
+            self._evictions += 1
+        blocks = self.cache.allocate(max(0, num))
+        assert blocks is not None, "blocks were counted as obtainable that are not"
+        return blocks
+
+    def _evictable(self, now: float) -> Iterator[SequenceKey]:
+        """Names of retained sequences that are not pinned, least recently used first."""
+        return (key for key in self._retained if not self.is_pinned(key, now))
+
+    def _drop(self, key: SequenceKey) -> None:
+        self.release(self._retained.pop(key))
+        self._pins.pop(key, None)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.cache.block_size)
+
+
+def _common_prefix(one: list[int], two: list[int]) -> int:
+    """Length of the longest common prefix; quick when one list goes on where the other ends."""
+    shorter = min(len(one), len(two))
+    if one[:shorter] == two[:shorter]:
+        return shorter
+    return next(i for i in range(shorter) if one[i] != two[i])
