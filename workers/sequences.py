@@ -178,7 +178,7 @@ class SequenceTable:
     def is_pinned(self, key: SequenceKey, now: float) -> bool:
         return key in self._pins and self._pins[key] > now
 
-    def keys(self) -> list[SequenceKey]:
+    def names(self) -> list[SequenceKey]:
         """The names that `find` would find, in order."""
         running = {key for key, sequence in self._claimed.items() if sequence.num_computed > 0}
         return sorted(running | self._retained.keys())

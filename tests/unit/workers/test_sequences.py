@@ -176,7 +176,7 @@ def test_retained_sequences_are_evicted_whole_least_recent_first(table: Sequence
     long = run(table, tokens(300, 316))
     with pytest.raises(NotFound, match="may have been evicted"):
         table.find(T)
-    assert table.keys() == [S, U]
+    assert table.names() == [S, U]
     assert table.counts().evictions == 1
     table.end(long)
 
@@ -185,7 +185,7 @@ def test_full_blocks_of_an_evicted_sequence_can_still_be_found(table: SequenceTa
     keep(table, tokens(0, 6), S)
     keep(table, tokens(100, 122), T)  # all 8 blocks are held now
     run(table, [500])
-    assert table.keys() == [T]
+    assert table.names() == [T]
     assert reused(table, tokens(0, 8), None) == 4
 
 
@@ -243,7 +243,7 @@ def test_shared_blocks_count_as_room_only_when_all_holders_can_be_evicted(table:
     assert table.cache.pool.counts().held == 7
     table.pin(S, math.inf)
     assert reused(table, tokens(500, 505), None) is None
-    assert table.keys() == [S, T], "nothing is evicted when that would not be enough"
+    assert table.names() == [S, T], "nothing is evicted when that would not be enough"
     table.unpin(S)
     assert reused(table, tokens(500, 505), None) == 0
 

@@ -1,0 +1,314 @@
+"""The engine's core: which sequence computes what in the next forward pass, and who waits, yields or ends.
+
+The engine, for ever: feed what clients asked (`submit`, `cancel`, `pause`, `resume`), `plan` a step, run its batch,
+`commit` what was sampled. Each returns events in the order in which clients must see them, and what was submitted
+without an exception ends in exactly one Finished or Failed. There is no clock, model or socket here.
+
+- Admission is in order of arrival and all-or-nothing: blocks for all tokens and one more, or it waits.
+- A step takes one sequence. Decodes go round; after each round one prefill gets a chunk, so neither starves.
+- A sequence grows block by block. When there is no room the youngest gives up its blocks and waits again, to be
+  recomputed (Kwon et al. 2023, PagedAttention, section 4.5); paused ones first. So the oldest always proceeds.
+- What can never run, as the pool is too small or all else in it is pinned, fails with NoSpace instead of waiting.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence as AbstractSequence
+
+from bus.errors import Cancelled, Conflict, DeadlineExceeded, KVCacheError, NoSpace
+from bus.messages import FinishReason
+from bus.stats import EngineStats, PoolStats
+from workers.batch import Slice
+from workers.generation import Generation, check_task
+from workers.lifecycle import Change, State
+from workers.prefix_cache import PrefixCache
+from workers.sequences import Sequence, SequenceTable
+from workers.tasks import Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step
+
+
+class Scheduler:
+    """Schedules one model's generations over one pool of blocks."""
+
+    def __init__(self, config: SchedulerConfig, cache: PrefixCache) -> None:
+        self.sequences = SequenceTable(cache)
+        self._config = config
+        self._cache = cache
+        self._capacity = cache.pool.num_blocks * cache.block_size
+        self._live: dict[bytes, Generation] = {}
+        self._waiting: list[Generation] = []  # in order of arrival
+        self._admitted: dict[Generation, None] = {}  # in order of their last turns
+        self._in_step: tuple[Step, tuple[Generation, ...]] | None = None
+        self._turns_since_prefill = 0
+        self._num_submitted = 0
+        self._num_preempted = 0
+        self._totals: Counter[str] = Counter()  # by the names of EngineStats
+
+    # --- what clients ask ---
+
+    def submit(self, task: GenerationTask, now: float) -> list[Event]:
+        """Queue a task; a resumed stream that had got its last token already finishes at once.
+
+        Raises, with nothing changed: BadArgument or TooLarge for a task that is wrong for this model, NoSpace for
+        one that the whole pool could not hold, Conflict for a key or a sequence name that is in use.
+        """
+        check_task(task, self._config, self._cache.block_size)
+        if task.key in self._live:
+            raise Conflict(f"generation {task.key.hex()} has not ended yet")
+        num_tokens = len(task.prompt) + len(task.resume)
+        if num_tokens > self._capacity:
+            raise NoSpace(f"{num_tokens} tokens do not fit the pool of {self._capacity}", detail=self._capacity)
+        sequence = Sequence(task.seed, [*task.prompt, *task.resume], task.sequence)
+        self.sequences.begin(sequence)
+        generation = Generation(task, sequence, self._num_submitted, self._max_len(task), now)
+        self._num_submitted += 1
+        self._live[task.key] = generation
+        self._waiting.append(generation)
+        reason = generation.finish_reason()
+        return [] if reason is None else [self._finish(generation, reason, now)]
+
+    def cancel(self, key: bytes, now: float) -> list[Event]:
+        """End it for its client, who gets Cancelled. Nothing happens if it has ended or never was."""
+        return self.fail(key, Cancelled("cancelled by the client"), now)
+
+    def fail(self, key: bytes, error: KVCacheError, now: float) -> list[Event]:
+        """End it with an error. KV computed so far stays under its sequence's name, as after a cancel."""
+        generation = self._live.get(key)
+        return [] if generation is None else [self._fail(generation, error, now)]
+
+    def finish(self, key: bytes, reason: FinishReason, now: float) -> list[Event]:
+        """End it well for a reason that is not in the token ids, such as a stop string."""
+        generation = self._live.get(key)
+        return [] if generation is None else [self._finish(generation, reason, now)]
+
+    def pause(self, key: bytes) -> None:
+        """Take no further steps for it: its stream has all the unacknowledged tokens it may have."""
+        if key in self._live:
+            self._live[key].move(Change.PAUSE)
+
+    def resume(self, key: bytes) -> None:
+        """Its stream's window has room again."""
+        if key in self._live:
+            self._live[key].move(Change.RESUME)
+
+    # --- steps ---
+
+    def plan(self, now: float) -> Step:
+        """Choose the next forward pass; its batch is empty only when all that live are paused.
+
+        The blocks in the batch stay as they are until `commit`, whatever is cancelled in between.
+        """
+        assert self._in_step is None, "the step before was not committed"
+        events = self._expire(now)
+        chosen: tuple[Generation, ...] = ()
+        while not chosen:
+            # Again after each that found no room: it may have left the room that a waiting one needs.
+            events += self._admit(now)
+            candidate = self._next_in_turn()
+            if candidate is None:
+                break
+            if self._has_room(candidate, now, events):
+                chosen = (candidate,)
+        batch = tuple(self._slice(generation.sequence) for generation in chosen)
+        step = Step(tuple(generation.task.key for generation in chosen), batch, tuple(events))
+        if chosen:
+            self._in_step = (step, chosen)
+        return step
+
+    def commit(self, step: Step, sampled: AbstractSequence[int | None], now: float) -> list[Event]:
+        """Record that the step's batch was run.
+
+        sampled: one per slice, the new token where logits were wanted, else None. Those of generations that have
+        ended since the plan are ignored. Raises ValueError if there are not as many as slices.
+        """
+        assert self._in_step is not None, "no step was planned"
+        planned, generations = self._in_step
+        assert step is planned, "another step was planned"
+        if len(sampled) != len(step.batch):
+            raise ValueError(f"{len(sampled)} tokens were sampled for {len(step.batch)} slices")
+        self._in_step = None
+        self._totals["steps"] += 1
+        events: list[Event] = []
+        for generation, piece, token_id in zip(generations, step.batch, sampled, strict=True):
+            if generation.state is not State.FINISHED:
+                self.sequences.advance(generation.sequence, piece.start + len(piece.token_ids))
+                if piece.wants_logits:
+                    assert token_id is not None, "a slice that wants logits needs a sampled token"
+                    events += self._add_token(generation, token_id, now)
+        return events
+
+    def next_deadline(self) -> float:
+        """When to `plan` again even if nobody asks anything: the first deadline, or `math.inf`."""
+        return min((generation.task.deadline for generation in self._live.values()), default=math.inf)
+
+    # --- figures ---
+
+    def engine_stats(self) -> EngineStats:
+        """Generation so far. The figures of streams (gaps, pulls) are not the scheduler's, and 0."""
+        running = len(self._admitted)
+        return EngineStats(running=running, waiting=len(self._live) - running, **self._totals)
+
+    def pool_stats(self) -> PoolStats:
+        blocks, table = self._cache.pool.counts(), self.sequences.counts()
+        return PoolStats(
+            num_blocks=blocks.total,
+            free_blocks=blocks.free,
+            held_blocks=blocks.held,
+            cached_blocks=blocks.cached,
+            block_size=self._cache.block_size,
+            evictions=blocks.evictions,
+            lookup_tokens=table.lookup_tokens,
+            hit_tokens=table.hit_tokens,
+            preemptions=self._num_preempted,
+        )
+
+    # --- who is in: deadlines, admission, preemption ---
+
+    def _expire(self, now: float) -> list[Event]:
+        late = [generation for generation in self._live.values() if generation.task.deadline <= now]
+        return [self._fail(generation, DeadlineExceeded("the deadline has passed"), now) for generation in late]
+
+    def _admit(self, now: float) -> list[Event]:
+        """Let in, in order of arrival, whom there is room for; the first who must wait keeps all behind waiting."""
+        events: list[Event] = []
+        for generation in [waiting for waiting in self._waiting if waiting.state is State.WAITING]:
+            if self._num_active() >= self._config.max_running:
+                break
+            if not self._try_admit(generation, now):
+                if self._admitted:
+                    break
+                events.append(self._fail(generation, NoSpace("all blocks of the pool are pinned"), now))
+            elif generation.admitted_at is None:
+                events.append(self._start(generation, now))
+        return events
+
+    def _try_admit(self, generation: Generation, now: float) -> bool:
+        """Give it blocks; when only paused ones hold the room it needs, they yield. False if it must wait."""
+        sequence = generation.sequence
+        num_blocks = self._blocks_to_start(generation)
+        while self.sequences.admit(sequence, num_blocks, now) is None:
+            if not self._admitted or self._num_active() > 0:
+                return False
+            self._preempt(self._victim())
+        self._waiting.remove(generation)
+        self._admitted[generation] = None
+        generation.move(Change.ADMIT)
+        return True
+
+    def _start(self, generation: Generation, now: float) -> Started:
+        prompt_tokens = len(generation.task.prompt)
+        generation.admitted_at = now
+        generation.cached_tokens = min(generation.sequence.num_computed, prompt_tokens)
+        self._totals["prompt_tokens"] += prompt_tokens
+        self._totals["cached_tokens"] += generation.cached_tokens
+        return Started(generation.task.key, prompt_tokens, generation.cached_tokens)
+
+    def _has_room(self, generation: Generation, now: float, events: list[Event]) -> bool:
+        """Have blocks for its next slice, taken from the youngest if need be; False if that was itself."""
+        num_tokens = generation.sequence.num_computed + self._num_next(generation.sequence)
+        while not self.sequences.grow(generation.sequence, num_tokens, now):
+            victim = self._victim()
+            if victim is not generation:
+                self._preempt(victim)
+            elif len(self._admitted) > 1:
+                self._preempt(generation)
+                return False
+            else:
+                events.append(self._fail(generation, NoSpace("all other blocks of the pool are pinned"), now))
+                return False
+        return True
+
+    def _victim(self) -> Generation:
+        return max(self._admitted, key=lambda generation: (generation.state is State.PAUSED, generation.number))
+
+    def _preempt(self, generation: Generation) -> None:
+        generation.move(Change.PREEMPT)
+        self.sequences.release(generation.sequence)
+        del self._admitted[generation]
+        insort(self._waiting, generation, key=lambda waiting: waiting.number)
+        self._num_preempted += 1
+
+    # --- whose turn it is, and what they compute ---
+
+    def _next_in_turn(self) -> Generation | None:
+        decode, prefill = next(self._in_state(State.DECODE), None), next(self._in_state(State.PREFILL), None)
+        num_decodes = sum(1 for _ in self._in_state(State.DECODE))
+        if prefill is not None and self._turns_since_prefill >= num_decodes:
+            self._turns_since_prefill = 0
+            return self._take_turn(prefill)
+        if decode is None:
+            return None
+        self._turns_since_prefill += 1
+        return self._take_turn(decode)
+
+    def _take_turn(self, generation: Generation) -> Generation:
+        del self._admitted[generation]
+        self._admitted[generation] = None
+        return generation
+
+    def _in_state(self, state: State) -> Iterator[Generation]:
+        return (generation for generation in self._admitted if generation.state is state)
+
+    def _num_active(self) -> int:
+        return sum(1 for generation in self._admitted if generation.state is not State.PAUSED)
+
+    def _num_next(self, sequence: Sequence) -> int:
+        return min(len(sequence.token_ids) - sequence.num_computed, self._config.max_tokens_per_step)
+
+    def _slice(self, sequence: Sequence) -> Slice:
+        stop = sequence.num_computed + self._num_next(sequence)
+        return Slice(
+            token_ids=tuple(sequence.token_ids[sequence.num_computed : stop]),
+            start=sequence.num_computed,
+            block_table=tuple(sequence.block_table),
+            wants_logits=stop == len(sequence.token_ids),
+        )
+
+    def _max_len(self, task: GenerationTask) -> int:
+        """All tokens it may come to. The last one needs no slot, so a full pool holds all but that."""
+        return min(len(task.prompt) + task.max_tokens, self._config.max_model_len, self._capacity + 1)
+
+    def _blocks_to_start(self, generation: Generation) -> int:
+        """Blocks for its tokens and one more to grow into, unless it will not grow that far."""
+        size = self._cache.block_size
+        in_use = -(-len(generation.sequence.token_ids) // size)
+        at_most = -(-(generation.max_len - 1) // size)
+        return min(in_use + 1, at_most)
+
+    # --- tokens and ends ---
+
+    def _add_token(self, generation: Generation, token_id: int, now: float) -> list[Event]:
+        if generation.state is State.PREFILL:
+            generation.move(Change.PREFILLED)
+        if generation.first_token_at is None:
+            generation.first_token_at = now
+        token = Sampled(generation.task.key, generation.num_outputs, token_id)
+        generation.sequence.append(token_id)
+        self._totals["completion_tokens"] += 1
+        reason = generation.finish_reason()
+        return [token] if reason is None else [token, self._finish(generation, reason, now)]
+
+    def _finish(self, generation: Generation, reason: FinishReason, now: float) -> Finished:
+        usage = generation.usage(now)
+        self._end(generation)
+        self._totals["finished"] += 1
+        return Finished(generation.task.key, reason, usage)
+
+    def _fail(self, generation: Generation, error: KVCacheError, now: float) -> Failed:
+        usage = generation.usage(now)
+        self._end(generation)
+        self._totals["cancelled" if isinstance(error, Cancelled) else "failed"] += 1
+        return Failed(generation.task.key, error, usage)
+
+    def _end(self, generation: Generation) -> None:
+        """Forget it; its KV goes to its name or back to the pool."""
+        if generation.state in (State.WAITING, State.PARKED):
+            self._waiting.remove(generation)
+        else:
+            del self._admitted[generation]
+        generation.move(Change.END)
+        del self._live[generation.task.key]
+        self.sequences.end(generation.sequence)

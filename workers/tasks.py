@@ -1,0 +1,124 @@
+"""What the scheduler is asked, what it answers, and its limits: plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bus.errors import KVCacheError
+from bus.messages import FinishReason
+from kvcache.hashing import HashSeed
+from workers.batch import Slice
+from workers.keys import SequenceKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one model's scheduler. Raises ValueError unless all are at least 1.
+
+    max_model_len: tokens of prompt and output together. max_tokens_per_step: the most one forward pass computes.
+    max_running: generations that hold blocks and may take steps, at most.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    max_tokens_per_step: int = 256
+    max_running: int = 64
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTask:
+    """One prompt to go on from.
+
+    key: names the generation until it ends; unique among those that have not.
+    prompt, resume: token ids. `resume` are output tokens that an earlier attempt already delivered: they count
+    as output, and the next token's index is `len(resume)`.
+    eos_ids end the output unless `ignore_eos`; stop_ids always do; neither before `min_tokens` output tokens.
+    sequence: the client's name for the KV, which then outlives the generation; None for none.
+    deadline: monotonic seconds.
+    """
+
+    key: bytes
+    prompt: tuple[int, ...]
+    seed: HashSeed
+    max_tokens: int
+    min_tokens: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    sequence: SequenceKey | None = None
+    resume: tuple[int, ...] = ()
+    deadline: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a generation took. Tokens are counted, times are seconds.
+
+    cached_tokens: prompt tokens found in the pool when it was first admitted. completion_tokens: with `resume`.
+    queued_s: until first admitted. prefill_s: from then to the first new token. decode_s: from there to the end.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    queued_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Admitted for the first time."""
+
+    key: bytes
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Output token number `index` (from 0, `resume` included). An end-of-sequence token is reported too."""
+
+    key: bytes
+    index: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The good end."""
+
+    key: bytes
+    reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The bad end."""
+
+    key: bytes
+    error: KVCacheError
+    usage: Usage
+
+
+Event: TypeAlias = Started | Sampled | Finished | Failed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One forward pass to run, and what happened while it was planned.
+
+    keys, batch: the generations in it and their slices, in the same order; both empty when nothing can run.
+    """
+
+    keys: tuple[bytes, ...]
+    batch: tuple[Slice, ...]
+    events: tuple[Event, ...]
