@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus.errors import InternalError
+from bus.messages import Sampling
+from workers.sampling import Draw, sample, uniform
+
+VECTORS = [0.011546754286331562, 0.3035680343067586, 0.5023796042735054, 0.1653810847067234]
+TOKENS = [96, 83, 97, 67, 99, 99, 96, 84]
+
+
+def draw_of(position: int = 0, banned_ids: tuple[int, ...] = (), **parameters: Any) -> Draw:  # noqa: ANN401
+    return Draw(sampling=Sampling(**parameters), position=position, banned_ids=banned_ids)
+
+
+def draw_many(logits: list[float], count: int, **parameters: Any) -> Counter[int | InternalError]:  # noqa: ANN401
+    rows = torch.tensor(logits).repeat(count, 1)
+    return Counter(sample(rows, [draw_of(position, **parameters) for position in range(count)]))
+
+
+def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 0.0]])
+    assert sample(logits, [draw_of(temperature=0.0)] * 2) == [1, 0]
+
+
+def test_same_seed_and_position_draw_the_same_token_in_any_batch() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(20, 500)
+    draws = [draw_of(position, seed=position % 3) for position in range(20)]
+    together = sample(rows.clone(), draws)
+    apart = [sample(rows[i : i + 1].clone(), draws[i : i + 1])[0] for i in reversed(range(20))]
+    assert together == apart[::-1]
+
+
+def test_seed_means_what_it_always_meant() -> None:
+    """Changing these numbers changes what a user's seed gives: a new major version."""
+    assert [uniform(0, 0), uniform(1, 0), uniform(0, 1), uniform(2**63 - 1, 10**6)] == pytest.approx(VECTORS, abs=0)
+    rows = torch.linspace(-2, 2, 100).repeat(8, 1)
+    draws = [draw_of(position, seed=42, top_k=50, top_p=0.9) for position in range(8)]
+    assert sample(rows, draws) == TOKENS
+
+
+def test_uniform_numbers_of_neighbouring_positions_are_spread_evenly() -> None:
+    numbers = [uniform(7, position) for position in range(4000)]
+    assert min(numbers) >= 0.0
+    assert max(numbers) < 1.0
+    assert sum(numbers) / 4000 == pytest.approx(0.5, abs=0.02)
+    both_low = sum(a < 0.5 and b < 0.5 for a, b in pairwise(numbers))
+    assert both_low / 4000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_tokens_come_as_often_as_their_probability() -> None:
+    counts = draw_many([math.log(p) for p in (0.5, 0.3, 0.15, 0.05)], 4000)
+    for token, probability in enumerate((0.5, 0.3, 0.15, 0.05)):
+        assert counts[token] / 4000 == pytest.approx(probability, abs=0.03)
+
+
+def test_low_temperature_sharpens_and_high_temperature_flattens() -> None:
+    logits = [2.0, 1.0, 0.0]
+    assert draw_many(logits, 500, temperature=0.05)[0] == 500
+    assert min(draw_many(logits, 3000, temperature=50.0).values()) > 900
+
+
+def test_top_k_keeps_the_likeliest_and_lower_ids_of_equals() -> None:
+    assert set(draw_many([1.0, 3.0, 3.0, 3.0, 0.0], 300, top_k=2)) == {1, 2}
+    assert set(draw_many([5.0, 1.0, 1.0, 1.0], 300, top_k=2, temperature=9.0)) == {0, 1}
+
+
+def test_top_k_larger_than_the_vocabulary_keeps_all() -> None:
+    assert set(draw_many([0.0, 0.0, 0.0], 300, top_k=50)) == {0, 1, 2}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = [math.log(p) for p in (0.2, 0.5, 0.3)]
+    assert set(draw_many(logits, 300, top_p=0.5)) == {1}
+    assert set(draw_many(logits, 300, top_p=0.51)) == {1, 2}
+    assert set(draw_many(logits, 300, top_p=0.81)) == {0, 1, 2}
+    assert set(draw_many(logits, 50, top_p=1e-9)) == {1}
+
+
+def test_top_p_is_taken_of_what_top_k_left() -> None:
+    """0.4 + 0.3 of 0.9 reach 0.75 once the rest is renormalised, of 1 they would not."""
+    logits = [math.log(p) for p in (0.4, 0.3, 0.2, 0.1)]
+    assert set(draw_many(logits, 300, top_k=3, top_p=0.75)) == {0, 1}
+
+
+def test_top_p_over_a_flat_vocabulary_needs_more_than_its_first_guess() -> None:
+    rows = torch.zeros(40, 5000)
+    rows[:, :2500] = 0.001
+    tokens = sample(rows, [draw_of(position, top_p=0.45) for position in range(40)])
+    assert all(isinstance(token, int) and token < 2500 for token in tokens)
+    assert len(set(tokens)) > 30
+
+
+def test_banned_token_never_comes_not_even_greedily() -> None:
+    logits = torch.tensor([[9.0, 1.0, 0.0]]).repeat(50, 1)
+    draws = [draw_of(position, banned_ids=(0,), temperature=float(position % 2)) for position in range(50)]
+    assert 0 not in sample(logits, draws)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_logits_fail_their_own_row_only(bad: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, bad], [1.0, 0.0]])
+    first, broken, last = sample(logits, [draw_of(temperature=0.0), draw_of(position=17), draw_of(temperature=0.0)])
+    assert (first, last) == (1, 0)
+    assert isinstance(broken, InternalError)
+    assert "position 17" in str(broken)
+
+
+def test_rows_and_draws_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match="2 rows of logits for 1 draws"):
+        sample(torch.zeros(2, 3), [draw_of()])
+
+
+@given(
+    logits=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=40),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0.01, 1.0),
+    temperature=st.floats(0.01, 100.0),
+    position=st.integers(0, 2**40),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_drawn_token_is_always_one_that_the_cuts_leave(
+    logits: list[float], top_k: int, top_p: float, temperature: float, position: int, seed: int
+) -> None:
+    (token,) = sample(
+        torch.tensor([logits]), [draw_of(position, top_k=top_k, top_p=top_p, temperature=temperature, seed=seed)]
+    )
+    assert isinstance(token, int)
+    rank = sorted(range(len(logits)), key=lambda index: (-logits[index], index)).index(token)
+    if top_k:
+        assert rank < top_k
+    weights = [math.exp((value - max(logits)) / temperature) for value in logits]
+    kept = sorted(weights, reverse=True)[: top_k or None]
+    assert sum(kept[:rank]) / sum(kept) <= top_p + 1e-6
