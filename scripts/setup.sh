@@ -2,8 +2,8 @@
 # Make the development environment, or bring it up to date. Safe to run any number of times.
 #
 # Uses the active virtual or conda environment, else makes .venv at the root. PYTHON names the interpreter to make it
-# with. Nothing is installed when setup.cfg and pyproject.toml have not changed since the last time, or when
-# KVCACHE_PYTHON names the Python of an environment that somebody else looks after.
+# with. Nothing is installed when the requirements have not changed since the last time, or when KVCACHE_PYTHON names
+# the Python of an environment that somebody else looks after.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 cd "$root"
@@ -32,8 +32,9 @@ make_environment() {
     }
 }
 
-# What the installed environment depends on: the two files, and the checkout that an editable install points at.
-fingerprint() { (printf '%s\n' "$root" && cat setup.cfg pyproject.toml) | cksum; }
+# What the installed environment depends on: the metadata, which stands above the settings of the tools, and the
+# checkout that an editable install points at.
+fingerprint() { (printf '%s\n' "$root" && sed '/^\[tool:pytest\]/q' setup.cfg && cat pyproject.toml) | cksum; }
 
 is_current() {
     [[ -f $stamp && "$(<"$stamp")" == "$(fingerprint)" ]] &&
