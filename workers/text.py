@@ -1,0 +1,256 @@
+"""Text to tokens and back: prompts in, an exact stream of text out.
+
+`Tokenizer` wraps a model's own tokenizer and chat template, both from its folder (transformers renders the
+template in a sandboxed jinja). `TextStream` turns tokens into text as they come and looks for stop strings.
+Its output is a function of the token list alone, so a stream that resumes elsewhere replays the tokens there
+are and goes on with the next character. No torch.
+
+    tokens decoded so far    |------------------------------------|
+    text released            |--------------------|
+                                                  |- held back ---|  may yet change (a character with bytes
+                                                                     still to come) or become a stop string
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bus.errors import BadArgument, TokenizerError, TooLarge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"
+"""What decoders put for bytes that are no character, or not yet."""
+MAX_UNFINISHED = 3
+"""Bytes of a UTF-8 character that can be there before its last; some decoders show one mark for each."""
+WINDOW_TOKENS = 16
+"""Decode again from the last place known good once this many tokens have come since."""
+ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+
+class Tokenizer:
+    """A model's tokenizer with limits and typed errors.
+
+    vocab_size: the model's, which token ids from outside are held to. max_prompt_bytes: utf-8, checked before
+    any tokenizing, so that a huge prompt costs nothing.
+    """
+
+    def __init__(self, inner: PreTrainedTokenizerBase, *, vocab_size: int, max_prompt_bytes: int) -> None:
+        self._inner: Any = inner
+        self._vocab_size = vocab_size
+        self._max_prompt_bytes = max_prompt_bytes
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens the model begins with.
+
+        Raises TooLarge, BadArgument if no token comes of it, TokenizerError if the tokenizer fails.
+        """
+        self._check_bytes(prompt)
+        return self._tokenize(prompt, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[object]) -> list[int]:
+        """Token ids of a conversation rendered by the model's chat template, up to where the answer begins.
+
+        messages: mappings of `role` and `content`, both text. Raises as `encode` does, BadArgument for a
+        malformed message, TokenizerError if the model has no template or the template refuses the messages.
+        """
+        conversation = _as_conversation(messages)
+        self._check_bytes("".join(message["content"] for message in conversation))
+        if not self._inner.chat_template:
+            raise TokenizerError("the model has no chat template; send a prompt or token ids")
+        try:
+            rendered = self._inner.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything
+            raise TokenizerError(f"the chat template failed: {type(error).__name__}: {error}") from error
+        self._check_bytes(rendered)
+        # The template writes the special tokens itself.
+        return self._tokenize(rendered, add_special_tokens=False)
+
+    def check_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """Token ids from outside, as they are. Raises BadArgument for none, or one the model does not have."""
+        if not token_ids:
+            raise BadArgument("the prompt has no tokens")
+        for position, token in enumerate(token_ids):
+            if not 0 <= token < self._vocab_size:
+                raise BadArgument(f"token id {token} at {position} is not in 0..{self._vocab_size - 1}")
+        return list(token_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a token list, special tokens left out, bytes that are no character as U+FFFD."""
+        try:
+            text = self._inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        except Exception as error:  # foreign code over a foreign vocabulary
+            raise TokenizerError(f"the tokenizer failed to decode: {type(error).__name__}: {error}") from error
+        return str(text)
+
+    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            token_ids = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        except Exception as error:  # foreign code over a user's text
+            raise TokenizerError(f"the tokenizer failed: {type(error).__name__}: {error}") from error
+        return self.check_ids(token_ids)
+
+    def _check_bytes(self, text: str) -> None:
+        # Characters are at most 4 bytes, so most prompts need no encoding to be known small.
+        if len(text) * 4 <= self._max_prompt_bytes:
+            return
+        size = len(text.encode(errors="surrogatepass"))
+        if size > self._max_prompt_bytes:
+            raise TooLarge(f"the prompt has {size} bytes; the limit is {self._max_prompt_bytes}")
+
+
+def _as_conversation(messages: Sequence[object]) -> list[dict[str, str]]:
+    """The messages with nothing in them but what every template knows."""
+    if not messages:
+        raise BadArgument("messages is empty; it needs at least one message")
+    conversation: list[dict[str, str]] = []
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+            raise BadArgument(f"message {position} must be an object of role and content, nothing else")
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadArgument(f"message {position} has role {role!r:.40}; roles are {', '.join(sorted(ROLES))}")
+        if not isinstance(content, str):
+            raise BadArgument(f"message {position} has content of type {type(content).__name__}; it must be text")
+        conversation.append({"role": role, "content": content})
+    return conversation
+
+
+class Decoder(Protocol):
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of a token list."""
+        ...
+
+
+class Detokenizer:
+    """Text of a growing token list, released as soon as no further token can change it.
+
+    The pieces joined, `finish()` last, are the decoding of the whole list for byte-level tokenizers, whatever
+    the bytes; for byte-fallback ones (Llama 2's kind), whenever the bytes are valid UTF-8. A decoder may look at
+    neighbouring tokens (leading spaces, byte runs), so it is always given a window that begins a few tokens back.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._window: list[int] = []
+        self._text = ""
+        self._released = ""
+
+    def push(self, token: int) -> str:
+        """The text that this token settles; often empty, sometimes more than its own."""
+        self._window.append(token)
+        self._text = self._decoder.decode(self._window)
+        # Byte fallback decodes a run of bytes as one: an unfinished character at its end spoils those before it,
+        # until it is finished. While the text contradicts what was released, nothing is settled.
+        if not self._text.startswith(self._released):
+            return ""
+        piece = self._release(_settled_len(self._text))
+        if self._released == self._text and len(self._window) >= 2 * WINDOW_TOKENS:
+            self._shorten()
+        return piece
+
+    def finish(self) -> str:
+        """What is still held back: an unfinished character, as U+FFFD."""
+        return self._release(len(self._text))
+
+    def _release(self, until: int) -> str:
+        piece = self._text[len(self._released) : until]
+        self._released += piece
+        return piece
+
+    def _shorten(self) -> None:
+        """Forget all but the last tokens, if those show some text to go on from."""
+        kept = self._window[-WINDOW_TOKENS:]
+        text = self._decoder.decode(kept)
+        if text and not text.startswith(REPLACEMENT):
+            self._window, self._text, self._released = kept, text, text
+
+
+def _settled_len(text: str) -> int:
+    """Length of `text` without the marks at its end that later bytes may turn into a character."""
+    tail = text[-MAX_UNFINISHED:]
+    return len(text) - (len(tail) - len(tail.rstrip(REPLACEMENT)))
+
+
+class StopStrings:
+    """Passes text through until a stop string is complete, which is left out together with all after it.
+
+    The first to be complete ends the text, and of those that end together the longest; so it does not matter
+    how the text is cut into pieces. Text that may still become a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(stops):
+            raise BadArgument("a stop string is empty")
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """The text released by more text."""
+        if self.is_stopped:
+            return ""
+        if not self._stops:
+            return text
+        text = self._held + text
+        end, start = min(
+            ((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0), default=(0, -1)
+        )
+        if end:
+            self.is_stopped, self._held = True, ""
+            return text[:start]
+        keep = self._may_become_stop(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back and became no stop string after all."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_become_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that begins a stop string."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stops):
+                return length
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """What one token releases. `is_stopped`: a stop string is complete, and no more text will come."""
+
+    text: str
+    is_stopped: bool
+
+
+class TextStream:
+    """One generation's output as text: push every output token, then `finish`.
+
+    `replay(tokens)` brings a new stream to where another one was after the same tokens.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(decoder)
+        self._stops = StopStrings(stops)
+
+    def push(self, token: int) -> TextPiece:
+        """The text that this token releases. Raises TokenizerError if it cannot be decoded."""
+        text = self._stops.push(self._detokenizer.push(token))
+        return TextPiece(text, self._stops.is_stopped)
+
+    def replay(self, tokens: Sequence[int]) -> TextPiece:
+        """Push many at once; all the text they release together."""
+        text = "".join(self.push(token).text for token in tokens)
+        return TextPiece(text, self._stops.is_stopped)
+
+    def finish(self) -> TextPiece:
+        """The rest, when no more tokens come; empty after a stop string."""
+        text = self._stops.push(self._detokenizer.finish())
+        return TextPiece(text + self._stops.finish(), self._stops.is_stopped)
