@@ -79,9 +79,12 @@ class ModelRegistry:
         self.home = home.expanduser()
         self._operator: dict[str, ModelSource] = {}
         for entry in named:
-            source = self._named_at_start(entry)
-            if source is not None:
-                self._add(source)
+            self._add(self._named_at_start(entry))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The models named at start, by the names they answer to, in the order given."""
+        return tuple(self._operator)
 
     @property
     def models_dir(self) -> Path:
@@ -113,18 +116,18 @@ class ModelRegistry:
         merged = found | built_in | self._operator
         return tuple(replace(merged[name], is_present=_is_model_folder(merged[name].path)) for name in sorted(merged))
 
-    def _named_at_start(self, entry: str) -> ModelSource | None:
-        """None if the name needs no entry of its own: it is built in or cached."""
-        if entry in {source.name for source in self.list_models()}:
-            return None
+    def _named_at_start(self, entry: str) -> ModelSource:
+        known = {source.name: source for source in self.list_models()}
+        if entry in known:
+            return known[entry]
         folder = Path(entry).expanduser()
         if entry and "\0" not in entry and folder.is_dir():
             folder = folder.resolve()
             return ModelSource(name=folder.name, kind=ModelKind.FOLDER, path=folder, is_present=True)
         if _HUB_ID.fullmatch(entry):
             return self._in_cache(entry, ModelKind.HUB)
-        known = ", ".join(source.name for source in self.list_models())
-        raise BadArgument(f"model {entry!r} is neither a known name ({known}), nor a folder, nor a hub id (org/name)")
+        names = ", ".join(sorted(known))
+        raise BadArgument(f"model {entry!r} is neither a known name ({names}), nor a folder, nor a hub id (org/name)")
 
     def _add(self, source: ModelSource) -> None:
         other = self._operator.get(source.name)

@@ -240,6 +240,10 @@ class TextStream:
         self._detokenizer = Detokenizer(decoder)
         self._stops = StopStrings(stops)
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._stops.is_stopped
+
     def push(self, token: int) -> TextPiece:
         """The text that this token releases. Raises TokenizerError if it cannot be decoded."""
         text = self._stops.push(self._detokenizer.push(token))

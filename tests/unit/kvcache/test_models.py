@@ -131,8 +131,11 @@ def test_operator_names_nothing_that_exists(tmp_path: Path, entry: str) -> None:
         ModelRegistry(tmp_path, [entry])
 
 
-def test_naming_the_built_in_model_adds_nothing(tmp_path: Path) -> None:
-    assert len(ModelRegistry(tmp_path, ["smollm2"]).list_models()) == 1
+def test_named_models_are_told_by_the_names_they_answer_to_in_order(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "my-llama")
+    registry = ModelRegistry(tmp_path / "home", [str(folder), "smollm2", "org/name"])
+    assert registry.named == ("my-llama", "smollm2", "org/name")
+    assert len(registry.list_models()) == 3
 
 
 def test_pull_of_an_unknown_name_is_refused_before_anything_is_made(tmp_path: Path) -> None:
