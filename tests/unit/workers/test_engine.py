@@ -1,0 +1,515 @@
+"""The engine over a tiny real model: what its thread answers, and what one fault may harm."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bus.errors import BadArgument, Conflict, InternalError, KVCacheError, ModelNotFound, ModelUnavailable, NotFound
+from bus.messages import FinishReason, ModelState, PromptKind, Sampling
+from bus.streams import token_bytes
+from tests.unit.workers.conftest import EOS_ID, Family
+from workers.batch import Batch
+from workers.engine import EngineThread, JobThread
+from workers.engine_api import (
+    Admitted,
+    Answered,
+    Broke,
+    DropKV,
+    Ended,
+    Event,
+    Forgotten,
+    Hold,
+    ListKV,
+    Load,
+    MeasureKV,
+    PinKV,
+    Proceed,
+    Produced,
+    ReadKV,
+    ReadResult,
+    Retained,
+    RunId,
+    Start,
+    Stop,
+    Ticket,
+    UnpinKV,
+)
+from workers.host import RETRY_LOAD_S, Host, Job
+from workers.keys import SequenceKey
+from workers.slot import Draw, Model
+from workers.torch_model import LoadOptions, TorchModel, TorchModels
+
+PROMPT = (5, 9, 2, 7, 11, 3, 8, 1, 4, 6)
+GREEDY = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+class FakeModels:
+    """Names with a way to load each; counts the loads."""
+
+    def __init__(self, **ways: Callable[[], Model]) -> None:
+        self._ways = ways
+        self.num_loads = 0
+
+    @property
+    def default(self) -> str:
+        return next(iter(self._ways))
+
+    def names(self) -> list[str]:
+        return list(self._ways)
+
+    def check(self, name: str) -> None:
+        if name not in self._ways:
+            raise ModelNotFound(f"no model named {name!r}")
+
+    def load(self, name: str) -> Model:
+        self.num_loads += 1
+        return self._ways[name]()
+
+
+class Bench:
+    """A host whose jobs wait until they are run; time stands still unless a test moves it."""
+
+    def __init__(self, models: FakeModels, *, shares_prefixes: bool = True) -> None:
+        self.jobs: list[Job] = []
+        self.now = 0.0
+        self.host = Host(
+            models,
+            load=self.jobs.append,
+            encode=self.jobs.append,
+            max_tokens_per_step=4,
+            shares_prefixes=shares_prefixes,
+        )
+
+    def tell(self, *commands: Any) -> list[Event]:  # noqa: ANN401  # any command
+        for command in commands:
+            self.host.handle(command, self.now)
+        return self.host.take_events()
+
+    def work(self) -> None:
+        """Run the jobs that wait, and those that follow from them."""
+        while self.jobs:
+            self.host.handle(self.jobs.pop(0)(), self.now)
+
+    def run(self) -> list[Event]:
+        """Jobs and steps until there is nothing left to do."""
+        self.work()
+        events: list[Event] = []
+        while self.host.step(self.now):
+            events += self.host.take_events()
+            self.work()
+        return events + self.host.take_events()
+
+
+def start(
+    run: int,
+    prompt: Sequence[int] = PROMPT,
+    *,
+    model: str = "",
+    sampling: Sampling = GREEDY,
+    resume: tuple[int, ...] = (),
+    seq_id: str = "",
+    kind: PromptKind = PromptKind.TOKENS,
+    data: bytes | None = None,
+    tenant: str = "t",
+) -> Start:
+    return Start(
+        run=run_id(run),
+        tenant=tenant,
+        model=model,
+        kind=kind,
+        prompt=token_bytes(prompt) if data is None else data,
+        resume=resume,
+        sampling=sampling,
+        seq_id=seq_id,
+        cache_salt="",
+        deadline=math.inf,
+    )
+
+
+def run_id(number: int) -> RunId:
+    return RunId(number.to_bytes(8, "big"))
+
+
+def tokens_of(events: Sequence[Event], run: int) -> list[int]:
+    return [token for e in events if isinstance(e, Produced) and e.run == run_id(run) for token in e.tokens]
+
+
+def text_of(events: Sequence[Event], run: int) -> str:
+    return "".join(text for e in events if isinstance(e, Produced) and e.run == run_id(run) for text in e.texts)
+
+
+def only(events: Sequence[Event], kind: type[Any]) -> Any:  # noqa: ANN401  # the event of that kind
+    found = [event for event in events if isinstance(event, kind)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.fixture
+def make(family: Family) -> Callable[[], TorchModel]:
+    return lambda: TorchModel(family.loaded, family.make_kv())
+
+
+@pytest.fixture
+def bench(make: Callable[[], TorchModel]) -> Bench:
+    return Bench(FakeModels(tiny=make))
+
+
+def test_a_generation_is_admitted_produces_the_models_own_tokens_and_ends(bench: Bench, family: Family) -> None:
+    bench.tell(start(1))
+    events = bench.run()
+    assert tokens_of(events, 1) == family.plain_greedy(PROMPT, 6)
+    assert isinstance(events[0], Admitted)
+    assert (events[0].prompt_tokens, events[0].cached_tokens) == (10, 0)
+    end = only(events, Ended)
+    assert (end.finish_reason, end.prompt_tokens) == (FinishReason.LENGTH, 10)
+    assert events[-1] == end
+
+
+def test_a_model_loads_once_however_many_wait_for_it(make: Callable[[], TorchModel]) -> None:
+    models = FakeModels(tiny=make)
+    bench = Bench(models)
+    bench.tell(Load("tiny"), start(1), start(2, model="tiny"))
+    assert bench.host.figures().models[0].state == ModelState.LOADING
+    events = bench.run()
+    assert models.num_loads == 1
+    assert len(tokens_of(events, 1)) == len(tokens_of(events, 2)) == 6
+    assert bench.host.figures().models[0].state == ModelState.READY
+
+
+def test_an_unknown_model_breaks_only_its_own_request_and_leaves_no_trace(bench: Bench) -> None:
+    events = bench.tell(start(1, model="../../etc"), start(2))
+    assert isinstance(only(events, Broke).error, ModelNotFound)
+    assert [model.name for model in bench.host.figures().models] == ["tiny"]
+    assert len(tokens_of(bench.run(), 2)) == 6
+
+
+def test_a_failed_load_is_told_to_all_who_wait_and_tried_again_only_after_a_pause(
+    make: Callable[[], TorchModel],
+) -> None:
+    outcomes: Iterator[Callable[[], Model]] = iter([_refuse, make])
+    models = FakeModels(good=make, bad=lambda: next(outcomes)())
+    bench = Bench(models)
+    bench.tell(start(1, model="bad"), start(2, model="bad"), start(3, model="good"))
+    events = bench.run()
+    assert [type(event.error) for event in events if isinstance(event, Broke)] == [ModelUnavailable, ModelUnavailable]
+    assert len(tokens_of(events, 3)) == 6
+    assert isinstance(only(bench.tell(start(4, model="bad")), Broke).error, ModelUnavailable)
+    assert models.num_loads == 2
+    bench.now = RETRY_LOAD_S
+    bench.tell(start(5, model="bad"))
+    assert len(tokens_of(bench.run(), 5)) == 6
+
+
+def _refuse() -> Model:
+    raise ModelUnavailable("the weights are truncated")
+
+
+def test_a_load_that_raises_anything_is_a_model_that_is_unavailable(caplog: pytest.LogCaptureFixture) -> None:
+    def explode() -> Model:
+        raise ZeroDivisionError("in foreign code")
+
+    bench = Bench(FakeModels(bad=explode))
+    bench.tell(start(1))
+    assert isinstance(only(bench.run(), Broke).error, ModelUnavailable)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_the_same_prefix_is_found_in_the_pool_the_second_time(bench: Bench) -> None:
+    bench.tell(start(1))
+    first = bench.run()
+    bench.tell(start(2))
+    second = bench.run()
+    assert only(second, Admitted).cached_tokens == 8
+    assert tokens_of(second, 2) == tokens_of(first, 1)
+
+
+def test_without_shared_prefixes_nothing_is_found(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(tiny=make), shares_prefixes=False)
+    bench.tell(start(1, seq_id="s"))
+    bench.run()
+    bench.tell(start(2, seq_id="s"))
+    assert only(bench.run(), Admitted).cached_tokens == 0
+
+
+def test_tenants_do_not_share_prefixes(bench: Bench) -> None:
+    bench.tell(start(1, tenant="a"))
+    bench.run()
+    bench.tell(start(2, tenant="b"))
+    assert only(bench.run(), Admitted).cached_tokens == 0
+
+
+@pytest.mark.parametrize("num_had", [1, 3, 5, 6])
+def test_a_resumed_generation_goes_on_with_the_same_tokens_and_text(bench: Bench, num_had: int) -> None:
+    bench.tell(start(1))
+    whole = bench.run()
+    tokens = tokens_of(whole, 1)
+    bench.tell(start(2, resume=tuple(tokens[:num_had])))
+    rest = bench.run()
+    assert tokens_of(rest, 2) == tokens[num_had:]
+    texts = [text for e in whole if isinstance(e, Produced) for text in e.texts]
+    assert text_of(rest, 2) == "".join(texts[num_had:])
+    assert only(rest, Ended).finish_reason is FinishReason.LENGTH
+
+
+def test_seeded_sampling_resumes_with_the_tokens_it_would_have_drawn(bench: Bench) -> None:
+    sampling = Sampling(max_tokens=8, temperature=1.5, seed=42, ignore_eos=True)
+    bench.tell(start(1, sampling=sampling))
+    tokens = tokens_of(bench.run(), 1)
+    bench.tell(start(2, sampling=sampling, resume=tuple(tokens[:3])))
+    assert tokens_of(bench.run(), 2) == tokens[3:]
+
+
+def test_a_stop_string_ends_the_output_before_it(bench: Bench) -> None:
+    long = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
+    bench.tell(start(1, sampling=long))
+    text = text_of(bench.run(), 1)
+    stop = next(c for c in text if c != "\ufffd")
+    bench.tell(start(2, sampling=Sampling(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(stop,))))
+    events = bench.run()
+    assert text_of(events, 2) == text[: text.index(stop)]
+    assert only(events, Ended).finish_reason is FinishReason.STOP
+    had = tuple(tokens_of(events, 2))
+    bench.tell(start(3, sampling=Sampling(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(stop,)), resume=had))
+    again = bench.run()
+    assert tokens_of(again, 3) == []
+    assert only(again, Ended).finish_reason is FinishReason.STOP
+
+
+def test_the_end_of_text_may_not_come_before_min_tokens(bench: Bench, family: Family) -> None:
+    first = family.plain_greedy(PROMPT, 1)[0]
+    stops_at_once = Sampling(max_tokens=6, temperature=0.0, stop_token_ids=(first,))
+    bench.tell(start(1, sampling=stops_at_once))
+    assert tokens_of(bench.run(), 1) == [first]
+    bench.tell(start(2, sampling=Sampling(max_tokens=6, min_tokens=3, temperature=0.0, stop_token_ids=(first,))))
+    tokens = tokens_of(bench.run(), 2)
+    assert len(tokens) >= 3
+    assert first not in tokens[:2]
+    assert EOS_ID not in tokens[:2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (PromptKind.TOKENS, b"\x01\x00\x00"),
+        (PromptKind.TOKENS, b""),
+        (PromptKind.TOKENS, token_bytes([100_000])),
+        (PromptKind.TEXT, b"\xff\xfe"),
+        (PromptKind.TEXT, b""),
+        (PromptKind.MESSAGES, b"[{}]"),
+        (PromptKind.MESSAGES, b"{"),
+        (PromptKind.MESSAGES, b'[{"role": "wizard", "content": "x"}]'),
+    ],
+)
+def test_a_prompt_that_is_wrong_is_refused_and_harms_nobody(bench: Bench, kind: PromptKind, data: bytes) -> None:
+    bench.tell(start(1, kind=kind, data=data), start(2))
+    events = bench.run()
+    assert isinstance(only(events, Broke).error, BadArgument)
+    assert len(tokens_of(events, 2)) == 6
+
+
+def test_text_and_messages_are_encoded_by_the_models_tokenizer(bench: Bench) -> None:
+    bench.tell(start(1, kind=PromptKind.TEXT, data=b"hello hello"))
+    assert only(bench.run(), Admitted).prompt_tokens > 0
+    bench.tell(start(2, kind=PromptKind.MESSAGES, data=b'[{"role": "user", "content": "hello"}]'))
+    assert only(bench.run(), Admitted).prompt_tokens > 5
+
+
+def test_stop_takes_effect_before_the_next_step(bench: Bench) -> None:
+    bench.tell(start(1), start(2))
+    bench.work()
+    bench.host.step(0.0)
+    bench.host.take_events()
+    bench.tell(Stop(run_id(1)))
+    events = bench.run()
+    assert tokens_of(events, 1) == []
+    assert len(tokens_of(events, 2)) == 6
+    assert bench.host.figures().engine.cancelled == 1
+    assert bench.host.figures().models[0].pool.held_blocks == 0
+
+
+def test_stop_reaches_a_request_whose_model_is_still_loading(bench: Bench) -> None:
+    bench.tell(start(1), Stop(run_id(1)))
+    assert bench.run() == []
+    assert bench.host.figures().engine.waiting == 0
+
+
+def test_a_held_generation_computes_nothing_until_it_may_proceed(bench: Bench) -> None:
+    bench.tell(start(1), Hold(run_id(1)))
+    assert tokens_of(bench.run(), 1) == []
+    bench.tell(Proceed(run_id(1)))
+    bench.work()
+    bench.host.step(0.0)
+    bench.host.step(0.0)
+    bench.host.step(0.0)  # three chunks of prefill, and with the last one a token
+    bench.tell(Hold(run_id(1)))
+    assert not bench.host.step(0.0)
+    bench.tell(Proceed(run_id(1)))
+    assert len(tokens_of(bench.run(), 1)) == 5
+
+
+def test_a_step_that_raises_fails_its_own_generation_and_the_engine_lives_on(
+    make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Flaky(TorchModel):
+        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+            if batch[0].token_ids[0] == 13:
+                raise RuntimeError("out of luck")
+            return super().compute(batch, draws)
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Flaky
+        return model
+
+    bench = Bench(FakeModels(tiny=load))
+    bench.tell(start(1, prompt=(13, 2, 3)), start(2))
+    events = bench.run()
+    broke = only(events, Broke)
+    assert (broke.run, type(broke.error)) == (run_id(1), InternalError)
+    assert "out of luck" in caplog.text
+    assert len(tokens_of(events, 2)) == 6
+
+
+def test_a_named_sequence_can_be_read_measured_listed_pinned_and_dropped(bench: Bench, family: Family) -> None:
+    key = SequenceKey("t", "chat")
+    bench.tell(start(1, seq_id="chat"))
+    events = bench.run()
+    assert Retained(key) in events
+    assert events.index(Retained(key)) < events.index(only(events, Ended))
+    tokens = [*PROMPT, *tokens_of(events, 1)]
+    shape = family.loaded.shape
+
+    assert bench.tell(MeasureKV(Ticket(1), key, 0)) == [Answered(Ticket(1), 15)]
+    read = only(bench.tell(ReadKV(Ticket(2), key, 1, 2, 9)), Answered).answer
+    assert isinstance(read, ReadResult)
+    assert (read.k.shape, read.length) == ((7, shape.num_kv_heads, shape.head_dim), 15)
+    past = family.plain(input_ids=_row(tokens[:15]), use_cache=True).past_key_values
+    keys = np.frombuffer(read.k_data, np.float32).reshape(read.k.shape)
+    np.testing.assert_allclose(keys, past.layers[1].keys[0].transpose(0, 1)[2:9].detach().numpy(), atol=1e-4)
+
+    (info,) = only(bench.tell(ListKV(Ticket(3), "t", "ch", "", 10)), Answered).answer
+    assert (info.seq_id, info.kind, info.num_tokens, info.pinned) == ("chat", "computed", 15, False)
+    assert bench.tell(PinKV(Ticket(4), key, 60.0)) == [Answered(Ticket(4), 1)]
+    (info,) = only(bench.tell(ListKV(Ticket(5), "t", "", "", 10)), Answered).answer
+    assert info.pinned
+    assert bench.tell(UnpinKV(Ticket(6), key)) == [Answered(Ticket(6), 1)]
+    assert only(bench.tell(ListKV(Ticket(7), "other", "", "", 10)), Answered).answer == ()
+
+    dropped = bench.tell(DropKV(Ticket(8), key))
+    assert dropped == [Forgotten(key), Answered(Ticket(8), shape.num_layers)]
+    assert isinstance(only(bench.tell(MeasureKV(Ticket(9), key, 0)), Answered).answer, NotFound)
+
+
+def _row(tokens: Sequence[int]) -> Any:  # noqa: ANN401  # a tensor
+    import torch
+
+    return torch.tensor([list(tokens)])
+
+
+def test_reading_what_is_not_there_is_an_answer_not_a_crash(bench: Bench) -> None:
+    key = SequenceKey("t", "chat")
+    bench.tell(start(1, seq_id="chat"))
+    bench.run()
+    answers = bench.tell(
+        ReadKV(Ticket(1), key, 99, 0, None), ReadKV(Ticket(2), key, 0, 5, 500), MeasureKV(Ticket(3), key, 99)
+    )
+    kinds = [type(event.answer) for event in answers if isinstance(event, Answered)]
+    assert kinds == [NotFound, BadArgument, NotFound]
+
+
+def test_a_sequence_that_is_being_generated_is_not_dropped(bench: Bench) -> None:
+    bench.tell(start(1, seq_id="chat"))
+    bench.work()
+    bench.host.step(0.0)
+    bench.host.take_events()
+    assert isinstance(only(bench.tell(DropKV(Ticket(1), SequenceKey("t", "chat"))), Answered).answer, Conflict)
+
+
+def test_going_on_with_a_name_reuses_all_of_it(bench: Bench) -> None:
+    bench.tell(start(1, seq_id="chat"))
+    first = tokens_of(bench.run(), 1)
+    bench.tell(start(2, prompt=[*PROMPT, *first, 17], seq_id="chat"))
+    assert only(bench.run(), Admitted).cached_tokens == 15
+
+
+def test_a_name_means_one_sequence_whichever_model_wrote_it(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(one=make, two=make))
+    key = SequenceKey("t", "s")
+    bench.tell(start(1, model="one", seq_id="s"))
+    bench.run()
+    bench.tell(start(2, model="two", seq_id="s"))
+    events = bench.run()
+    assert only(events, Forgotten) == Forgotten(key)
+    assert only(events, Retained) == Retained(key)
+    (info,) = only(bench.tell(ListKV(Ticket(1), "t", "", "", 10)), Answered).answer
+    assert info.seq_id == "s"
+
+
+async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: Callable[[], TorchModel]) -> None:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    events: list[Event] = []
+
+    def on_events(batch: Sequence[Event]) -> None:
+        assert asyncio.get_running_loop() is loop
+        events.extend(batch)
+        if any(isinstance(event, Ended) for event in batch):
+            ended.set()
+
+    with EngineThread(FakeModels(tiny=make), on_events, max_tokens_per_step=4) as engine:
+        assert "kvcache-engine" in {thread.name for thread in threading.enumerate()}
+        engine.send(start(1))
+        async with asyncio.timeout(10):
+            await ended.wait()
+        assert engine.figures().progress >= 6
+    assert len(tokens_of(events, 1)) == 6
+    assert "kvcache-engine" not in {thread.name for thread in threading.enumerate()}
+
+
+def _explode() -> None:
+    raise ZeroDivisionError("in a job")
+
+
+def test_a_job_that_raises_leaves_its_thread_to_the_next_one(caplog: pytest.LogCaptureFixture) -> None:
+    done = threading.Event()
+    thread = JobThread("kvcache-test")
+    thread.submit(_explode)
+    thread.submit(done.set)
+    assert done.wait(5.0)
+    thread.close()
+    assert thread.join(5.0)
+    assert "ZeroDivisionError" in caplog.text
+
+
+OPTIONS = LoadOptions(dtype="float32", device="cpu", max_model_len=None, block_size=4, threads=None)
+
+
+def test_named_models_share_the_memory_and_exclude_all_others(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    named = [str(model_dirs["llama"]), str(model_dirs["gpt2"])]
+    models = TorchModels(tmp_path, named, 1 << 20, OPTIONS)
+    assert (models.default, models.names()) == ("llama", ["llama", "gpt2"])
+    with pytest.raises(ModelNotFound, match="serves llama, gpt2"):
+        models.check("smollm2")
+    sizes = [facts.num_blocks * facts.block_bytes for facts in (models.load("llama").facts, models.load("gpt2").facts)]
+    assert all(1 << 18 < size <= 1 << 19 for size in sizes)
+
+
+def test_a_pool_too_small_for_a_block_is_a_model_that_is_unavailable(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    models = TorchModels(tmp_path, [str(model_dirs["llama"])], 100, OPTIONS)
+    with pytest.raises(ModelUnavailable, match="--kv-cache-memory-bytes"):
+        models.load("llama")
+
+
+def test_a_device_that_is_not_here_is_a_model_that_is_unavailable(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    options = LoadOptions(dtype="float32", device="abacus", max_model_len=None, block_size=4, threads=None)
+    with pytest.raises(ModelUnavailable, match="abacus"):
+        TorchModels(tmp_path, [str(model_dirs["llama"])], 1 << 20, options).load("llama")

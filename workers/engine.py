@@ -1,0 +1,129 @@
+"""The engine's thread: commands from the loop in, model steps, events to the loop out.
+
+    loop --commands--> inbox --> kvcache-engine: Host --events--> loop.call_soon_threadsafe
+                         ^            |
+                         '--results-- kvcache-load, kvcache-text
+
+One thread owns every scheduler, pool and model. Two more do what would make all streams wait, loading a
+model and turning a prompt into tokens, and hand their results in through the same inbox. A step is never
+interrupted: a command takes effect before the next one. Threads are daemons, so that a model that is still
+loading does not hold up the end of the process; `close` waits for the step that runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from workers.engine_api import Command, EngineFigures, OnEvents
+from workers.host import Host, Models, Result
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 5.0
+_IDLE_S = 60.0
+
+Job = Callable[[], None]
+
+
+class JobThread:
+    """A named thread that does one job after the other. A job that raises is logged; jobs answer for themselves."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Take no more jobs; the one that runs ends with the process if it must."""
+        self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end; False if it has not."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:  # the thread's outermost edge
+                log.exception("a job of thread %s failed", self._thread.name)
+
+
+class EngineThread:
+    """Runs a `Host` beside the loop it was made in. `with` it, or `close` it."""
+
+    def __init__(
+        self, models: Models, on_events: OnEvents, *, max_tokens_per_step: int, shares_prefixes: bool = True
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_events = on_events
+        self._inbox: queue.SimpleQueue[Command | Result | None] = queue.SimpleQueue()
+        self._loader = JobThread("kvcache-load")
+        self._text = JobThread("kvcache-text")
+        self._host = Host(
+            models,
+            load=lambda job: self._loader.submit(lambda: self._inbox.put(job())),
+            encode=lambda job: self._text.submit(lambda: self._inbox.put(job())),
+            max_tokens_per_step=max_tokens_per_step,
+            shares_prefixes=shares_prefixes,
+        )
+        self._figures = self._host.figures()
+        self._thread = threading.Thread(target=self._run, name="kvcache-engine", daemon=True)
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """Hand over a command; never blocks."""
+        self._inbox.put(command)
+
+    def figures(self) -> EngineFigures:
+        """The latest snapshot: a frozen value that the engine replaces after each step."""
+        return self._figures
+
+    def close(self) -> None:
+        """End the engine after the step that runs. Events not yet delivered are lost."""
+        self._inbox.put(None)
+        self._loader.close()
+        self._text.close()
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("the engine is still in a step after %.0f s; leaving it behind", CLOSE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        is_busy = False
+        while self._take_commands(is_busy):
+            is_busy = self._host.step(time.monotonic())
+            self._figures = self._host.figures()
+            events = self._host.take_events()
+            if events and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self._on_events, events)
+
+    def _take_commands(self, is_busy: bool) -> bool:
+        """Feed the host all that has come; when there is nothing to compute, wait for something. False: the end."""
+        wait_s = 0.0 if is_busy else min(_IDLE_S, max(0.0, self._host.next_deadline - time.monotonic()))
+        try:
+            item = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+            while item is not None:
+                self._host.handle(item, time.monotonic())
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+        return False

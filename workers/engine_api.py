@@ -1,0 +1,236 @@
+"""What the loop and the engine say to each other: commands in, events out, figures to read.
+
+The engine runs in its own thread, so everything that crosses is a frozen value and nothing is shared.
+Commands take effect in the order they were sent; the events of one generation come in their natural
+order, and an event that changes who holds a sequence comes before the one that ends its generation.
+No torch and no messages of the bus here: the tests' fake engine and the real one are equal before this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NewType, Protocol, TypeAlias
+
+from bus.errors import KVCacheError
+from bus.messages import FinishReason, PromptKind, Sampling
+from bus.stats import EngineStats, ModelStats, SequenceInfo
+from bus.tensors import TensorMeta
+from workers.keys import SequenceKey
+
+RunId = NewType("RunId", bytes)
+Ticket = NewType("Ticket", int)
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Generate. `prompt`: utf-8 text, `<u4` token ids or JSON messages; `resume`: output tokens there are already.
+
+    model: a registered name; empty for the default. deadline: monotonic seconds, for the queue's sake only.
+    """
+
+    run: RunId
+    tenant: str
+    model: str
+    kind: PromptKind
+    prompt: bytes
+    resume: tuple[int, ...]
+    sampling: Sampling
+    seq_id: str
+    cache_salt: str
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Give a generation up: its blocks are free within one step. One that is over is ignored."""
+
+    run: RunId
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Compute no more tokens for this generation until `Proceed`."""
+
+    run: RunId
+
+
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    run: RunId
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load a model before anyone asks for it."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReadKV:
+    """Read computed KV of one layer, tokens `start .. stop` (None: to the end). Answered with a `ReadResult`."""
+
+    ticket: Ticket
+    sequence: SequenceKey
+    layer: int
+    start: int
+    stop: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureKV:
+    """How many tokens of a computed sequence have KV. Answered with an int."""
+
+    ticket: Ticket
+    sequence: SequenceKey
+    layer: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropKV:
+    """Forget a computed sequence. Answered with the number of layers that went."""
+
+    ticket: Ticket
+    sequence: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class PinKV:
+    """Keep a computed sequence from eviction until `expires_at` (monotonic seconds) or `UnpinKV`. Answered with 1."""
+
+    ticket: Ticket
+    sequence: SequenceKey
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinKV:
+    """Let a computed sequence be evicted again. Answered with 1."""
+
+    ticket: Ticket
+    sequence: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class ListKV:
+    """A tenant's computed sequences by id, after `after`, at most `limit`. Answered with `SequenceInfo`s."""
+
+    ticket: Ticket
+    tenant: str
+    prefix: str
+    after: str
+    limit: int
+
+
+Command: TypeAlias = Start | Stop | Hold | Proceed | Load | ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The sequence has its first blocks: what it will run with."""
+
+    run: RunId
+    model: str
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """New tokens, each with the text it released."""
+
+    run: RunId
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """The generation is complete. Times in milliseconds: before admission, to the first token, after it."""
+
+    run: RunId
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Broke:
+    """The generation cannot be completed."""
+
+    run: RunId
+    error: KVCacheError
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """The engine keeps this named sequence's KV after its generation."""
+
+    sequence: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The engine no longer has a sequence of this name."""
+
+    sequence: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class ReadResult:
+    """K and V of one layer, `[num_tokens, num_kv_heads, head_dim]`, C order, and the sequence's whole length."""
+
+    k: TensorMeta
+    v: TensorMeta
+    k_data: memoryview
+    v_data: memoryview
+    length: int
+
+
+Answer: TypeAlias = ReadResult | int | tuple[SequenceInfo, ...] | KVCacheError
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The result of the command with this ticket."""
+
+    ticket: Ticket
+    answer: Answer
+
+
+Event: TypeAlias = Admitted | Produced | Ended | Broke | Retained | Forgotten | Answered
+OnEvents: TypeAlias = Callable[[Sequence[Event]], None]
+
+
+# --- the engine ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFigures:
+    """A snapshot. `progress` counts steps: it stands still while there is work only if the engine is stuck."""
+
+    progress: int = 0
+    kv_used_bytes: int = 0
+    kv_total_bytes: int = 0
+    engine: EngineStats = field(default_factory=EngineStats)
+    models: tuple[ModelStats, ...] = ()
+
+
+class Engine(Protocol):
+    """What the worker needs of an engine. Events come through the callback it was made with, on the loop."""
+
+    def send(self, command: Command) -> None:
+        """Hand over a command; never blocks."""
+
+    def figures(self) -> EngineFigures:
+        """The latest snapshot; cheap."""

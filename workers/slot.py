@@ -1,0 +1,320 @@
+"""One loaded model with its scheduler: commands about its generations in, events of the engine out.
+
+The scheduler says what to compute, the model computes it, and this joins the two: it draws with each
+request's own parameters, turns tokens into text, watches for stop strings, and keeps a fault where it
+happened: numbers that are no numbers end one generation, a step that raises ends those that were in it.
+Runs in the engine's thread only. No torch here: `Model` is what the rest of the engine knows of one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+from bus.errors import BadArgument, InternalError, KVCacheError, NotFound
+from bus.messages import FinishReason, PromptKind, Sampling
+from bus.stats import EngineStats, LayerInfo, PoolStats, SequenceInfo
+from kvcache.hashing import HashSeed
+from workers import tasks
+from workers.batch import Batch, BlockId, Slice
+from workers.engine_api import Admitted, Broke, Ended, Event, Forgotten, Produced, ReadResult, Retained, RunId, Start
+from workers.keys import SequenceKey
+from workers.prefix_cache import PrefixCache
+from workers.scheduler import Scheduler
+from workers.text import TextStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What is known of a loaded model and its pool. Lengths in tokens; `block_bytes` covers all layers."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    device: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    eos_ids: frozenset[int]
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How to choose the token at `position` of its sequence; `banned_ids` may not come now."""
+
+    sampling: Sampling
+    position: int
+    banned_ids: tuple[int, ...] = ()
+
+
+class Model(Protocol):
+    """A loaded model over its pool. All but `encode` is called from the engine's thread."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+        """Token ids of a prompt. Raises TokenizerError, BadArgument or TooLarge. Called from the text thread."""
+
+    def open_text(self, stops: Sequence[str]) -> TextStream:
+        """The text of a new output, which ends before any of `stops`."""
+
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+        """One step: per slice the token drawn, what was wrong with its numbers, or None where nothing was wanted."""
+
+    def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
+        """Copy one layer's K and V out of the pool; `length` is `stop`. Raises BadArgument for a wrong layer."""
+
+
+@dataclass(slots=True)
+class _Output:
+    """A generation's side that the scheduler does not know: how it is drawn, and its text."""
+
+    sampling: Sampling
+    text: TextStream
+    num_tokens: int
+
+
+class Slot:
+    """One model at work. Every method that changes something returns the events that follow."""
+
+    def __init__(self, model: Model, *, max_tokens_per_step: int, shares_prefixes: bool) -> None:
+        facts = model.facts
+        self.model = model
+        config = tasks.SchedulerConfig(
+            max_model_len=facts.max_model_len, vocab_size=facts.vocab_size, max_tokens_per_step=max_tokens_per_step
+        )
+        self._scheduler = Scheduler(config, PrefixCache(facts.num_blocks, facts.block_size))
+        self._shares_prefixes = shares_prefixes
+        self._outputs: dict[RunId, _Output] = {}
+        self._names: set[SequenceKey] = set()
+
+    # --- generations ---
+
+    def submit(self, start: Start, prompt: tuple[int, ...], now: float) -> list[Event]:
+        """Queue a generation; one that cannot be is broken at once."""
+        try:
+            events = self._scheduler.submit(self._task(start, prompt), now)
+        except KVCacheError as error:
+            return [Broke(start.run, error)]
+        output = _Output(start.sampling, self.model.open_text(start.sampling.stop), len(start.resume))
+        self._outputs[start.run] = output
+        try:
+            output.text.replay(start.resume)
+        except KVCacheError as error:
+            events = [*events, *self._scheduler.fail(start.run, error, now)]
+        if output.text.is_stopped:  # its client has all of it but the news of its end
+            events = [*events, *self._scheduler.finish(start.run, FinishReason.STOP, now)]
+        return self._translate(events, now)
+
+    def stop(self, run: RunId, now: float) -> list[Event]:
+        return self._translate(self._scheduler.cancel(run, now), now)
+
+    def hold(self, run: RunId) -> None:
+        self._scheduler.pause(run)
+
+    def proceed(self, run: RunId) -> None:
+        self._scheduler.resume(run)
+
+    def step(self, now: float) -> tuple[bool, list[Event]]:
+        """Run one forward pass, if anything can run; says whether it did."""
+        step = self._scheduler.plan(now)
+        events = self._translate(step.events, now)
+        if not step.batch:
+            return False, events
+        draws = [
+            self._draw(RunId(key), piece) if piece.wants_logits else None
+            for key, piece in zip(step.keys, step.batch, strict=True)
+        ]
+        sampled = self._compute(step, draws)
+        failed: list[tasks.Event] = []
+        tokens: list[int | None] = []
+        for key, result in zip(step.keys, sampled, strict=True):
+            if isinstance(result, KVCacheError):
+                failed += self._scheduler.fail(key, result, now)
+            tokens.append(None if isinstance(result, KVCacheError) else result)
+        return True, events + self._translate([*failed, *self._scheduler.commit(step, tokens, now)], now)
+
+    @property
+    def next_deadline(self) -> float:
+        """Monotonic seconds; `math.inf` if nothing waits for time to pass."""
+        return self._scheduler.next_deadline()
+
+    # --- sequences that clients named ---
+
+    def has(self, sequence: SequenceKey) -> bool:
+        return sequence in self._names
+
+    def read(self, sequence: SequenceKey, layer: int, start: int, stop: int | None) -> ReadResult:
+        """Raises NotFound, or BadArgument for a layer or range that is not there."""
+        found = self._scheduler.sequences.find(sequence)
+        self._check_layer(layer)
+        length = found.num_computed
+        end = length if stop is None else stop
+        if not 0 <= start <= end <= length:
+            raise BadArgument(f"tokens {start}..{end} were asked for; the sequence has 0..{length}")
+        result = self.model.read(layer, found.block_table, start, end)
+        return ReadResult(result.k, result.v, result.k_data, result.v_data, length)
+
+    def length(self, sequence: SequenceKey, layer: int) -> int:
+        self._check_layer(layer)
+        return self._scheduler.sequences.find(sequence).num_computed
+
+    def drop(self, sequence: SequenceKey) -> int:
+        """Forget it; returns how many layers it had. Raises NotFound, or Conflict while it is generated."""
+        self._scheduler.sequences.delete(sequence)
+        return self.model.facts.num_layers
+
+    def pin(self, sequence: SequenceKey, expires_at: float) -> None:
+        self._scheduler.sequences.pin(sequence, expires_at)
+
+    def unpin(self, sequence: SequenceKey) -> None:
+        self._scheduler.sequences.unpin(sequence)
+
+    def describe(self, tenant: str, prefix: str, after: str, limit: int, now: float) -> list[SequenceInfo]:
+        """A tenant's sequences by id."""
+        names = [
+            key
+            for key in self._scheduler.sequences.names()
+            if key.tenant == tenant and key.seq_id > after and key.seq_id.startswith(prefix)
+        ]
+        return [self._info(key, now) for key in names[:limit]]
+
+    def name_changes(self) -> list[Event]:
+        """What has become of named sequences since the last call."""
+        names = set(self._scheduler.sequences.names())
+        events: list[Event] = [Forgotten(key) for key in self._names - names]
+        events += [Retained(key) for key in names - self._names]
+        self._names = names
+        return events
+
+    # --- figures ---
+
+    def engine_stats(self) -> EngineStats:
+        return self._scheduler.engine_stats()
+
+    def pool_stats(self) -> PoolStats:
+        return self._scheduler.pool_stats()
+
+    # --- inside ---
+
+    def _task(self, start: Start, prompt: tuple[int, ...]) -> tasks.GenerationTask:
+        facts, sampling = self.model.facts, start.sampling
+        seed = HashSeed(
+            model=facts.fingerprint,
+            dtype=facts.dtype,
+            block_size=facts.block_size,
+            tenant=start.tenant,
+            cache_salt=start.cache_salt,
+            # A seed of its own makes a request share with nobody, not even under its own name.
+            adapter="" if self._shares_prefixes else start.run.hex(),
+        )
+        return tasks.GenerationTask(
+            key=start.run,
+            prompt=prompt,
+            seed=seed,
+            max_tokens=sampling.max_tokens,
+            min_tokens=sampling.min_tokens,
+            eos_ids=facts.eos_ids,
+            stop_ids=frozenset(sampling.stop_token_ids),
+            ignore_eos=sampling.ignore_eos,
+            sequence=SequenceKey(start.tenant, start.seq_id) if start.seq_id else None,
+            resume=start.resume,
+            deadline=start.deadline,
+        )
+
+    def _draw(self, run: RunId, piece: Slice) -> Draw:
+        output = self._outputs[run]
+        early = output.num_tokens < output.sampling.min_tokens
+        stops = self.model.facts.eos_ids.union(output.sampling.stop_token_ids) if early else ()
+        return Draw(output.sampling, piece.start + len(piece.token_ids), tuple(stops))
+
+    def _compute(self, step: tasks.Step, draws: Sequence[Draw | None]) -> Sequence[int | KVCacheError | None]:
+        try:
+            return self.model.compute(step.batch, draws)
+        except Exception:  # whatever a model raises ends its step, never the engine
+            log.exception("a step of model %s failed", self.model.facts.name)
+            error = InternalError("the model failed in this step; the worker's log has the traceback")
+            return [error] * len(step.batch)
+
+    def _translate(self, events: Sequence[tasks.Event], now: float) -> list[Event]:
+        """The scheduler's events as the engine's; a stop string that is complete ends its generation."""
+        out: list[Event] = []
+        for position, event in enumerate(events):
+            match event:
+                case tasks.Started():
+                    name = self.model.facts.name
+                    out.append(Admitted(RunId(event.key), name, event.prompt_tokens, event.cached_tokens))
+                case tasks.Sampled():
+                    follower = events[position + 1] if position + 1 < len(events) else None
+                    is_last = isinstance(follower, tasks.Finished) and follower.key == event.key
+                    out += self._sampled(event, is_last, now)
+                case tasks.Finished():
+                    out += self._finished(event)
+                case tasks.Failed():
+                    self._outputs.pop(RunId(event.key), None)
+                    out.append(Broke(RunId(event.key), event.error))
+                case _:
+                    assert_never(event)
+        return out
+
+    def _sampled(self, event: tasks.Sampled, is_last: bool, now: float) -> list[Event]:
+        run = RunId(event.key)
+        output = self._outputs.get(run)
+        if output is None:  # it ended on an earlier token of this step
+            return []
+        output.num_tokens += 1
+        try:
+            text = output.text.push(event.token_id).text
+            if is_last:
+                text += output.text.finish().text
+        except KVCacheError as error:
+            return self._translate(self._scheduler.fail(run, error, now), now)
+        produced: list[Event] = [Produced(run, (event.token_id,), (text,))]
+        if output.text.is_stopped and not is_last:
+            produced += self._translate(self._scheduler.finish(run, FinishReason.STOP, now), now)
+        return produced
+
+    def _finished(self, event: tasks.Finished) -> list[Event]:
+        output = self._outputs.pop(RunId(event.key))
+        usage = event.usage
+        return [
+            Ended(
+                run=RunId(event.key),
+                finish_reason=FinishReason.STOP if output.text.is_stopped else event.reason,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                queue_ms=usage.queued_s * 1000,
+                prefill_ms=usage.prefill_s * 1000,
+                decode_ms=usage.decode_s * 1000,
+            )
+        ]
+
+    def _check_layer(self, layer: int) -> None:
+        if layer >= self.model.facts.num_layers:
+            raise NotFound(f"layer {layer} is not in 0..{self.model.facts.num_layers - 1} of this model")
+
+    def _info(self, key: SequenceKey, now: float) -> SequenceInfo:
+        facts = self.model.facts
+        sequence = self._scheduler.sequences.find(key)
+        shape = (sequence.num_computed, facts.num_kv_heads, facts.head_dim)
+        return SequenceInfo(
+            seq_id=key.seq_id,
+            kind="computed",
+            nbytes=len(sequence.block_table) * facts.block_bytes,
+            pinned=self._scheduler.sequences.is_pinned(key, now),
+            layers=tuple(
+                LayerInfo(layer=layer, length=shape[0], k_shape=shape, v_shape=shape, dtype=facts.dtype)
+                for layer in range(facts.num_layers)
+            ),
+            num_tokens=sequence.num_computed,
+        )

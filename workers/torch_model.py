@@ -1,0 +1,200 @@
+"""A model in torch, as the engine knows models: loaded weights, its pool, its tokenizer, and how it draws.
+
+The one place that joins `loader`, `paged_kv`, `runner`, `sampling` and `text`, and that shares the memory
+for block pools out between the models that load. What it hands on are numbers and buffers, never tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from bus.errors import BadArgument, KVCacheError, ModelNotFound, ModelUnavailable
+from bus.messages import PromptKind
+from bus.tensors import TensorMeta, dtype_by_name
+from kvcache.hashing import TOKEN_BYTES
+from kvcache.models import MAX_NAME_CHARS, ModelRegistry
+from workers import sampling
+from workers.batch import Batch, BlockId
+from workers.engine_api import ReadResult
+from workers.loader import DTypeName, LoadedModel, load_model
+from workers.paged_kv import PagedKV, plan_pages
+from workers.runner import TorchRunner
+from workers.slot import Draw, ModelFacts
+from workers.text import TextStream, Tokenizer
+
+MAX_PROMPT_BYTES = 1 << 20
+
+
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a chat prompt on the wire, which is a JSON list of these."""
+
+    role: str
+    content: str
+
+
+_chat = msgspec.json.Decoder(list[ChatMessage])
+
+
+class TorchModel:
+    """One loaded model over its own pool. `compute` and `read` belong to one thread, `encode` to another."""
+
+    def __init__(self, loaded: LoadedModel, kv: PagedKV) -> None:
+        shape = loaded.shape
+        self.facts = ModelFacts(
+            name=loaded.name,
+            fingerprint=loaded.fingerprint,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            max_model_len=shape.max_model_len,
+            eos_ids=loaded.eos_ids,
+            num_blocks=kv.plan.num_blocks,
+            block_size=kv.plan.block_size,
+            block_bytes=kv.plan.block_bytes,
+        )
+        self._kv = kv
+        self._runner = TorchRunner(loaded, kv)
+        self._tokenizer = Tokenizer(loaded.tokenizer, vocab_size=shape.vocab_size, max_prompt_bytes=MAX_PROMPT_BYTES)
+        self._dtype = dtype_by_name(self.facts.dtype)
+
+    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+        """Token ids of a prompt as it came: utf-8, `<u4`, or JSON messages. Raises as `Tokenizer` does."""
+        if kind is PromptKind.TOKENS:
+            if len(prompt) % TOKEN_BYTES:
+                raise BadArgument(f"token ids are {len(prompt)} bytes, not a whole number of u32")
+            return tuple(self._tokenizer.check_ids(np.frombuffer(prompt, "<u4").tolist()))
+        try:
+            text = prompt.decode()
+        except UnicodeDecodeError as error:
+            raise BadArgument(f"the prompt is not utf-8: {error.reason} at byte {error.start}") from None
+        if kind is PromptKind.TEXT:
+            return tuple(self._tokenizer.encode(text))
+        try:
+            messages = _chat.decode(text)
+        except msgspec.MsgspecError as error:
+            raise BadArgument(f"messages must be a list of objects with role and content: {error}") from None
+        return tuple(self._tokenizer.encode_chat([msgspec.structs.asdict(message) for message in messages]))
+
+    def open_text(self, stops: Sequence[str]) -> TextStream:
+        return TextStream(self._tokenizer, stops)
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+        """One step. Per slice: the token drawn, what was wrong with its logits, or None where none was wanted."""
+        wanted = [
+            sampling.Draw(sampling=draw.sampling, position=draw.position, banned_ids=draw.banned_ids)
+            for draw in draws
+            if draw is not None
+        ]
+        logits = self._runner.run(batch)
+        drawn = iter(sampling.sample(logits, wanted) if wanted else ())
+        return [None if draw is None else next(drawn) for draw in draws]
+
+    def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
+        """Copy tokens `start .. stop` of one layer out of the pool; `length` is `stop`."""
+        keys, values = self._kv.read(layer, block_table, start, stop)
+        meta = TensorMeta(dtype=self._dtype, shape=tuple(keys.shape))
+        return ReadResult(meta, meta, _buffer(keys), _buffer(values), stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How models of this worker are loaded. threads: of one step; None leaves it to torch."""
+
+    dtype: DTypeName
+    device: str
+    max_model_len: int | None
+    block_size: int
+    threads: int | None
+
+
+class TorchModels:
+    """The models a worker may serve, and the memory their pools get out of `pools_bytes`, which is never exceeded.
+
+    Models named at start share it equally; with none named, each that loads takes half of what is left.
+    Raises BadArgument for a name at start that cannot be a model.
+    """
+
+    def __init__(self, home: Path, named: Sequence[str], pools_bytes: int, options: LoadOptions) -> None:
+        self._registry = ModelRegistry(home, named)
+        self._options = options
+        self._left_bytes = pools_bytes
+        known = {source.name for source in self._registry.list_models()}
+        self._named = [entry if entry in known else Path(entry).expanduser().resolve().name for entry in named]
+        self._share_bytes = pools_bytes // len(named) if named else None
+
+    @property
+    def default(self) -> str:
+        """The first model named at start, or else the first there is."""
+        return self._named[0] if self._named else next(iter(self.names()), "")
+
+    def names(self) -> list[str]:
+        return self._named or [source.name for source in self._registry.list_models() if source.is_present]
+
+    def check(self, name: str) -> None:
+        """Raise ModelNotFound or ModelUnavailable unless it can be tried to load. Named models exclude all others."""
+        if self._named and name not in self._named:
+            shown = name if len(name) <= MAX_NAME_CHARS else f"{name[:MAX_NAME_CHARS]}..."
+            raise ModelNotFound(f"no model named {shown!r}; this worker serves {', '.join(self._named)}")
+        self._registry.resolve(name)
+
+    def load(self, name: str) -> TorchModel:
+        """Load weights, tokenizer and a pool. Raises ModelNotFound, ModelUnavailable or NoSpace."""
+        options = self._options
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        loaded = load_model(
+            self._registry.resolve(name),
+            dtype=options.dtype,
+            device=_device(options.device),
+            max_model_len=options.max_model_len,
+        )
+        kv = self._make_pool(loaded)
+        return TorchModel(loaded, kv)
+
+    def _make_pool(self, loaded: LoadedModel) -> PagedKV:
+        share = self._left_bytes // 2 if self._share_bytes is None else min(self._share_bytes, self._left_bytes)
+        try:
+            plan = plan_pages(
+                memory_bytes=share,
+                num_layers=loaded.shape.num_layers,
+                num_kv_heads=loaded.shape.num_kv_heads,
+                head_dim=loaded.shape.head_dim,
+                block_size=self._options.block_size,
+                itemsize=loaded.dtype.itemsize,
+            )
+        except BadArgument as error:
+            raise ModelUnavailable(
+                f"model {loaded.name!r}: {error.message}; give the worker more with --kv-cache-memory-bytes"
+            ) from error
+        kv = PagedKV(plan, loaded.dtype, loaded.device)
+        self._left_bytes -= plan.total_bytes
+        return kv
+
+
+def _buffer(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, on the host and in C order."""
+    flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data.toreadonly()
+
+
+def _device(name: str) -> torch.device:
+    """Raises ModelUnavailable for a device this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelUnavailable(f"device {name!r} is not known to torch: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelUnavailable(f"device {name!r} was asked for, and torch finds no GPU here")
+    return device
