@@ -113,6 +113,11 @@ class StreamReceiver:
         return self._next
 
     @property
+    def num_unread(self) -> int:
+        """How many delivered tokens the reader has not used yet."""
+        return self._next - self._consumed
+
+    @property
     def received(self) -> bytes:
         """All tokens delivered so far as `<u4`, for a request that goes on elsewhere."""
         return bytes(self._received)
@@ -358,6 +363,11 @@ class StreamLog:
         seq = min(message.from_seq, self.next_seq)
         replays = [self._replay(*part) for part in self._cut(seq, MAX_REPLAYED_TOKENS)]
         return replays[: 1 if self.is_pulled else None] or [self._replay(seq, (), ())]
+
+    def tail(self) -> list[Replay]:
+        """All that is not acknowledged, to be sent on the reliable lane just before the end: whoever gets the
+        end then has every token, and nobody need ask a worker again about a stream that is over."""
+        return [self._replay(*part) for part in self._cut(self._base, MAX_REPLAYED_TOKENS)]
 
     def end(self, now: float) -> None:
         """No more tokens come; what is kept stays for replays until `is_expired`."""

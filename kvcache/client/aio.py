@@ -1,0 +1,156 @@
+"""The asyncio face of the client."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from bus.errors import BadArgument, KVCacheError
+from bus.messages import QueryKind
+from bus.stats import ClusterStats, Explanation, WorkerView
+from kvcache.client import requests
+from kvcache.client.config import client_config
+from kvcache.client.generation import AsyncGeneration
+from kvcache.client.kv import AsyncKV
+from kvcache.client.link import Link, new_id
+from kvcache.client.prompts import ChatMessages, make_prompt, optional_name
+from kvcache.client.streams import GenerateCall, Wanted
+from kvcache.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from kvcache.hashing import TokenIds
+
+HEALTH_S = 2.0
+
+
+class AsyncClient:
+    """A client of one broker, for one event loop. Connects at first use; `async with` or `aclose()` ends it.
+
+    url: `tcp://HOST:PORT`, `kvc://HOST:PORT` or `ipc:///PATH`; else KVCACHE_URL or KVCACHE_BROKER from the
+    environment, else tcp://127.0.0.1:5555. timeout: seconds a request may take that names no `deadline` of its own.
+    max_retries: how often a request is tried again that failed for a passing reason. Raises BadArgument.
+    """
+
+    def __init__(self, url: str | None = None, *, timeout: float = 60.0, max_retries: int = 2) -> None:
+        self._link = Link(client_config(url, timeout, max_retries))
+        self.kv = AsyncKV(self._link)
+
+    @property
+    def url(self) -> str:
+        """The broker's address."""
+        return self._link.config.url
+
+    async def __aenter__(self) -> Self:
+        self._link.connected()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop what is under way, which ends as `Cancelled`, and disconnect. Safe to call twice."""
+        self._link.close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: TokenIds | None = None,
+        messages: ChatMessages | None = None,
+        max_tokens: int = 128,
+        min_tokens: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        seq_id: str | None = None,
+        cache_salt: str | None = None,
+        model: str | None = None,
+        policy: str | None = None,
+        deadline: float | None = None,
+        explain: bool = False,
+    ) -> AsyncGeneration:
+        """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
+
+        seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
+        requests of the same salt. deadline: seconds for all of it. explain: tell in `Start` why this worker.
+        A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
+        Raises BadArgument or TooLarge at once; all other errors come from the iteration.
+        """
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        )
+        model, salt = optional_name("model", model), optional_name("cache_salt", cache_salt)
+        wanted = Wanted(
+            prompt=make_prompt(prompt, token_ids, messages, model=model, cache_salt=salt),
+            sampling=params.with_seed(secrets.randbits(63)),
+            model=model,
+            seq_id=optional_name("seq_id", seq_id),
+            cache_salt=salt,
+            policy=optional_name("policy", policy),
+            explain=bool(explain),
+        )
+        call = GenerateCall(new_id(), self._link.deadline(deadline), wanted, time.monotonic())
+        generation = AsyncGeneration(call.key, self._link)
+        self._link.submit(call, generation)
+        return generation
+
+    async def route(
+        self,
+        seq_id: str | None = None,
+        *,
+        prompt: str | None = None,
+        token_ids: TokenIds | None = None,
+        messages: ChatMessages | None = None,
+        model: str | None = None,
+        cache_salt: str | None = None,
+        policy: str | None = None,
+    ) -> Explanation:
+        """Which worker would get a request for this sequence or prompt now, and why. Nothing is dispatched."""
+        chain: tuple[bytes, ...] = ()
+        if seq_id is None:
+            salt, model = optional_name("cache_salt", cache_salt), optional_name("model", model)
+            chain = make_prompt(prompt, token_ids, messages, model=model, cache_salt=salt).chain
+        elif (prompt, token_ids, messages) != (None, None, None):
+            raise BadArgument("give a seq_id or a prompt, not both: a sequence is placed by its id alone")
+        name = optional_name("seq_id", seq_id)
+        call = requests.route(
+            new_id(), self._link.deadline(None), seq_id=name, chain=chain, policy=optional_name("policy", policy)
+        )
+        return await self._link.ask(call, Explanation)
+
+    async def workers(self) -> tuple[WorkerView, ...]:
+        """The workers as the broker sees them."""
+        return (await self._query(QueryKind.WORKERS, self._link.deadline(None))).workers
+
+    async def stats(self) -> ClusterStats:
+        """The figures of the broker and, as far as they have reported, of every worker."""
+        return await self._query(QueryKind.STATS, self._link.deadline(None))
+
+    async def health(self) -> bool:
+        """Whether the broker answers within two seconds and has a worker that is ready."""
+        seconds = min(HEALTH_S, self._link.config.timeout_s)
+        try:
+            figures = await self._query(QueryKind.HEALTH, time.monotonic() + seconds)
+        except KVCacheError:
+            return False
+        return figures.healthy
+
+    async def _query(self, kind: QueryKind, deadline: float) -> ClusterStats:
+        return await self._link.ask(requests.query(new_id(), deadline, kind), ClusterStats)

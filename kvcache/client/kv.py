@@ -1,0 +1,105 @@
+"""The KV plane, for asyncio."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from bus.errors import BadArgument, WorkerLost
+from bus.messages import QueryKind
+from bus.stats import ClusterStats, SequenceInfo, SequencePage
+from kvcache.client import requests
+from kvcache.client.arrays import KVPair
+from kvcache.client.link import Link, new_id
+from kvcache.client.prompts import check_index, check_name
+from kvcache.client.results import KvAck
+
+if TYPE_CHECKING:
+    from kvcache.client.arrays import Array
+
+Sequences: TypeAlias = list[SequenceInfo]
+
+PAGE = 1000
+
+
+class AsyncKV:
+    """The KV plane: tensors by sequence and layer, `[length, num_kv_heads, head_dim]`, bit for bit.
+
+    Every method takes `deadline`, in seconds, in place of the client's timeout.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def put(self, seq_id: str, layer: int, k: Array, v: Array, *, deadline: float | None = None) -> KvAck:
+        """Store K and V of a layer, in place of what was there. k, v: numpy or torch, of one dtype.
+
+        Raises BadTensor, NoSpace or Conflict (the sequence is a generation's) besides what any request may.
+        """
+        call = requests.put(new_id(), self._link.deadline(deadline), seq_id, layer, k, v)
+        return await self._link.ask(call, KvAck)
+
+    async def append(
+        self, seq_id: str, layer: int, k: Array, v: Array, *, at: int | None = None, deadline: float | None = None
+    ) -> KvAck:
+        """Add tokens to the end of a layer; with `at`, only if that is its length.
+
+        Raises Conflict, whose `current_len` is the length, if it is another one.
+        """
+        call = requests.append(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, at)
+        return await self._link.ask(call, KvAck)
+
+    async def get(
+        self, seq_id: str, layer: int, start: int = 0, stop: int | None = None, *, deadline: float | None = None
+    ) -> KVPair:
+        """K and V of the tokens `start .. stop`, or to the end. Raises NotFound."""
+        call = requests.get(new_id(), self._link.deadline(deadline), new_id, seq_id, layer, start, stop)
+        return await self._link.ask(call, KVPair)
+
+    async def length(self, seq_id: str, layer: int, *, deadline: float | None = None) -> int:
+        """How many tokens a layer holds. Raises NotFound."""
+        call = requests.length(new_id(), self._link.deadline(deadline), seq_id, layer)
+        return await self._link.ask(call, int)
+
+    async def delete(self, seq_id: str, layer: int | None = None, *, deadline: float | None = None) -> int:
+        """Forget a sequence, or one layer of it; returns how many layers there were."""
+        call = requests.delete(new_id(), self._link.deadline(deadline), seq_id, layer)
+        return await self._link.ask(call, int)
+
+    async def pin(self, seq_id: str, ttl: float | None = None, *, deadline: float | None = None) -> None:
+        """Keep a sequence from eviction, for `ttl` seconds or until it is unpinned. Raises NotFound."""
+        await self._link.ask(requests.pin(new_id(), self._link.deadline(deadline), seq_id, ttl), int)
+
+    async def unpin(self, seq_id: str, *, deadline: float | None = None) -> None:
+        """Let a sequence be evicted again. Raises NotFound."""
+        await self._link.ask(requests.unpin(new_id(), self._link.deadline(deadline), seq_id), int)
+
+    async def list(self, prefix: str = "", limit: int | None = None, *, deadline: float | None = None) -> Sequences:
+        """All sequences whose id begins with `prefix`, by id: those of every worker, at most `limit`."""
+        if prefix:
+            check_name("prefix", prefix)
+        if limit is not None:
+            check_index("limit", limit, 2**31, least=1)
+        until = self._link.deadline(deadline)
+        query = requests.query(new_id(), until, QueryKind.WORKERS)
+        figures = await self._link.ask(query, ClusterStats)
+        found: list[SequenceInfo] = []
+        for worker in figures.workers:
+            found += await self._of_worker(worker.worker_id, prefix, limit, until)
+        found.sort(key=lambda info: info.seq_id)
+        return found[:limit]
+
+    async def _of_worker(self, worker_id: str, prefix: str, limit: int | None, until: float) -> Sequences:
+        """One worker's sequences, page by page. One that is lost meanwhile has none any more."""
+        found: list[SequenceInfo] = []
+        while limit is None or len(found) < limit:
+            size = PAGE if limit is None else min(PAGE, limit - len(found))
+            after = found[-1].seq_id if found else ""
+            call = requests.page(new_id(), until, worker_id=worker_id, prefix=prefix, after=after, limit=size)
+            try:
+                page = await self._link.ask(call, SequencePage)
+            except (WorkerLost, BadArgument):
+                return []
+            found += page.sequences
+            if not page.more or not page.sequences:
+                break
+        return found

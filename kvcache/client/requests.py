@@ -1,0 +1,189 @@
+"""From what a caller passed to a call under way: arguments are checked here, before anything is sent.
+
+Every function takes the call's key and deadline first and raises BadArgument, BadTensor or TooLarge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from bus.errors import BadArgument
+from bus.messages import (
+    Append,
+    Delete,
+    KvDone,
+    KvListed,
+    Length,
+    ListSequences,
+    Message,
+    Pin,
+    Put,
+    Query,
+    QueryKind,
+    QueryReply,
+    Route,
+    Routed,
+    Unpin,
+)
+from bus.stats import ClusterStats, Explanation, Figures, SequencePage, unpack
+from bus.tensors import MAX_TENSOR_BYTES
+from bus.wire import Buffer
+from kvcache.client.arrays import kv_tensors
+from kvcache.client.calls import Read, UnaryCall
+from kvcache.client.prompts import MAX_LAYER, MAX_LENGTH, check_index, check_name, check_seconds
+from kvcache.client.transfers import ReadCall, WriteCall
+
+if TYPE_CHECKING:
+    from kvcache.client.arrays import Array
+
+F = TypeVar("F", bound=Figures)
+
+
+def query(key: bytes, deadline: float, kind: QueryKind) -> UnaryCall:
+    """The broker's figures."""
+    return UnaryCall(
+        key, deadline, lambda req_id, attempt, ms: Query(req_id=req_id, kind=kind), _figures(QueryReply, ClusterStats)
+    )
+
+
+def route(key: bytes, deadline: float, *, seq_id: str, chain: tuple[bytes, ...], policy: str) -> UnaryCall:
+    """Where a request with this key would go."""
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Route(req_id=req_id, seq_id=seq_id, chain=chain, policy=policy),
+        _figures(Routed, Explanation),
+    )
+
+
+def put(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array) -> WriteCall:
+    check_name("seq_id", seq_id)
+    layer = check_index("layer", layer, MAX_LAYER)
+    pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
+    return WriteCall(
+        key,
+        deadline,
+        pair,
+        lambda req_id, attempt, ms, parts: Put(
+            req_id=req_id,
+            attempt=attempt,
+            deadline_ms=ms,
+            seq_id=seq_id,
+            layer=layer,
+            k=pair[0].meta,
+            v=pair[1].meta,
+            payload=parts,
+        ),
+    )
+
+
+def append(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, at: int | None) -> WriteCall:
+    check_name("seq_id", seq_id)
+    layer = check_index("layer", layer, MAX_LAYER)
+    offset = None if at is None else check_index("at", at, MAX_LENGTH)
+    pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
+    return WriteCall(
+        key,
+        deadline,
+        pair,
+        lambda req_id, attempt, ms, parts: Append(
+            req_id=req_id,
+            attempt=attempt,
+            deadline_ms=ms,
+            seq_id=seq_id,
+            layer=layer,
+            k=pair[0].meta,
+            v=pair[1].meta,
+            at=offset,
+            payload=parts,
+        ),
+    )
+
+
+def get(
+    key: bytes, deadline: float, new_id: Callable[[], bytes], seq_id: str, layer: int, start: int, stop: int | None
+) -> ReadCall:
+    check_name("seq_id", seq_id)
+    layer = check_index("layer", layer, MAX_LAYER)
+    start = check_index("start", start, MAX_LENGTH)
+    if stop is not None:
+        stop = check_index("stop", stop, MAX_LENGTH)
+        if stop < start:
+            raise BadArgument(f"stop is {stop}, before start, {start}")
+    return ReadCall(key, deadline, new_id, seq_id=seq_id, layer=layer, start=start, stop=stop)
+
+
+def length(key: bytes, deadline: float, seq_id: str, layer: int) -> UnaryCall:
+    check_name("seq_id", seq_id)
+    layer = check_index("layer", layer, MAX_LAYER)
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Length(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id, layer=layer),
+        _done("length"),
+    )
+
+
+def delete(key: bytes, deadline: float, seq_id: str, layer: int | None) -> UnaryCall:
+    check_name("seq_id", seq_id)
+    which = None if layer is None else check_index("layer", layer, MAX_LAYER)
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Delete(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id, layer=which),
+        _done("count"),
+    )
+
+
+def pin(key: bytes, deadline: float, seq_id: str, ttl: float | None) -> UnaryCall:
+    check_name("seq_id", seq_id)
+    ttl_ms = 0 if ttl is None else max(1, round(1000 * check_seconds("ttl", ttl)))
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Pin(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id, ttl_ms=ttl_ms),
+        _done("count"),
+    )
+
+
+def unpin(key: bytes, deadline: float, seq_id: str) -> UnaryCall:
+    check_name("seq_id", seq_id)
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Unpin(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id),
+        _done("count"),
+    )
+
+
+def page(key: bytes, deadline: float, *, worker_id: str, prefix: str, after: str, limit: int) -> UnaryCall:
+    """One page of one worker's sequences."""
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: ListSequences(
+            req_id=req_id,
+            attempt=attempt,
+            deadline_ms=ms,
+            worker_id=worker_id,
+            prefix=prefix,
+            after=after,
+            limit=limit,
+        ),
+        _figures(KvListed, SequencePage),
+    )
+
+
+def _figures(answer: type[Message], kind: type[F]) -> Read:
+    def read(message: Message, payload: Sequence[Buffer]) -> F | None:
+        return unpack(memoryview(payload[0]), kind) if isinstance(message, answer) else None
+
+    return read
+
+
+def _done(field: str) -> Read:
+    def read(message: Message, payload: Sequence[Buffer]) -> int | None:
+        return getattr(message, field) if isinstance(message, KvDone) else None
+
+    return read

@@ -1,0 +1,86 @@
+"""What a client hands back: the events of a generation and the answers of the KV plane. Plain, frozen data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bus.stats import Explanation
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The generation was admitted: where, why there, and how much of the prompt needed no computing.
+
+    explanation: every candidate and its load, if `explain=True` was asked for.
+    """
+
+    worker_id: str
+    reason: str
+    model: str
+    prompt_tokens: int
+    cached_tokens: int
+    explanation: Explanation | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token and the text it released: empty while the text may still become a stop string or a character."""
+
+    seq: int
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Numbers of tokens. `cached_tokens` of the prompt's were read from the cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """ttft_s, total_s: from the call to the first token and to the end, as this client saw them.
+
+    tokens_per_s: after the first token. queue_ms, prefill_ms, decode_ms: by the worker that ended the stream.
+    resumes: how often the stream went on elsewhere after a fault.
+    """
+
+    ttft_s: float
+    total_s: float
+    tokens_per_s: float
+    queue_ms: float
+    prefill_ms: float
+    decode_ms: float
+    resumes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a generation; all its tokens arrived. `finish_reason`: `stop` or `length`."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    timings: Timings
+    worker_id: str
+    reason: str
+    request_id: str
+
+
+Event: TypeAlias = Start | Token | Done
+
+
+@dataclass(frozen=True, slots=True)
+class KvAck:
+    """A write took effect. length: tokens now in the layer. durability: what it survives; `mem1` is one memory.
+
+    duplicate: the same write had been applied before, and was not applied again.
+    """
+
+    length: int
+    durability: str
+    duplicate: bool

@@ -1,0 +1,339 @@
+"""The face of the client for code without asyncio: the same methods, served by one event loop in one thread.
+
+Any thread may use a `Client`, at any time. Nothing here decides anything; `AsyncClient` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from bus.errors import BadArgument
+from bus.stats import ClusterStats, Explanation, WorkerView
+from kvcache.client.aio import AsyncClient
+from kvcache.client.arrays import KVPair
+from kvcache.client.generation import AsyncGeneration
+from kvcache.client.kv import AsyncKV, Sequences
+from kvcache.client.prompts import ChatMessages
+from kvcache.client.results import Done, Event, KvAck
+
+if TYPE_CHECKING:
+    from kvcache.client.arrays import Array
+    from kvcache.hashing import TokenIds
+
+T = TypeVar("T")
+
+STOP_S = 5.0
+WIND_UP_S = 1.0
+
+
+class LoopThread:
+    """An event loop in a daemon thread of its own, so that an interpreter which exits never waits for it."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
+        self._is_stopping = False
+        self._lock = threading.RLock()  # what is handed over before the stop is run before it
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether coroutines can still be run."""
+        return not self._is_stopping
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop and wait for it. Whoever is interrupted meanwhile has cancelled it.
+
+        Raises BadArgument in a process that was forked from the loop's, on the loop's own thread, and after `stop`.
+        """
+        with self._lock:
+            reason = self._why_not()
+            if reason is not None:
+                work.close()
+                raise BadArgument(reason)
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, last: Coroutine[Any, Any, None]) -> None:
+        """Run the last coroutine and end the thread. Safe to call twice, and from the loop's own thread."""
+        with self._lock:
+            if self._is_stopping or os.getpid() != self._pid:
+                last.close()
+                return
+            self._is_stopping = True
+            asyncio.run_coroutine_threadsafe(self._finish(last), self._loop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(STOP_S)
+
+    def _why_not(self) -> str | None:
+        if os.getpid() != self._pid:
+            return "this client was made before a fork; make a new one in the child process"
+        if threading.current_thread() is self._thread:
+            return "a Client cannot be used from its own event loop's thread; use AsyncClient there"
+        if self._is_stopping:
+            return "this client is closed; make a new one"
+        return None
+
+    async def _finish(self, last: Coroutine[Any, Any, None]) -> None:
+        try:
+            await last
+        finally:
+            self._loop.stop()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._wind_up())
+        finally:
+            self._loop.close()
+
+    async def _wind_up(self) -> None:
+        """Let those finish who wait for what has just ended."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            _, slow = await asyncio.wait(others, timeout=WIND_UP_S)
+            for task in slow:
+                task.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+
+
+class Client:
+    """A client of one broker, for any number of threads. `with` or `close()` ends it; so does the interpreter's exit.
+
+    url: `tcp://HOST:PORT`, `kvc://HOST:PORT` or `ipc:///PATH`; else KVCACHE_URL or KVCACHE_BROKER from the
+    environment, else tcp://127.0.0.1:5555. timeout: seconds a request may take that names no `deadline` of its own.
+    max_retries: how often a request is tried again that failed for a passing reason. Raises BadArgument.
+    """
+
+    def __init__(self, url: str | None = None, *, timeout: float = 60.0, max_retries: int = 2) -> None:
+        self._client = AsyncClient(url, timeout=timeout, max_retries=max_retries)
+        self._thread = LoopThread("kvcache-client")
+        self._close = weakref.finalize(self, _stop, self._thread, self._client)
+        self.kv = KV(self._thread, self._client.kv)
+
+    @property
+    def url(self) -> str:
+        """The broker's address."""
+        return self._client.url
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop what is under way, which ends as `Cancelled`, and disconnect. Safe to call twice."""
+        self._close()
+
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        token_ids: TokenIds | None = None,
+        messages: ChatMessages | None = None,
+        max_tokens: int = 128,
+        min_tokens: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        seq_id: str | None = None,
+        cache_salt: str | None = None,
+        model: str | None = None,
+        policy: str | None = None,
+        deadline: float | None = None,
+        explain: bool = False,
+    ) -> Generation:
+        """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
+
+        seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
+        requests of the same salt. deadline: seconds for all of it. explain: tell in `Start` why this worker.
+        A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
+        Raises BadArgument or TooLarge at once; all other errors come from the iteration.
+        """
+
+        async def begin() -> AsyncGeneration:
+            return self._client.generate(
+                prompt,
+                token_ids=token_ids,
+                messages=messages,
+                max_tokens=max_tokens,
+                min_tokens=min_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+                seq_id=seq_id,
+                cache_salt=cache_salt,
+                model=model,
+                policy=policy,
+                deadline=deadline,
+                explain=explain,
+            )
+
+        return Generation(self._thread, self._thread.call(begin()))
+
+    def route(
+        self,
+        seq_id: str | None = None,
+        *,
+        prompt: str | None = None,
+        token_ids: TokenIds | None = None,
+        messages: ChatMessages | None = None,
+        model: str | None = None,
+        cache_salt: str | None = None,
+        policy: str | None = None,
+    ) -> Explanation:
+        """Which worker would get a request for this sequence or prompt now, and why. Nothing is dispatched."""
+        return self._thread.call(
+            self._client.route(
+                seq_id,
+                prompt=prompt,
+                token_ids=token_ids,
+                messages=messages,
+                model=model,
+                cache_salt=cache_salt,
+                policy=policy,
+            )
+        )
+
+    def workers(self) -> tuple[WorkerView, ...]:
+        """The workers as the broker sees them."""
+        return self._thread.call(self._client.workers())
+
+    def stats(self) -> ClusterStats:
+        """The figures of the broker and, as far as they have reported, of every worker."""
+        return self._thread.call(self._client.stats())
+
+    def health(self) -> bool:
+        """Whether the broker answers within two seconds and has a worker that is ready."""
+        return self._thread.call(self._client.health())
+
+
+class KV:
+    """The KV plane: tensors by sequence and layer, `[length, num_kv_heads, head_dim]`, bit for bit.
+
+    Every method takes `deadline`, in seconds, in place of the client's timeout.
+    """
+
+    def __init__(self, thread: LoopThread, kv: AsyncKV) -> None:
+        self._thread = thread
+        self._kv = kv
+
+    def put(self, seq_id: str, layer: int, k: Array, v: Array, *, deadline: float | None = None) -> KvAck:
+        """Store K and V of a layer, in place of what was there. k, v: numpy or torch, of one dtype.
+
+        Raises BadTensor, NoSpace or Conflict (the sequence is a generation's) besides what any request may.
+        """
+        return self._thread.call(self._kv.put(seq_id, layer, k, v, deadline=deadline))
+
+    def append(
+        self, seq_id: str, layer: int, k: Array, v: Array, *, at: int | None = None, deadline: float | None = None
+    ) -> KvAck:
+        """Add tokens to the end of a layer; with `at`, only if that is its length.
+
+        Raises Conflict, whose `current_len` is the length, if it is another one.
+        """
+        return self._thread.call(self._kv.append(seq_id, layer, k, v, at=at, deadline=deadline))
+
+    def get(
+        self, seq_id: str, layer: int, start: int = 0, stop: int | None = None, *, deadline: float | None = None
+    ) -> KVPair:
+        """K and V of the tokens `start .. stop`, or to the end. Raises NotFound."""
+        return self._thread.call(self._kv.get(seq_id, layer, start, stop, deadline=deadline))
+
+    def length(self, seq_id: str, layer: int, *, deadline: float | None = None) -> int:
+        """How many tokens a layer holds. Raises NotFound."""
+        return self._thread.call(self._kv.length(seq_id, layer, deadline=deadline))
+
+    def delete(self, seq_id: str, layer: int | None = None, *, deadline: float | None = None) -> int:
+        """Forget a sequence, or one layer of it; returns how many layers there were."""
+        return self._thread.call(self._kv.delete(seq_id, layer, deadline=deadline))
+
+    def pin(self, seq_id: str, ttl: float | None = None, *, deadline: float | None = None) -> None:
+        """Keep a sequence from eviction, for `ttl` seconds or until it is unpinned. Raises NotFound."""
+        self._thread.call(self._kv.pin(seq_id, ttl, deadline=deadline))
+
+    def unpin(self, seq_id: str, *, deadline: float | None = None) -> None:
+        """Let a sequence be evicted again. Raises NotFound."""
+        self._thread.call(self._kv.unpin(seq_id, deadline=deadline))
+
+    def list(self, prefix: str = "", limit: int | None = None, *, deadline: float | None = None) -> Sequences:
+        """All sequences whose id begins with `prefix`, by id: those of every worker, at most `limit`."""
+        return self._thread.call(self._kv.list(prefix, limit, deadline=deadline))
+
+
+class Generation:
+    """One generation: iterate over its `Start`, `Token`s and `Done`, or take `text()` or `result()`.
+
+    As a context manager it is cancelled when left before its end. A reader that falls behind makes the worker
+    pause, so read it or cancel it. One reader at a time; `cancel` may be called by another thread.
+    """
+
+    def __init__(self, thread: LoopThread, generation: AsyncGeneration) -> None:
+        self._thread = thread
+        self._generation = generation
+        self._events: deque[Event] = deque()
+
+    @property
+    def request_id(self) -> str:
+        """What names it in errors and in the logs of broker and worker."""
+        return self._generation.request_id
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        if not self._events:
+            self._events.extend(self._thread.call(self._generation.next_batch()))
+        if not self._events:
+            raise StopIteration
+        return self._events.popleft()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def text(self) -> str:
+        """The whole text; reads what is left of the stream."""
+        return self.result().text
+
+    def result(self) -> Done:
+        """How it ended; reads what is left of the stream."""
+        self._events.clear()
+        return self._thread.call(self._generation.result())
+
+    def cancel(self) -> None:
+        """Stop it, unless it has ended or its client is closed; whoever reads on gets `Cancelled`."""
+        if self._thread.is_alive:
+            self._thread.call(self._generation.cancel())
+
+
+def _stop(thread: LoopThread, client: AsyncClient) -> None:
+    thread.stop(client.aclose())

@@ -1,0 +1,191 @@
+"""KV on its way: writes that carry K and V, reads that bring them. Small ones go within the message; large ones
+follow in chunks on the bulk lane, as many at a time as the receiver has given credit for. No sockets, no clock.
+
+The two lanes race, so a chunk may come before the message that announces it; the credit bounds how many.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from bus import wire
+from bus.errors import KVCacheError, MalformedMessage, TooLarge
+from bus.messages import AttachBulk, Chunk, Credit, Get, KvDone, KvValue, Message, Part, Welcome
+from bus.wire import Buffer
+from kvcache.client.arrays import Tensor, kv_pair
+from kvcache.client.calls import NO_ACTIONS, Action, Settle, ToBulk, ToControl, remaining_ms, unexpected
+from kvcache.client.results import KvAck
+
+GET_CREDIT = 8
+CREDIT_BATCH = 4
+
+MakeWrite = Callable[[bytes, int, int, tuple[Part, ...]], Message]
+
+
+class WriteCall:
+    """A put or an append, as `make` builds it. The same bytes are sent at every attempt, under the same id."""
+
+    progress = 0
+
+    def __init__(self, key: bytes, deadline: float, pair: tuple[Tensor, Tensor], make: MakeWrite) -> None:
+        self.key = self.req_id = key
+        self.deadline = deadline
+        self._pair = pair
+        self._make = make
+        self._chunks: Iterator[ToBulk] = iter(())
+
+    def begin(self, attempt: int, limits: Welcome, now: float) -> Sequence[Action]:
+        num_bytes = sum(tensor.data.nbytes for tensor in self._pair)
+        if num_bytes > limits.max_tensor_bytes:
+            raise TooLarge(
+                f"k and v are {num_bytes} bytes, limit {limits.max_tensor_bytes}", detail=limits.max_tensor_bytes
+            )
+        is_inline = num_bytes <= limits.max_inline_bytes
+        payload = [tensor.data for tensor in self._pair] if is_inline else []
+        message = self._make(self.req_id, attempt, remaining_ms(self.deadline, now), wire.describe(payload))
+        if is_inline:
+            return [ToControl(message, payload)]
+        self._chunks = self._cut(limits.chunk_bytes)
+        return [ToBulk(AttachBulk(session=limits.session)), ToControl(message)]
+
+    def receive(self, message: Message, payload: Sequence[Buffer], now: float) -> Sequence[Action]:
+        match message:
+            case Credit():
+                return [chunk for _, chunk in zip(range(message.chunks), self._chunks, strict=False)]
+            case KvDone():
+                return [Settle(self.key, KvAck(message.length, message.durability, message.duplicate))]
+            case _:
+                raise unexpected(message)
+
+    def tick(self, now: float) -> Sequence[Action]:
+        return NO_ACTIONS
+
+    def may_retry(self, error: KVCacheError) -> bool:
+        return error.retryable
+
+    def leave(self, *, tell: bool) -> Sequence[Action]:
+        self._chunks = iter(())
+        return NO_ACTIONS
+
+    def _cut(self, chunk_bytes: int) -> Iterator[ToBulk]:
+        """K's bytes, then V's, in chunks of at most this many; none has some of both."""
+        base = 0
+        for tensor in self._pair:
+            for start in range(0, tensor.data.nbytes, chunk_bytes):
+                part = tensor.data[start : start + chunk_bytes]
+                yield ToBulk(Chunk(req_id=self.req_id, offset=base + start, payload=()), [part])
+            base += tensor.data.nbytes
+
+
+class ReadCall:
+    """A get. It has no effect to repeat, so each attempt has an id of its own and no chunk of an earlier one can
+    be taken for one of this."""
+
+    progress = 0
+
+    def __init__(
+        self,
+        key: bytes,
+        deadline: float,
+        new_id: Callable[[], bytes],
+        *,
+        seq_id: str,
+        layer: int,
+        start: int,
+        stop: int | None,
+    ) -> None:
+        self.key = self.req_id = key
+        self.deadline = deadline
+        self._new_id = new_id
+        self._where = (seq_id, layer, start, stop)
+        self._limit_bytes = 0
+        self._reset()
+
+    def begin(self, attempt: int, limits: Welcome, now: float) -> Sequence[Action]:
+        self._reset()
+        self._limit_bytes = limits.max_tensor_bytes
+        if attempt:
+            self.req_id = self._new_id()
+        seq_id, layer, start, stop = self._where
+        get = Get(
+            req_id=self.req_id,
+            attempt=attempt,
+            deadline_ms=remaining_ms(self.deadline, now),
+            seq_id=seq_id,
+            layer=layer,
+            start=start,
+            stop=stop,
+            credit=GET_CREDIT,
+        )
+        return [ToControl(get)]
+
+    def receive(self, message: Message, payload: Sequence[Buffer], now: float) -> Sequence[Action]:
+        match message:
+            case KvValue() if self._value is None:
+                return self._announce(message, payload)
+            case Chunk() if self._value is None and len(self._early) < GET_CREDIT:
+                self._early.append((message, payload[0]))
+                return NO_ACTIONS
+            case Chunk() if self._value is not None:
+                return self._store(self._value, message.offset, payload[0])
+            case _:
+                raise unexpected(message)
+
+    def tick(self, now: float) -> Sequence[Action]:
+        return NO_ACTIONS
+
+    def may_retry(self, error: KVCacheError) -> bool:
+        return error.retryable
+
+    def leave(self, *, tell: bool) -> Sequence[Action]:
+        self._reset()
+        return NO_ACTIONS
+
+    def _reset(self) -> None:
+        self._value: KvValue | None = None
+        self._early: deque[tuple[Chunk, Buffer]] = deque()
+        self._data = memoryview(b"")
+        self._num_stored = 0
+        self._ungranted = 0
+
+    def _announce(self, value: KvValue, payload: Sequence[Buffer]) -> Sequence[Action]:
+        if payload:
+            if len(payload) != 2:
+                raise MalformedMessage(f"a value came with {len(payload)} payload frames, not K's and V's")
+            return [Settle(self.key, kv_pair(value.k, value.v, memoryview(payload[0]), memoryview(payload[1])))]
+        num_bytes = value.k.nbytes + value.v.nbytes
+        if num_bytes > self._limit_bytes:
+            raise TooLarge(f"the value is {num_bytes} bytes, limit {self._limit_bytes}", detail=self._limit_bytes)
+        self._value = value
+        # Memory that is not written is not taken: a size that was only claimed costs address space.
+        self._data = np.empty(num_bytes, np.uint8).data
+        actions: list[Action] = []
+        while self._early:
+            chunk, data = self._early.popleft()
+            actions += self._store(value, chunk.offset, data)
+        return actions or self._finish_if_complete(value)
+
+    def _store(self, value: KvValue, offset: int, data: Buffer) -> Sequence[Action]:
+        """Take the next chunk, and give credit for more. The lane keeps order, so any other offset is wrong."""
+        num_bytes = memoryview(data).nbytes
+        room = (value.k.nbytes if offset < value.k.nbytes else self._data.nbytes) - offset
+        if offset != self._num_stored or not 0 < num_bytes <= room:
+            raise MalformedMessage(
+                f"chunk of {num_bytes} bytes at {offset}, expected the bytes from {self._num_stored}"
+            )
+        self._data[offset : offset + num_bytes] = data
+        self._num_stored += num_bytes
+        self._ungranted += 1
+        if self._num_stored < self._data.nbytes and self._ungranted >= CREDIT_BATCH:
+            granted, self._ungranted = self._ungranted, 0
+            return [ToControl(Credit(req_id=self.req_id, chunks=granted))]
+        return self._finish_if_complete(value)
+
+    def _finish_if_complete(self, value: KvValue) -> Sequence[Action]:
+        if self._num_stored < self._data.nbytes:
+            return NO_ACTIONS
+        k_bytes = value.k.nbytes
+        return [Settle(self.key, kv_pair(value.k, value.v, self._data[:k_bytes], self._data[k_bytes:]))]
