@@ -80,8 +80,10 @@ def main(argv: list[str]) -> int:
 
     try:
         convert(Path(argv[0]), Path(argv[1]), progress)
-    except (ModelUnavailable, OSError, ValueError) as error:
-        sys.stderr.write(f"{error}\n")
+    # The file is foreign input to foreign parsers, which raise anything; this is the process's outermost edge.
+    except Exception as error:  # noqa: BLE001
+        reason = str(error) if isinstance(error, ModelUnavailable) else f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"{reason}\n")
         return 1
     return 0
 
