@@ -18,7 +18,7 @@ import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,11 +42,12 @@ class ServiceState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """A child to keep running. Lower ranks start first and stop last."""
+    """A child to keep running. Lower ranks start first and stop last. `env` is added to our own environment."""
 
     name: str
     command: Sequence[str]
     rank: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -146,6 +147,7 @@ class Supervisor:
         """One life of a child: spawn, hand on its lines, end it when `halt` is set."""
         process = await asyncio.create_subprocess_exec(
             *status.service.command,
+            env={**os.environ, **status.service.env},
             stdin=DEVNULL,
             stdout=PIPE,
             stderr=STDOUT,

@@ -1,0 +1,142 @@
+"""`kvcache route`, `workers` and `stats`: what the broker knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import kvcache
+from bus.stats import BrokerStats, ClusterStats, Explanation, WorkerStats, WorkerView
+from kvcache.cli.options import AsJson, Policy, Timeout, Url
+from kvcache.cli.output import human_bytes, note, print_json, print_table
+
+WORKER_COLUMNS = ("WORKER", "STATUS", "#SHARE", "#RUNNING", "#WAITING", "#DISPATCHED", "KV MEMORY", "MODELS")
+
+
+def route(
+    seq_id: Annotated[str | None, typer.Argument(help="A sequence's id.", metavar="SEQ", show_default=False)] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", help="Route this prompt by its prefix instead.", show_default=False, metavar="TEXT"),
+    ] = None,
+    policy: Policy = None,
+    url: Url = None,
+    timeout: Timeout = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say which worker would serve a request now, and why."""
+    if (seq_id is None) == (prompt is None):
+        raise typer.BadParameter("give either a sequence id or --prompt TEXT")
+    with kvcache.Client(url, timeout=timeout) as client:
+        explanation = client.route(seq_id, prompt=prompt, policy=policy)
+    if as_json:
+        print_json(explanation)
+        return
+    print_table(*explained(explanation))
+
+
+def workers(url: Url = None, timeout: Timeout = 10.0, as_json: AsJson = False) -> None:
+    """List the workers, their load, memory and models."""
+    with kvcache.Client(url, timeout=timeout) as client:
+        views = client.workers()
+    if as_json:
+        print_json(views)
+    elif views:
+        print_table(WORKER_COLUMNS, map(worker_row, views))
+    else:
+        note("no workers; start one: kvcache worker")
+
+
+def stats(url: Url = None, timeout: Timeout = 10.0, as_json: AsJson = False) -> None:
+    """Show the figures of the broker and of every worker.
+
+    Counts are totals since each of them started.
+    """
+    with kvcache.Client(url, timeout=timeout) as client:
+        figures = client.stats()
+    if as_json:
+        print_json(figures)
+        return
+    _print_stats(figures)
+
+
+def explained(explanation: Explanation) -> tuple[Sequence[str], list[Sequence[object]], str]:
+    """Columns, rows and title of a table that shows each candidate, in the order of preference."""
+    rows: list[Sequence[object]] = [
+        (
+            "*" if it.worker_id == explanation.worker_id else "",
+            it.worker_id,
+            it.load,
+            f"{it.limit:.1f}",
+            it.weight,
+            it.note,
+        )
+        for it in explanation.candidates
+    ]
+    title = f"{explanation.worker_id}: {explanation.reason} (policy {explanation.policy})"
+    return ("", "WORKER", "#LOAD", "#LIMIT", "#WEIGHT", "NOTE"), rows, title
+
+
+def worker_row(view: WorkerView) -> tuple[object, ...]:
+    """One worker under WORKER_COLUMNS."""
+    return (
+        view.worker_id,
+        view.status,
+        f"{view.share:.0%}",
+        view.running,
+        view.waiting,
+        view.dispatched,
+        f"{human_bytes(view.kv_used_bytes)} of {human_bytes(view.kv_total_bytes)}",
+        ", ".join(f"{name} {state}" for name, state in view.models),
+    )
+
+
+def _print_stats(figures: ClusterStats) -> None:
+    print_table(["BROKER", "VALUE"], _broker_rows(figures.broker))
+    known = [view.stats for view in figures.workers if view.stats is not None]
+    if known:
+        print_table(["", *(f"#{it.worker_id}" for it in known)], _worker_rows(known))
+
+
+def _broker_rows(broker: BrokerStats) -> list[tuple[object, ...]]:
+    return [
+        ("state", broker.state),
+        ("policy", broker.policy),
+        ("up", f"{broker.uptime_s:.0f} s"),
+        ("memory", human_bytes(broker.rss_bytes)),
+        ("clients, streams, in flight", f"{broker.clients}, {broker.streams}, {broker.inflight}"),
+        ("requests", broker.requests),
+        ("routed", _counts(broker.routed)),
+        ("failed", _counts(broker.failed)),
+        ("tokens relayed", broker.tokens_relayed),
+        ("workers lost", broker.workers_lost),
+        ("malformed, unwelcome", f"{broker.malformed}, {broker.unwelcome}"),
+    ]
+
+
+def _worker_rows(workers: list[WorkerStats]) -> list[tuple[object, ...]]:
+    return [
+        ("up, s", *(f"{it.uptime_s:.0f}" for it in workers)),
+        ("memory", *(human_bytes(it.rss_bytes) for it in workers)),
+        ("finished", *(it.engine.finished for it in workers)),
+        ("failed", *(it.engine.failed for it in workers)),
+        ("prompt tokens", *(it.engine.prompt_tokens for it in workers)),
+        ("  of them cached", *(_part(it.engine.cached_tokens, it.engine.prompt_tokens) for it in workers)),
+        ("completion tokens", *(it.engine.completion_tokens for it in workers)),
+        ("blocks held", *(sum(model.pool.held_blocks for model in it.models) for it in workers)),
+        ("blocks cached", *(sum(model.pool.cached_blocks for model in it.models) for it in workers)),
+        ("blocks free", *(sum(model.pool.free_blocks for model in it.models) for it in workers)),
+        ("KV plane sequences", *(it.store.sequences for it in workers)),
+        ("KV plane bytes", *(human_bytes(it.store.used_bytes) for it in workers)),
+        ("KV plane evictions", *(it.store.evictions for it in workers)),
+    ]
+
+
+def _part(part: int, whole: int) -> str:
+    return f"{part} ({part / whole:.0%})" if whole else str(part)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "-"

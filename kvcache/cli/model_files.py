@@ -1,0 +1,69 @@
+"""`kvcache models`: which models this machine has, and fetching one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from kvcache.cli.options import AsJson, Home
+from kvcache.cli.output import console, human_bytes, note, print_json, print_table
+from kvcache.models import DEFAULT_HOME, ModelRegistry, ModelSource
+from kvcache.pull import PullProgress
+from kvcache.pull import pull as pull_model
+
+
+def pull(
+    name: Annotated[str, typer.Argument(help="A name from `kvcache models list`, or a hub id such as org/name.")],
+    home: Home = str(DEFAULT_HOME),
+) -> None:
+    """Fetch a model, check it and keep it as safetensors.
+
+    Does nothing if it is here already.
+    """
+    source = fetch(ModelRegistry(Path(home), named=[name]), name)
+    note(f"{name} is ready: {source.path}")
+
+
+def fetch(registry: ModelRegistry, name: str) -> ModelSource:
+    """The model, pulled with a progress bar on stderr unless it is here."""
+    source = registry.find(name)
+    if source.is_present:
+        return source
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console(stderr=True)) as progress:
+        bar = progress.add_task("starting", total=None)
+
+        def report(step: PullProgress) -> None:
+            progress.update(bar, description=step.stage, completed=step.done, total=step.total or None)
+
+        return pull_model(registry, name, report)
+
+
+def list_(home: Home = str(DEFAULT_HOME), as_json: AsJson = False) -> None:
+    """Models that can be served here, and those that can be fetched."""
+    models = ModelRegistry(Path(home)).list_models()
+    if as_json:
+        print_json([_plain(model) for model in models])
+        return
+    rows = [
+        (model.name, model.kind.value, human_bytes(_size(model)) if model.is_present else "not fetched", model.path)
+        for model in models
+    ]
+    print_table(["NAME", "KIND", "#SIZE", "PATH"], rows)
+
+
+def _plain(model: ModelSource) -> dict[str, object]:
+    return {
+        "name": model.name,
+        "kind": model.kind.value,
+        "path": str(model.path),
+        "present": model.is_present,
+        "bytes": _size(model) if model.is_present else 0,
+    }
+
+
+def _size(model: ModelSource) -> int:
+    return sum(file.stat().st_size for file in model.path.iterdir() if file.is_file())

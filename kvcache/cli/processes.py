@@ -1,0 +1,36 @@
+"""`kvcache broker`, `worker` and `bench`: other programs of this project under one name.
+
+Each has its own `main` and flags. We become that program (exec) rather than import it: the flags stand
+in one place, a worker's torch stays out of this package, and signals and exit codes need no relay.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True}
+FORWARDED = ("broker", "worker", "bench")
+
+
+def broker(context: typer.Context) -> None:
+    """Run a broker in the foreground."""
+    _become("kvcache.broker", context)
+
+
+def worker(context: typer.Context) -> None:
+    """Run a worker in the foreground."""
+    _become("workers", context)
+
+
+def bench(context: typer.Context) -> None:
+    """Measure a part against its reference."""
+    _become("kvcache.bench", context)
+
+
+def _become(module: str, context: typer.Context) -> NoReturn:
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *context.args])

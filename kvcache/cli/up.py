@@ -1,0 +1,114 @@
+"""`kvcache up`: a broker and some workers on this machine, in the foreground, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import kvcache
+from bus.endpoints import DEFAULT_URL
+from bus.errors import KVCacheError
+from kvcache.cli.board import Board, open_board
+from kvcache.cli.model_files import fetch
+from kvcache.cli.options import Home, Url
+from kvcache.cli.output import note
+from kvcache.models import DEFAULT_HOME, ModelRegistry
+from kvcache.supervisor import Service, ServiceFailed, Supervisor
+
+POLL_S = 1.0
+DEFAULT_MODEL = "smollm2"
+
+
+def up(
+    workers: Annotated[
+        int, typer.Option("--workers", "-n", min=1, max=64, help="How many workers to run.", metavar="N")
+    ] = 2,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="A name, folder or hub id to serve; may be repeated.",
+            show_default=DEFAULT_MODEL,
+            metavar="NAME",
+        ),
+    ] = None,
+    kv_memory: Annotated[
+        str, typer.Option("--kv-cache-memory-bytes", help="KV memory of each worker.", metavar="SIZE")
+    ] = "1GiB",
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="How the broker places requests.", show_default=False, metavar="NAME")
+    ] = None,
+    home: Home = str(DEFAULT_HOME),
+    url: Url = None,
+    worker_flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="After --: more flags for every worker (kvcache worker --help).",
+            show_default=False,
+            metavar="WORKER_FLAGS",
+        ),
+    ] = None,
+) -> None:
+    """Run a broker and workers here, with live status."""
+    url = url or DEFAULT_URL
+    models = models or [DEFAULT_MODEL]
+    registry = ModelRegistry(Path(home), named=models)
+    for model in models:
+        if not Path(model).is_dir():
+            fetch(registry, model)
+    flags = ["--broker", url, "--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
+    flags += [part for model in models for part in ("--model", model)]
+    services = [_broker(url, policy), *(_worker(f"worker-{number}", flags, home) for number in range(1, workers + 1))]
+    asyncio.run(_run(services, url))
+
+
+def _broker(url: str, policy: str | None) -> Service:
+    flags = ["--bind", url, *(["--policy", policy] if policy else [])]
+    return Service(name="broker", command=[sys.executable, "-m", "kvcache.broker", *flags])
+
+
+def _worker(name: str, flags: list[str], home: str) -> Service:
+    command = [sys.executable, "-m", "workers", "--worker-id", name, *flags]
+    return Service(name=name, command=command, rank=1, env={"KVCACHE_HOME": home})
+
+
+async def _run(services: list[Service], url: str) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    failure: ServiceFailed | None = None
+    with open_board() as board:
+        supervisor = Supervisor(services, on_line=board.line, on_change=board.changed)
+        async with asyncio.TaskGroup() as group:
+            watcher = group.create_task(_watch(url, len(services) - 1, supervisor, board))
+            try:
+                await supervisor.run(stop)
+            except ServiceFailed as error:
+                failure = error
+            watcher.cancel()
+    if failure is not None:
+        raise failure
+    note("stopped")
+
+
+async def _watch(url: str, num_workers: int, supervisor: Supervisor, board: Board) -> None:
+    """Show the cluster's figures for ever; tell the supervisor once every worker serves."""
+    is_ready = False
+    async with kvcache.AsyncClient(url, timeout=2 * POLL_S) as client:
+        while True:
+            try:
+                figures = await client.stats()
+            except KVCacheError:
+                figures = None  # not up yet, or being restarted: the supervisor says why
+            board.figures(figures)
+            if figures and not is_ready and sum(view.status == "ready" for view in figures.workers) >= num_workers:
+                is_ready = True
+                supervisor.confirm()
+                board.line("kvcache", f"{num_workers} workers serve at {url}; Ctrl-C stops them")
+            await asyncio.sleep(POLL_S)

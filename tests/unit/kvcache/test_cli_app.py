@@ -1,0 +1,105 @@
+"""The command tree: help, versions, exit codes, and what it costs to start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+
+import pytest
+
+import kvcache
+from bus.errors import BadArgument, ConnectionLost, DeadlineExceeded, KVCacheError, NotFound, NoWorkers
+from kvcache.cli import main
+
+COMMANDS = ["up", "generate", "chat", "route", "workers", "stats", "models-pull", "models-list"]
+COMMANDS += [f"kv-{verb}" for verb in ("put", "append", "get", "length", "delete", "list")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split("-"), "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"Usage: kvcache {command.replace('-', ' ')} ")
+
+
+@pytest.mark.parametrize("group", [[], ["kv"], ["models"]])
+def test_summaries_in_the_overview_are_whole_sentences(group: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*group, "--help"]) == 0
+    _, _, commands = capsys.readouterr().out.partition("Commands:\n")
+    assert commands
+    assert "..." not in commands
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == version("kvcache")
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["nosuch"], "No such command"),
+        (["generate"], "Missing argument"),
+        (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "x", "--temperature", "warm"], "--temperature"),
+        (["kv", "get", "s"], "--file"),
+        (["kv", "length", "s", "--layer", "-1"], "--layer"),
+        (["route"], "either a sequence id or --prompt"),
+        (["route", "s", "--prompt", "p"], "either a sequence id or --prompt"),
+        (["workers", "--timeout", "0"], "--timeout"),
+        (["up", "--workers", "0"], "--workers"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    shown = capsys.readouterr()
+    assert complaint in shown.err
+    assert shown.out == ""
+
+
+def raiser(error: BaseException) -> Callable[..., object]:
+    def client(*args: object, **kwargs: object) -> object:
+        raise error
+
+    return client
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotFound("no sequence 's'"), 1),
+        (BadArgument("top_p must be in (0, 1], not 2"), 2),
+        (ConnectionLost("no broker answers at tcp://127.0.0.1:1"), 3),
+        (NoWorkers("no worker is ready"), 3),
+        (DeadlineExceeded("10 s are over"), 4),
+    ],
+)
+def test_errors_become_one_line_and_an_exit_code(
+    error: KVCacheError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kvcache, "Client", raiser(error))
+    assert main(["workers"]) == code
+    assert capsys.readouterr().err == f"error: {error.message}\n"
+
+
+def test_message_of_several_lines_is_shown_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kvcache, "Client", raiser(NotFound("first\nsecond")))
+    main(["workers"])
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvcache, "Client", raiser(KeyboardInterrupt()))
+    assert main(["workers"]) == 130
+
+
+def test_help_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from kvcache.cli import main; main(['--help'])\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'zmq') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
