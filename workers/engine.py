@@ -110,7 +110,7 @@ class EngineThread:
     def _run(self) -> None:
         is_busy = False
         while self._take_commands(is_busy):
-            is_busy = self._host.step(time.monotonic())
+            is_busy = self._host.step(time.monotonic)
             self._figures = self._host.figures()
             events = self._host.take_events()
             if events and not self._loop.is_closed():

@@ -153,11 +153,11 @@ class Host:
             case _:
                 assert_never(item)
 
-    def step(self, now: float) -> bool:
+    def step(self, clock: Callable[[], float]) -> bool:
         """One forward pass of each model that has work; False if none had any."""
         is_busy = False
         for slot in self._slots():
-            ran, events = slot.step(now)
+            ran, events = slot.step(clock)
             self._progress += ran
             is_busy |= ran
             self._say(events)

@@ -9,7 +9,7 @@ Runs in the engine's thread only. No torch here: `Model` is what the rest of the
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
@@ -125,8 +125,9 @@ class Slot:
     def proceed(self, run: RunId) -> None:
         self._scheduler.resume(run)
 
-    def step(self, now: float) -> tuple[bool, list[Event]]:
-        """Run one forward pass, if anything can run; says whether it did."""
+    def step(self, clock: Callable[[], float]) -> tuple[bool, list[Event]]:
+        """Run one forward pass, if anything can run; says whether it did. The pass takes time, hence a clock."""
+        now = clock()
         step = self._scheduler.plan(now)
         events = self._translate(step.events, now)
         if not step.batch:
@@ -136,6 +137,7 @@ class Slot:
             for key, piece in zip(step.keys, step.batch, strict=True)
         ]
         sampled = self._compute(step, draws)
+        now = clock()
         failed: list[tasks.Event] = []
         tokens: list[int | None] = []
         for key, result in zip(step.keys, sampled, strict=True):

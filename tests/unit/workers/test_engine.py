@@ -98,11 +98,14 @@ class Bench:
         while self.jobs:
             self.host.handle(self.jobs.pop(0)(), self.now)
 
+    def step(self) -> bool:
+        return self.host.step(lambda: self.now)
+
     def run(self) -> list[Event]:
         """Jobs and steps until there is nothing left to do."""
         self.work()
         events: list[Event] = []
-        while self.host.step(self.now):
+        while self.step():
             events += self.host.take_events()
             self.work()
         return events + self.host.take_events()
@@ -171,6 +174,25 @@ def test_a_generation_is_admitted_produces_the_models_own_tokens_and_ends(bench:
     end = only(events, Ended)
     assert (end.finish_reason, end.prompt_tokens) == (FinishReason.LENGTH, 10)
     assert events[-1] == end
+
+
+def test_the_times_at_the_end_say_where_they_went(make: Callable[[], TorchModel]) -> None:
+    class Slow(TorchModel):
+        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+            bench.now += 0.5
+            return super().compute(batch, draws)
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Slow
+        return model
+
+    bench = Bench(FakeModels(tiny=load))
+    bench.tell(start(1))
+    bench.work()
+    bench.now = 0.25
+    end = only(bench.run(), Ended)
+    assert (end.queue_ms, end.prefill_ms, end.decode_ms) == (250.0, 1500.0, 2500.0)
 
 
 def test_a_model_loads_once_however_many_wait_for_it(make: Callable[[], TorchModel]) -> None:
@@ -325,7 +347,7 @@ def test_text_and_messages_are_encoded_by_the_models_tokenizer(bench: Bench) -> 
 def test_stop_takes_effect_before_the_next_step(bench: Bench) -> None:
     bench.tell(start(1), start(2))
     bench.work()
-    bench.host.step(0.0)
+    bench.step()
     bench.host.take_events()
     bench.tell(Stop(run_id(1)))
     events = bench.run()
@@ -346,11 +368,11 @@ def test_a_held_generation_computes_nothing_until_it_may_proceed(bench: Bench) -
     assert tokens_of(bench.run(), 1) == []
     bench.tell(Proceed(run_id(1)))
     bench.work()
-    bench.host.step(0.0)
-    bench.host.step(0.0)
-    bench.host.step(0.0)  # three chunks of prefill, and with the last one a token
+    bench.step()
+    bench.step()
+    bench.step()  # three chunks of prefill, and with the last one a token
     bench.tell(Hold(run_id(1)))
-    assert not bench.host.step(0.0)
+    assert not bench.step()
     bench.tell(Proceed(run_id(1)))
     assert len(tokens_of(bench.run(), 1)) == 5
 
@@ -428,7 +450,7 @@ def test_reading_what_is_not_there_is_an_answer_not_a_crash(bench: Bench) -> Non
 def test_a_sequence_that_is_being_generated_is_not_dropped(bench: Bench) -> None:
     bench.tell(start(1, seq_id="chat"))
     bench.work()
-    bench.host.step(0.0)
+    bench.step()
     bench.host.take_events()
     assert isinstance(only(bench.tell(DropKV(Ticket(1), SequenceKey("t", "chat"))), Answered).answer, Conflict)
 

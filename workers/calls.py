@@ -1,0 +1,155 @@
+"""Calls: the requests that brokers have handed to this worker and that have no final answer yet.
+
+A call is known by its link and the broker's number for it; who asked is a `RequestKey`, whose tenant and
+client are the broker's word. The table makes every answer, so that it can promise: exactly one final
+answer per call, none after it, and none over a session that is gone. What the work of a call is stands
+in `generations` and `kv_plane`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from bus import wire
+from bus.errors import KVCacheError
+from bus.messages import Assign, Dispatched, Message, Reply
+from bus.wire import Buffer
+from workers.engine_api import Command
+
+
+class CallId(NamedTuple):
+    """`number` is the broker's; `link` says which broker."""
+
+    link: int
+    number: int
+
+
+class RequestKey(NamedTuple):
+    """Who asked for what. Retries of one request have one key."""
+
+    tenant: str
+    client: bytes
+    req_id: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request in progress. deadline: monotonic seconds. reason: why the broker chose this worker."""
+
+    id: CallId
+    request: RequestKey
+    message: Dispatched
+    deadline: float
+    reason: str
+
+
+class Channel(enum.Enum):
+    """The two connections to each broker."""
+
+    CONTROL = enum.auto()
+    BULK = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """One message for a broker. `call`: whose work suffers if it cannot be sent."""
+
+    link: int
+    channel: Channel
+    frames: Sequence[Buffer]
+    call: CallId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """One message on a stream's topic, through one broker."""
+
+    link: int
+    topic: bytes
+    frame: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """A command for the engine."""
+
+    command: Command
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Drop what still waits to be sent to a broker that does not answer; it belongs to no session."""
+
+    link: int
+
+
+Action: TypeAlias = Send | Publish | Tell | Forget
+
+
+class Calls:
+    """The table. It answers; what to answer is the business of others."""
+
+    def __init__(self) -> None:
+        self._calls: dict[CallId, Call] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def open(self, link: int, assign: Assign, message: Dispatched, now: float) -> Call:
+        call = Call(
+            id=CallId(link, assign.call),
+            request=RequestKey(assign.tenant, assign.client, message.req_id),
+            message=message,
+            deadline=now + assign.deadline_ms / 1000,
+            reason=assign.reason,
+        )
+        self._calls[call.id] = call
+        return call
+
+    def find(self, call_id: CallId) -> Call | None:
+        """The call of that id, None if it has ended or never was."""
+        return self._calls.get(call_id)
+
+    def of_link(self, link: int) -> list[Call]:
+        return [call for call in self._calls.values() if call.id.link == link]
+
+    def overdue(self, now: float) -> list[Call]:
+        return [call for call in self._calls.values() if call.deadline <= now]
+
+    def everything(self) -> Iterator[Call]:
+        """All open calls, for whoever is about to end them."""
+        return iter(list(self._calls.values()))
+
+    def say(self, call: Call, message: Message, *payload: Buffer, channel: Channel = Channel.CONTROL) -> list[Action]:
+        """An answer that is not the last one. Nothing, if the call is over."""
+        if call.id not in self._calls:
+            return []
+        return [_answer(call.id, message, payload, channel, final=False)]
+
+    def finish(
+        self, call: Call, message: Message, *payload: Buffer, channel: Channel = Channel.CONTROL
+    ) -> list[Action]:
+        """The last answer. Nothing, if the call is over already."""
+        if self._calls.pop(call.id, None) is None:
+            return []
+        return [_answer(call.id, message, payload, channel, final=True)]
+
+    def fail(self, call: Call, error: KVCacheError) -> list[Action]:
+        """The last answer, a bad one."""
+        return self.finish(call, wire.failed(call.request.req_id, error))
+
+    def refuse(self, call_id: CallId, req_id: bytes, error: KVCacheError) -> list[Action]:
+        """The one answer to a request that never became a call."""
+        return [_answer(call_id, wire.failed(req_id, error), (), Channel.CONTROL, final=True)]
+
+    def forget(self, call: Call) -> None:
+        """Nobody waits for it any more."""
+        self._calls.pop(call.id, None)
+
+
+def _answer(call_id: CallId, message: Message, payload: Sequence[Buffer], channel: Channel, *, final: bool) -> Send:
+    envelope = wire.encode(Reply(call=call_id.number, final=final))
+    return Send(call_id.link, channel, [envelope, wire.encode(message), *payload], call_id)

@@ -1,0 +1,393 @@
+"""The KV plane as its clients see it: requests in, answers out, and the transfers in between.
+
+A sequence's name means one of two things on this worker. *Stored* ones were put here and lie in the store;
+*computed* ones were left by a generation and lie in the engine's blocks. Reading, listing, pinning and
+deleting work on both, the latter by way of the engine, with a ticket that its answer comes back with.
+Writing to a computed one is refused: its KV belongs to the tokens that made it.
+
+Tensors that do not fit one message go in chunks over the bulk lane, as many as the receiver gave credit
+for: an upload grants it as chunks are written, a download spends what the client grants.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+import msgspec
+
+from bus import wire
+from bus.errors import BadArgument, BadTensor, Conflict, KVCacheError
+from bus.messages import (
+    Append,
+    Chunk,
+    Credit,
+    Delete,
+    Generate,
+    Get,
+    KvDone,
+    KvListed,
+    KvValue,
+    Length,
+    ListSequences,
+    Pin,
+    Put,
+    Unpin,
+)
+from bus.stats import SequenceInfo, SequencePage, StoreStats, pack
+from bus.tensors import TensorMeta
+from bus.wire import Buffer
+from workers.calls import Action, Call, CallId, Calls, Channel, Tell
+from workers.engine_api import (
+    Answered,
+    DropKV,
+    Forgotten,
+    ListKV,
+    MeasureKV,
+    PinKV,
+    ReadKV,
+    ReadResult,
+    Retained,
+    Ticket,
+    UnpinKV,
+)
+from workers.keys import SequenceKey
+from workers.replies import Replies
+from workers.store import KVStore, Read
+from workers.transfers import Transfer
+
+MAX_INLINE_BYTES = 256 * 1024
+CHUNK_BYTES = 1 << 20
+UPLOAD_WINDOW = 8  # chunks of one upload that may be on their way
+GRANT_CHUNKS = 4  # credit is granted anew when this many were taken
+
+KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences
+
+
+@dataclass(slots=True)
+class _Upload:
+    """A write whose bytes are still coming. `credit`: chunks the client may still send."""
+
+    transfer: Transfer
+    credit: int = UPLOAD_WINDOW
+    taken: int = 0
+
+
+@dataclass(slots=True)
+class _Download:
+    """A read whose bytes are still going. `pieces`: what is left, as (offset, bytes, is_last)."""
+
+    pieces: Iterator[tuple[int, Buffer, bool]]
+    credit: int
+    read: Read | None
+
+
+@dataclass(slots=True)
+class _Question:
+    """A call that waits for the engine."""
+
+    ticket: Ticket
+    stored: tuple[SequenceInfo, ...] = ()
+    has_more: bool = False
+
+
+Work: TypeAlias = _Upload | _Download | _Question
+
+
+class KVPlane:
+    """`is_writing(sequence)`: whether a generation is going on under that name."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        calls: Calls,
+        store: KVStore,
+        replies: Replies,
+        is_writing: Callable[[SequenceKey], bool],
+    ) -> None:
+        self._worker_id = worker_id
+        self._calls = calls
+        self._store = store
+        self._replies = replies
+        self._is_writing = is_writing
+        self._computed: set[SequenceKey] = set()
+        self._work: dict[CallId, Work] = {}
+        self._asking: dict[Ticket, Call] = {}
+        self._tickets = itertools.count(1)
+
+    # --- what clients say ---
+
+    def start(self, call: Call, payload: Sequence[Buffer], now: float) -> list[Action]:
+        """Serve a request, or begin to. Raises what is wrong with it; nothing has changed then."""
+        message = call.message
+        assert not isinstance(message, Generate), "generations are not served here"
+        if isinstance(message, ListSequences):
+            return self._list(call, message, now)
+        key = SequenceKey(call.request.tenant, message.seq_id)
+        if isinstance(message, Put | Append):
+            return self._write(call, message, key, payload, now)
+        if self._is_computed(key):
+            return self._ask(call, message, key, now)
+        match message:
+            case Get():
+                return self._get(call, message, key)
+            case Length():
+                return self._calls.finish(
+                    call, self._done(call, length=self._store.length(key, message.layer), count=1)
+                )
+            case Delete():
+                return self._finish(call, self._done(call, count=self._store.delete(key, message.layer)))
+            case Pin():
+                self._store.pin(key, message.ttl_ms / 1000 if message.ttl_ms else None, now)
+            case Unpin():
+                self._store.unpin(key)
+            case _:
+                assert_never(message)
+        return self._finish(call, self._done(call, count=1))
+
+    def follow_up(self, call: Call, message: Chunk | Credit, payload: Sequence[Buffer]) -> list[Action]:
+        """More of a transfer. Raises what is wrong with it; the call is then to be stopped."""
+        work = self._work.get(call.id)
+        match message, work:
+            case Chunk(), _Upload():
+                return self._take_chunk(call, work, message, payload[0])
+            case Credit(), _Download():
+                work.credit += message.chunks
+                return self._send_chunks(call, work)
+            case _:
+                raise BadArgument(f"this request expects no {type(message).__name__.lower()}")
+
+    def stop(self, call: Call) -> list[Action]:
+        """Give up the work of a call: an upload has no effect, a download holds nothing any more."""
+        match self._work.pop(call.id, None):
+            case _Upload(transfer=transfer):
+                self._store.abort(transfer)
+            case _Download(read=Read() as read):
+                self._store.close_read(read)
+            case _Question(ticket=ticket):
+                del self._asking[ticket]
+            case _:
+                pass
+        return []
+
+    def is_stored(self, key: SequenceKey) -> bool:
+        """Whether a client has put this sequence here, or is about to."""
+        uploads = (work.transfer.key for work in self._work.values() if isinstance(work, _Upload))
+        return self._store.has(key) or key in uploads
+
+    # --- what the engine says ---
+
+    def on_event(self, event: Answered | Retained | Forgotten) -> list[Action]:
+        match event:
+            case Retained():
+                self._computed.add(event.sequence)
+            case Forgotten():
+                self._computed.discard(event.sequence)
+            case Answered():
+                return self._answered(event)
+            case _:
+                assert_never(event)
+        return []
+
+    def stats(self, now: float) -> StoreStats:
+        return self._store.stats(now)
+
+    # --- writes ---
+
+    def _write(
+        self, call: Call, message: Put | Append, key: SequenceKey, payload: Sequence[Buffer], now: float
+    ) -> list[Action]:
+        if self._is_computed(key):
+            raise Conflict(
+                f"sequence {key.seq_id!r} was computed by a generation; delete it first or use another seq_id"
+            )
+        if len(payload) == 1:
+            raise BadTensor("K and V travel together: two payloads, or none and then chunks")
+        transfer = self._begin(message, key, now)
+        if payload:
+            return self._write_at_once(call, transfer, payload)
+        if not transfer.nbytes:
+            return self._commit(call, transfer)
+        self._work[call.id] = _Upload(transfer)
+        return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=UPLOAD_WINDOW))
+
+    def _begin(self, message: Put | Append, key: SequenceKey, now: float) -> Transfer:
+        if isinstance(message, Put):
+            return self._store.begin_put(key, message.layer, message.k, message.v, now=now)
+        return self._store.begin_append(key, message.layer, message.k, message.v, message.at, now=now)
+
+    def _write_at_once(self, call: Call, transfer: Transfer, payload: Sequence[Buffer]) -> list[Action]:
+        try:
+            offset = 0
+            for part, expected in zip(payload, (transfer.k_bytes, transfer.nbytes - transfer.k_bytes), strict=True):
+                if len(part) != expected:
+                    raise BadTensor(f"{len(part)} bytes were sent for a tensor of {expected}")
+                if expected:
+                    self._store.write(transfer, offset, part)
+                offset += expected
+        except KVCacheError:
+            self._store.abort(transfer)
+            raise
+        return self._commit(call, transfer)
+
+    def _take_chunk(self, call: Call, upload: _Upload, message: Chunk, data: Buffer) -> list[Action]:
+        if upload.credit == 0:
+            raise BadArgument("a chunk came without credit for it")
+        self._store.write(upload.transfer, message.offset, data)
+        upload.credit -= 1
+        upload.taken += 1
+        if not upload.transfer.coverage.missing:
+            del self._work[call.id]
+            return self._commit(call, upload.transfer)
+        if upload.taken < GRANT_CHUNKS:
+            return []
+        granted, upload.taken = upload.taken, 0
+        upload.credit += granted
+        return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=granted))
+
+    def _commit(self, call: Call, transfer: Transfer) -> list[Action]:
+        done = self._store.commit(transfer)
+        return self._finish(call, self._done(call, length=done.length, count=1, duplicate=done.duplicate))
+
+    def _finish(self, call: Call, done: KvDone) -> list[Action]:
+        """Answer a change, and remember the answer: a retry must not change anything again."""
+        self._replies.keep(call.request, msgspec.structs.replace(done, duplicate=True))
+        return self._calls.finish(call, done)
+
+    # --- reads ---
+
+    def _get(self, call: Call, message: Get, key: SequenceKey) -> list[Action]:
+        read = self._store.open_read(key, message.layer, message.start, message.stop)
+        return self._send_value(call, message, read.k, read.v, read.length, self._store.chunks(read, CHUNK_BYTES), read)
+
+    def _send_value(
+        self,
+        call: Call,
+        message: Get,
+        k: TensorMeta,
+        v: TensorMeta,
+        length: int,
+        pieces: Iterator[tuple[int, memoryview]],
+        read: Read | None,
+    ) -> list[Action]:
+        """Answer with K and V in one message if they are small, else announce them and send what is credited."""
+        value = KvValue(req_id=call.request.req_id, k=k, v=v, length=length)
+        total = k.nbytes + v.nbytes
+        if total > MAX_INLINE_BYTES:
+            download = _Download(_marked(pieces, total), message.credit, read)
+            self._work[call.id] = download
+            return [*self._calls.say(call, value), *self._send_chunks(call, download)]
+        data = b"".join(piece for _, piece in pieces)
+        if read is not None:
+            self._store.close_read(read)
+        payload = (data[: k.nbytes], data[k.nbytes :])
+        return self._calls.finish(call, msgspec.structs.replace(value, payload=wire.describe(payload)), *payload)
+
+    def _send_chunks(self, call: Call, download: _Download) -> list[Action]:
+        """As many chunks as there is credit for. They are copies: the pages may change once the read is closed."""
+        actions: list[Action] = []
+        while download.credit > 0:
+            offset, data, is_last = next(download.pieces)
+            download.credit -= 1
+            chunk = Chunk(req_id=call.request.req_id, offset=offset, payload=wire.describe([data]))
+            if is_last:
+                self.stop(call)
+                return [*actions, *self._calls.finish(call, chunk, data, channel=Channel.BULK)]
+            actions += self._calls.say(call, chunk, data, channel=Channel.BULK)
+        return actions
+
+    # --- lists ---
+
+    def _list(self, call: Call, message: ListSequences, now: float) -> list[Action]:
+        """Stored ones are known here; computed ones are asked for, and the two lists joined."""
+        tenant = call.request.tenant
+        stored, has_more = self._store.list(tenant, message.prefix, message.after, message.limit, now)
+        # One more than the limit shows whether there are more.
+        question = ListKV(self._next_ticket(), tenant, message.prefix, message.after, message.limit + 1)
+        self._work[call.id] = _Question(question.ticket, stored, has_more)
+        self._asking[question.ticket] = call
+        return [Tell(question)]
+
+    def _listed(self, call: Call, question: _Question, computed: tuple[SequenceInfo, ...]) -> list[Action]:
+        message = call.message
+        assert isinstance(message, ListSequences)
+        found = sorted([*question.stored, *computed], key=lambda info: info.seq_id)
+        page = SequencePage(
+            worker_id=self._worker_id,
+            sequences=tuple(found[: message.limit]),
+            more=question.has_more or len(found) > message.limit,
+        )
+        payload = pack(page)
+        listed = KvListed(req_id=call.request.req_id, payload=wire.describe([payload]))
+        return self._calls.finish(call, listed, payload)
+
+    # --- computed sequences ---
+
+    def _is_computed(self, key: SequenceKey) -> bool:
+        return key in self._computed or self._is_writing(key)
+
+    def _ask(
+        self, call: Call, message: Get | Length | Delete | Pin | Unpin, key: SequenceKey, now: float
+    ) -> list[Action]:
+        ticket = self._next_ticket()
+        question: ReadKV | MeasureKV | DropKV | PinKV | UnpinKV
+        match message:
+            case Get():
+                question = ReadKV(ticket, key, message.layer, message.start, message.stop)
+            case Length():
+                question = MeasureKV(ticket, key, message.layer)
+            case Delete():
+                if message.layer is not None:
+                    raise BadArgument("a computed sequence is deleted whole; leave the layer out")
+                question = DropKV(ticket, key)
+            case Pin():
+                question = PinKV(ticket, key, now + message.ttl_ms / 1000 if message.ttl_ms else math.inf)
+            case Unpin():
+                question = UnpinKV(ticket, key)
+            case _:
+                assert_never(message)
+        self._work[call.id] = _Question(ticket)
+        self._asking[ticket] = call
+        return [Tell(question)]
+
+    def _answered(self, event: Answered) -> list[Action]:
+        call = self._asking.pop(event.ticket, None)
+        if call is None:  # nobody waits for it any more
+            return []
+        question = self._work.pop(call.id)
+        assert isinstance(question, _Question)
+        answer = event.answer
+        if isinstance(answer, KVCacheError):
+            return self._calls.fail(call, answer)
+        if isinstance(answer, tuple):
+            return self._listed(call, question, answer)
+        message = call.message
+        if isinstance(answer, ReadResult):
+            assert isinstance(message, Get)
+            pieces = _pieces(answer.k_data, answer.v_data)
+            return self._send_value(call, message, answer.k, answer.v, answer.length, pieces, None)
+        if isinstance(message, Length):
+            return self._calls.finish(call, self._done(call, length=answer, count=1))
+        return self._finish(call, self._done(call, count=answer))
+
+    def _next_ticket(self) -> Ticket:
+        return Ticket(next(self._tickets))
+
+    def _done(self, call: Call, *, length: int = 0, count: int = 0, duplicate: bool = False) -> KvDone:
+        return KvDone(req_id=call.request.req_id, length=length, count=count, duplicate=duplicate)
+
+
+def _pieces(k: memoryview, v: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """K's bytes, then V's, in chunks that never hold some of both."""
+    for base, data in ((0, k), (k.nbytes, v)):
+        for begin in range(0, data.nbytes, CHUNK_BYTES):
+            yield base + begin, data[begin : begin + CHUNK_BYTES]
+
+
+def _marked(pieces: Iterator[tuple[int, memoryview]], total: int) -> Iterator[tuple[int, bytes, bool]]:
+    """Each piece copied, and whether it is the last of `total` bytes."""
+    for offset, piece in pieces:
+        yield offset, bytes(piece), offset + piece.nbytes == total

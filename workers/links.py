@@ -1,0 +1,135 @@
+"""This worker's standing with each of its brokers: hello, beats, silence, and the lease that follows.
+
+    JOINING  hello goes out each 250 ms until the broker welcomes us
+    JOINED   a beat each heartbeat, each asking for the lease to be renewed; after 750 ms of silence hello
+             goes out too: the broker may have restarted and not know us. Silent for a whole lease: JOINING
+
+A welcome with the session we have is an echo; another session means that the broker forgot the calls of
+the old one. Whether we may publish and acknowledge writes is the lease's business, not the session's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from bus import wire
+from bus.leases import WorkerLease
+from bus.messages import (
+    AttachBulk,
+    BrokerBeat,
+    Goodbye,
+    Message,
+    ModelState,
+    Welcome,
+    WorkerBeat,
+    WorkerHello,
+    WorkerState,
+)
+from bus.wire import Buffer
+from workers.calls import Action, Channel, Forget, Send
+
+HELLO_S = 0.25
+SILENCE_S = 0.75
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a beat says beside that we live."""
+
+    running: int = 0
+    waiting: int = 0
+    progress: int = 0
+    kv_used_bytes: int = 0
+    kv_total_bytes: int = 0
+    models: tuple[tuple[str, ModelState], ...] = ()
+
+
+class Link:
+    """One broker, as far as this worker is concerned. `welcome` is None until it has joined."""
+
+    def __init__(self, number: int, hello: WorkerHello, now: float) -> None:
+        self.number = number
+        self.welcome: Welcome | None = None
+        self.lease = WorkerLease(now)
+        self._hello = hello
+        self._heard_at = now
+        self._hello_due = now
+        self._beat_due = now
+        self._beat = 0
+
+    def heard(self, now: float) -> None:
+        """Any message is a sign of life."""
+        self._heard_at = now
+
+    def welcomed(self, welcome: Welcome, now: float) -> bool:
+        """The broker accepts us. True if this is another session than before: the old one's calls are void."""
+        is_new = self.welcome is None or self.welcome.session != welcome.session
+        self.welcome = welcome
+        if is_new:
+            self.lease.void()
+            self._beat_due = now
+        return is_new
+
+    def attach(self) -> list[Action]:
+        """Say on the bulk lane whose it is."""
+        assert self.welcome is not None
+        return [self._send(AttachBulk(session=self.welcome.session), channel=Channel.BULK)]
+
+    def granted(self, answer: BrokerBeat) -> None:
+        self.lease.granted(answer.beat, answer.lease_ms)
+
+    def left(self, now: float) -> None:
+        """The broker said goodbye, or nothing can be sent to it: begin again."""
+        self.welcome = None
+        self.lease.void()
+        self._hello_due = now + HELLO_S
+
+    def is_dead(self, now: float) -> bool:
+        """Whether a broker that we had joined has been silent for a whole lease: it has given us up, or it is gone."""
+        return self.welcome is not None and now - self._heard_at > self.welcome.lease_ms / 1000
+
+    def tick(self, state: WorkerState, load: Callable[[], Load], now: float) -> list[Action]:
+        """What time brings about: hellos and beats."""
+        self.lease.tick(now)
+        actions: list[Action] = []
+        is_silent = now - self._heard_at > SILENCE_S
+        if (self.welcome is None or is_silent) and now >= self._hello_due:
+            self._hello_due = now + HELLO_S
+            if self.welcome is None:
+                actions.append(Forget(self.number))
+            actions.append(self._send(msgspec.structs.replace(self._hello, state=state)))
+        if self.welcome is not None and now >= self._beat_due:
+            actions += self.beat(state, load(), now)
+        return actions
+
+    def beat(self, state: WorkerState, load: Load, now: float) -> list[Action]:
+        """A beat, now: on time, or because the state has changed. Nothing before we have joined."""
+        if self.welcome is None:
+            return []
+        self._beat_due = now + self.welcome.heartbeat_ms / 1000
+        self._beat += 1
+        self.lease.sent(self._beat, now)
+        beat = WorkerBeat(
+            beat=self._beat,
+            state=state,
+            running=load.running,
+            waiting=load.waiting,
+            progress=load.progress,
+            kv_used_bytes=load.kv_used_bytes,
+            kv_total_bytes=load.kv_total_bytes,
+            models=load.models,
+        )
+        return [self._send(beat)]
+
+    def say(self, message: Message, *payload: Buffer) -> list[Action]:
+        """A message outside any call. Nothing before we have joined."""
+        return [] if self.welcome is None else [self._send(message, payload)]
+
+    def farewell(self, reason: str) -> list[Action]:
+        return self.say(Goodbye(reason=reason))
+
+    def _send(self, message: Message, payload: Sequence[Buffer] = (), channel: Channel = Channel.CONTROL) -> Send:
+        return Send(self.number, channel, [wire.encode(message), *payload])

@@ -1,0 +1,175 @@
+"""The worker's sockets and clock: moves frames and events between the brokers, the engine and the core.
+
+Three connections to each broker: control and bulk (so that a tensor never delays a heartbeat) and one to
+publish tokens through. Everything here runs on the loop; the model runs in the engine's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import assert_never
+
+import psutil
+
+from bus import sockets
+from bus.endpoints import endpoints
+from bus.messages import WorkerHello, WorkerState
+from bus.security import SecurityConfig
+from bus.sockets import Context, Dealer, Message, Publisher, Sent
+from workers.calls import Action, Channel, Forget, Publish, Send, Tell
+from workers.core import WorkerCore
+from workers.engine import EngineThread
+from workers.engine_api import Engine, Event, Load
+from workers.failpoints import Failpoint
+from workers.host import Models
+from workers.memory import HostMemory
+from workers.store import KVStore
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.05
+LINGER_MS = 500
+
+
+class Worker:
+    """One worker process. `run` returns when `stop` is set and what was in progress has ended.
+
+    brokers: their addresses. preload: names to load before the worker is ready. failpoint: for fault tests.
+    """
+
+    def __init__(
+        self,
+        hello: WorkerHello,
+        brokers: Sequence[str],
+        models: Models,
+        *,
+        kv_plane_bytes: int,
+        max_tokens_per_step: int,
+        shares_prefixes: bool = True,
+        preload: Sequence[str] = (),
+        failpoint: str = "",
+    ) -> None:
+        self._brokers = [endpoints(url) for url in brokers]
+        self._models = models
+        self._max_tokens_per_step = max_tokens_per_step
+        self._shares_prefixes = shares_prefixes
+        self._preload = tuple(preload)
+        self._security = SecurityConfig()
+        self._failpoint = Failpoint(failpoint) if failpoint else None
+        self._core = WorkerCore(
+            hello,
+            KVStore(HostMemory(kv_plane_bytes)),
+            num_links=len(self._brokers),
+            preloading=self._preload,
+            now=time.monotonic(),
+        )
+        self._lanes: dict[tuple[int, Channel], Dealer] = {}
+        self._publishers: list[Publisher] = []
+        self._engine: Engine
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop`, then drain, say goodbye and close."""
+        with ExitStack() as stack:
+            context = stack.enter_context(sockets.Context())
+            self._engine = stack.enter_context(
+                EngineThread(
+                    self._models,
+                    self._on_engine,
+                    max_tokens_per_step=self._max_tokens_per_step,
+                    shares_prefixes=self._shares_prefixes,
+                )
+            )
+            for name in self._preload:
+                self._engine.send(Load(name))
+            for number in range(len(self._brokers)):
+                self._connect(context, stack, number)
+            await self._serve(stop, on_ready)
+            self._perform(self._core.farewell())
+            for lane in self._lanes.values():
+                lane.close(LINGER_MS)
+
+    def _connect(self, context: Context, stack: ExitStack, number: int) -> None:
+        at = endpoints(self._brokers[number].url)
+        for channel, lane, address in (
+            (Channel.CONTROL, sockets.CONTROL, at.worker_control),
+            (Channel.BULK, sockets.BULK, at.worker_bulk),
+        ):
+            dealer = stack.enter_context(Dealer(context, lane, self._security, self._receiver(number, channel)))
+            dealer.connect(address)
+            dealer.start()
+            self._lanes[number, channel] = dealer
+        publisher = stack.enter_context(Publisher(context, sockets.TOKENS, self._security, lambda batch: None))
+        publisher.connect(at.tokens)
+        self._publishers.append(publisher)
+
+    async def _serve(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
+        """Tick until told to stop and drained."""
+        process = psutil.Process()
+        is_ready = False
+        due = time.monotonic()
+        while not self._core.is_drained:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            now = time.monotonic()
+            lag_s, due = now - due, now + TICK_S
+            if stop.is_set():
+                self._perform(self._core.drain(now))
+            rss_bytes = process.memory_info().rss
+            self._perform(self._core.tick(self._engine.figures(), now, rss_bytes=rss_bytes, lag_s=lag_s))
+            if not is_ready and self._core.has_joined and self._core.state is WorkerState.READY:
+                is_ready = True
+                on_ready()
+
+    # --- callbacks of sockets and engine: nothing they are given may stop what comes behind it ---
+
+    def _receiver(self, number: int, channel: Channel) -> Callable[[list[Message]], None]:
+        handle = self._core.on_control if channel is Channel.CONTROL else self._core.on_bulk
+
+        def receive(batch: list[Message]) -> None:
+            now = time.monotonic()
+            for frames in batch:
+                try:
+                    self._perform(handle(number, frames, now))
+                except Exception:
+                    log.exception("a message of broker %d could not be handled", number)
+
+        return receive
+
+    def _on_engine(self, events: Sequence[Event]) -> None:
+        now = time.monotonic()
+        for event in events:
+            try:
+                self._perform(self._core.on_engine(event, now))
+            except Exception:
+                log.exception("%s of the engine could not be handled", type(event).__name__)
+
+    # --- actions ---
+
+    def _perform(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action)
+                case Publish():
+                    self._reach("worker.publish")
+                    self._publishers[action.link].send([action.topic, action.frame])
+                case Tell():
+                    self._engine.send(action.command)
+                case Forget():
+                    self._lanes[action.link, Channel.CONTROL].forget_queue()
+                case _:
+                    assert_never(action)
+
+    def _send(self, send: Send) -> None:
+        if send.call is not None:
+            self._reach("worker.reply")
+        outcome = self._lanes[send.link, send.channel].send(send.frames)
+        if outcome is Sent.FULL:
+            self._perform(self._core.on_unsent(send, time.monotonic()))
+
+    def _reach(self, point: str) -> None:
+        if self._failpoint is not None:
+            self._failpoint.reach(point)
