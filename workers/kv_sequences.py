@@ -133,8 +133,11 @@ class KVSequences:
         self._sequences[key].layers[number] = layer
 
     def remove(self, key: SequenceKey, number: int) -> None:
-        """Retire a placed layer. A sequence without layers is forgotten with its pin."""
-        self._retire(self._sequences[key].layers.pop(number))
+        """Retire a placed layer; the pin goes with the last one, even while the sequence is held."""
+        sequence = self._sequences[key]
+        self._retire(sequence.layers.pop(number))
+        if not sequence.layers:
+            sequence.pinned_until = -math.inf
         self._forget_if_empty(key)
 
     def trim(self, layer: Layer) -> None:

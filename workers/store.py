@@ -7,7 +7,7 @@ value before it is what is read. An append goes behind the end in place: no stor
 Room is made by evicting whole sequences, least recently used first; never one that is pinned, or being read or
 written. A value that is replaced or deleted while it is being read keeps its pages until the last reader is done.
 
-The caller sees to it that every transfer is committed, aborted or expired, and every read closed.
+The caller sees to it that every transfer is committed or aborted, by its deadline, and every read closed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from bus.errors import BadArgument, BadTensor, NoSpace, NotFound
+from bus.errors import BadArgument, NoSpace, NotFound
 from bus.stats import SequenceInfo, StoreStats
 from bus.tensors import TensorMeta, check_kv_pair
 from workers.keys import SequenceKey
@@ -68,17 +68,16 @@ class KVStore:
 
     # --- writing ---
 
-    def begin_put(
-        self, key: SequenceKey, layer: int, k: TensorMeta, v: TensorMeta, *, now: float, deadline: float = math.inf
-    ) -> Transfer:
+    def begin_put(self, key: SequenceKey, layer: int, k: TensorMeta, v: TensorMeta, *, now: float) -> Transfer:
         """Take room for a new value of a layer, which replaces the old one when it is committed.
 
         k, v: `[seq_len, num_kv_heads, head_dim]`, of one dtype; only their head_dim may differ.
-        Raises BadTensor for other shapes, BadArgument for an empty name, NoSpace if there is no room for it.
+        Raises BadTensor for other shapes, BadArgument for an empty name or a layer that is no u32, NoSpace if there
+        is no room for it.
         """
         _check_target(key, layer)
         check_kv_pair(k, v)
-        transfer = Transfer(Kind.PUT, key, layer, self._sequences.new_layer(k, v), 0, k.shape[0], deadline)
+        transfer = Transfer(Kind.PUT, key, layer, self._sequences.new_layer(k, v), 0, k.shape[0])
         return self._begin(transfer, now)
 
     def begin_append(
@@ -90,7 +89,6 @@ class KVStore:
         at: int | None,
         *,
         now: float,
-        deadline: float = math.inf,
     ) -> Transfer:
         """Take room for tokens behind the end of a layer, if its length is `at` (None: whatever it is).
 
@@ -110,7 +108,7 @@ class KVStore:
             target, start, kind = self._sequences.new_layer(k, v), 0, Kind.APPEND
         else:
             target, (start, kind) = existing, place_of_append(existing, k, v, at)
-        transfer = Transfer(kind, key, layer, target, start, k.shape[0], deadline)
+        transfer = Transfer(kind, key, layer, target, start, k.shape[0])
         return self._begin(transfer, now)
 
     def write(self, transfer: Transfer, offset: int, data: Buffer) -> None:
@@ -158,32 +156,6 @@ class KVStore:
         assert transfer.is_open, "the transfer has ended"
         self._end(transfer)
 
-    def expire(self, now: float) -> list[Transfer]:
-        """Abort the transfers whose deadline has passed, and return them."""
-        late = [transfer for transfer in self._transfers if transfer.deadline <= now]
-        for transfer in late:
-            self.abort(transfer)
-        return late
-
-    def put(
-        self, key: SequenceKey, layer: int, k: TensorMeta, v: TensorMeta, data: tuple[Buffer, Buffer], now: float
-    ) -> Committed:
-        """A whole put at once. data: the bytes of K and of V. Raises as `begin_put`, `write` and `commit` do."""
-        return self._at_once(self.begin_put(key, layer, k, v, now=now), data)
-
-    def append(
-        self,
-        key: SequenceKey,
-        layer: int,
-        k: TensorMeta,
-        v: TensorMeta,
-        data: tuple[Buffer, Buffer],
-        at: int | None,
-        now: float,
-    ) -> Committed:
-        """A whole append at once. data: the bytes of K and of V. Raises as `begin_append`, `write`, `commit` do."""
-        return self._at_once(self.begin_append(key, layer, k, v, at, now=now), data)
-
     # --- reading ---
 
     def open_read(self, key: SequenceKey, layer: int, start: int = 0, stop: int | None = None) -> Read:
@@ -229,10 +201,8 @@ class KVStore:
 
     # --- sequences ---
 
-    def has(self, key: SequenceKey, layer: int | None = None) -> bool:
-        """Whether the layer, or any, of it is stored."""
-        if layer is not None:
-            return self._sequences.find(key, layer) is not None
+    def has(self, key: SequenceKey) -> bool:
+        """Whether any layer of it is stored."""
         return self._sequences.has(key)
 
     def delete(self, key: SequenceKey, layer: int | None = None) -> int:
@@ -315,21 +285,6 @@ class KVStore:
             else:
                 layer.retired = True
         self._sequences.let_go(transfer.key, layer)
-
-    def _at_once(self, transfer: Transfer, data: tuple[Buffer, Buffer]) -> Committed:
-        try:
-            offset = 0
-            for part, expected in zip(data, (transfer.k_bytes, transfer.nbytes - transfer.k_bytes), strict=True):
-                nbytes = memoryview(part).nbytes
-                if nbytes != expected:
-                    raise BadTensor(f"{nbytes} bytes were sent for a tensor of {expected}")
-                if nbytes:
-                    self.write(transfer, offset, part)
-                offset += nbytes
-        except BadTensor:
-            self.abort(transfer)
-            raise
-        return self.commit(transfer)
 
 
 def _check_target(key: SequenceKey, layer: int) -> None:

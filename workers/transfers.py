@@ -73,7 +73,7 @@ class Kind(enum.Enum):
 
 @dataclass(eq=False)
 class Transfer:
-    """A write in progress, of `num_tokens` tokens from token `start`. deadline: monotonic seconds."""
+    """A write in progress, of `num_tokens` tokens from token `start`."""
 
     kind: Kind
     key: SequenceKey
@@ -81,7 +81,6 @@ class Transfer:
     layer: Layer
     start: int
     num_tokens: int
-    deadline: float
     is_open: bool = True
     differs: bool = False
     coverage: Coverage = field(init=False)
