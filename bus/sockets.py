@@ -36,6 +36,16 @@ CHUNK_BYTES = 1 << 20
 CONTROL_MESSAGE_BYTES = CHUNK_BYTES + 64 * 1024
 ZERO_COPY_BYTES = 64 * 1024
 
+# pyzmq's convenient methods take four times as long as what they wrap (0.6 us against 2.8 us to send three
+# small frames, 1.5 against 2.7 to receive them), and the broker does little else.
+_send = zmq.backend.Socket.send
+_receive = zmq.backend.Socket.recv
+_get = zmq.backend.Socket.get
+_SEND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_NOBLOCK = int(zmq.NOBLOCK)
+_EVENTS = int(zmq.EVENTS)
+_READABLE = int(zmq.POLLIN)
+
 Message = list[Buffer]
 OnBatch = Callable[[list[Message]], None]
 
@@ -67,9 +77,13 @@ SUBSCRIPTIONS = Lane(send_hwm=4000, receive_hwm=1000, max_message_bytes=64, queu
 
 
 class Context:
-    """libzmq's I/O threads; closes every socket that was made from it."""
+    """libzmq's I/O threads; closes every socket that was made from it.
+
+    touched: while one of its sockets hands out a batch, those that were sent on meanwhile; else None.
+    """
 
     def __init__(self, *, io_threads: int = 1, max_sockets: int = 4096) -> None:
+        self.touched: list[Socket] | None = None
         self._zmq = zmq.Context(io_threads)
         self._zmq.set(zmq.MAX_SOCKETS, max_sockets)
 
@@ -99,6 +113,7 @@ class Socket:
         self._security = security
         self._on_batch = on_batch
         self._socket = _open(context, self.kind, lane)
+        self._context = context
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recheck_due = False
 
@@ -139,51 +154,70 @@ class Socket:
         if self._socket.closed:
             return
         batch = self._receive_batch()
-        if batch:
-            self._on_batch(batch)
-        self._after_batch()
+        touched = self._context.touched = []
+        try:
+            if batch:
+                self._on_batch(batch)
+        finally:
+            self._context.touched = None
+        self._after_batch(len(batch) == DRAIN_LIMIT)
+        for socket in touched:
+            socket._recheck()
 
-    def _after_batch(self) -> None:
+    def _after_batch(self, may_have_more: bool) -> None:
         if not self._socket.closed:  # the callback may have closed us
             self._flush()
-            self._recheck()
+            if may_have_more:
+                self._recheck()
 
     def _receive_batch(self) -> list[Message]:
         batch: list[Message] = []
-        receive = self._socket.recv_multipart
+        socket, zero_copy = self._socket, self.lane.zero_copy
         try:
-            if self.lane.zero_copy:
-                while len(batch) < DRAIN_LIMIT:
-                    batch.append([_view(frame) for frame in receive(zmq.NOBLOCK, copy=False)])
-            else:
-                while len(batch) < DRAIN_LIMIT:
-                    batch.append(receive(zmq.NOBLOCK))  # type: ignore[arg-type]  # list[bytes] is a Message
+            while len(batch) < DRAIN_LIMIT:
+                frame = _receive(socket, _NOBLOCK, copy=False)
+                message: Message = [frame.bytes]
+                while frame.more:
+                    frame = _receive(socket, _NOBLOCK, copy=False)
+                    message.append(_view(frame) if zero_copy else frame.bytes)
+                batch.append(message)
         except zmq.Again:
             pass
         return batch
 
     def _recheck_soon(self) -> None:
-        """After a send: the descriptor's edge may be gone. Coalesced to one look per loop turn."""
-        if not self._recheck_due and self._loop is not None:
-            self._recheck_due = True
+        """After a send: the descriptor's edge may be gone. One look at the end of the batch or of the loop's turn."""
+        if self._recheck_due or self._loop is None:
+            return
+        self._recheck_due = True
+        if self._context.touched is not None:
+            self._context.touched.append(self)
+        else:
             self._loop.call_soon(self._recheck)
 
     def _recheck(self) -> None:
         self._recheck_due = False
         if self._loop is None or self._socket.closed:
             return
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if int(_get(self._socket, _EVENTS)) & _READABLE:
             self._loop.call_soon(self._drain)
 
     def _flush(self) -> None:
         """Send what waits, if anything can wait in this kind of socket."""
 
     def _try_send(self, frames: Sequence[Buffer]) -> bool:
+        """Only the first part can be refused: libzmq sends a message whole or not at all."""
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK, copy=not self.lane.zero_copy)
+            if self.lane.zero_copy:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+            else:
+                for frame in frames[:-1]:
+                    _send(self._socket, frame, _SEND_MORE)
+                _send(self._socket, frames[-1], _NOBLOCK)
         except zmq.Again:
             return False
-        self._recheck_soon()
+        finally:
+            self._recheck_soon()  # a send that fails has looked at the socket's commands too
         return True
 
 
@@ -350,6 +384,8 @@ class StreamHub(Socket):
                 self._decide(frame[1:])
             elif frame[:1] == b"\x00":
                 self._socket.setsockopt(zmq.UNSUBSCRIBE, frame[1:])
+        else:
+            self._recheck_soon()
         return []
 
     def _decide(self, topic: bytes) -> None:

@@ -94,16 +94,19 @@ def protocol_worker(pipe: Connection, endpoint: str) -> None:
     )
     answer = wire.encode(m.KvDone(req_id=bytes(16), length=1))
     pipe.send("ready")
-    beat_at = 0.0
+    socket.setsockopt(zmq.RCVTIMEO, 200)
+    calls = 0
     while True:
-        if time.monotonic() > beat_at:
+        try:
+            envelope = wire.decode_header(socket.recv_multipart()[0])
+        except zmq.Again:
             socket.send(beat)
-            beat_at = time.monotonic() + 0.2
-        if socket.poll(100):
-            for frames in _waiting(socket):
-                envelope = wire.decode_header(frames[0])
-                if isinstance(envelope, m.Assign):
-                    socket.send_multipart([wire.encode(m.Reply(call=envelope.call, final=True)), answer])
+            continue
+        if isinstance(envelope, m.Assign):
+            calls += 1
+            socket.send_multipart([wire.encode(m.Reply(call=envelope.call, final=True)), answer])
+        if calls % 1000 == 0:
+            socket.send(beat)
 
 
 def join(socket: zmq.Socket[bytes]) -> None:
