@@ -143,7 +143,9 @@ def _num_tokens(info: SequenceInfo) -> int:
 
 def _track(layers: list[int], doing: str) -> Iterable[int]:
     """The layers, with a progress bar on stderr while they are gone through, when there are many."""
-    return track(layers, description=doing, console=console(stderr=True), transient=True, disable=len(layers) < 4)
+    terminal = console(stderr=True)
+    is_hidden = len(layers) < 4 or not terminal.is_terminal
+    return track(layers, description=doing, console=terminal, transient=True, disable=is_hidden)
 
 
 def _report(lengths: dict[int, int], as_json: bool) -> None:
