@@ -145,6 +145,7 @@ class AsyncClient:
 
     async def health(self) -> bool:
         """Whether the broker answers within two seconds and has a worker that is ready."""
+        self._link.connected()
         seconds = min(HEALTH_S, self._link.config.timeout_s)
         try:
             figures = await self._query(QueryKind.HEALTH, time.monotonic() + seconds)
