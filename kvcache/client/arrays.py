@@ -114,5 +114,7 @@ def _array(meta: TensorMeta, data: memoryview | bytes) -> NDArray[Any]:
 
 def _to_torch(array: NDArray[Any], dtype: str) -> torch.Tensor:
     module = importlib.import_module("torch")
-    tensor: torch.Tensor = module.from_numpy(array.reshape(-1).view(np.uint8).copy())
-    return tensor.view(getattr(module, dtype)).reshape(array.shape)
+    tensor: torch.Tensor = module.empty(array.shape, dtype=getattr(module, dtype))
+    if array.size:
+        tensor.view(-1).view(module.uint8).copy_(module.from_numpy(array.reshape(-1).view(np.uint8).copy()))
+    return tensor

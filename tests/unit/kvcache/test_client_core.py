@@ -1,0 +1,699 @@
+"""The client's decisions, without sockets or clocks: what is sent, when again, and how everything ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import count
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bus import messages as m
+from bus import wire
+from bus.errors import (
+    BadArgument,
+    Cancelled,
+    Conflict,
+    ConnectionLost,
+    Corrupt,
+    DeadlineExceeded,
+    KVCacheError,
+    MalformedMessage,
+    NoWorkers,
+    Overloaded,
+    TooLarge,
+    UnsupportedVersion,
+    WorkerLost,
+)
+from bus.streams import stream_digest, token_bytes
+from bus.tensors import DType, TensorMeta
+from kvcache.client import requests
+from kvcache.client.calls import Action, Emit, Fail, Settle, ToBulk, ToControl, Unwatch, Watch
+from kvcache.client.config import client_config
+from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_PENDING, ClientCore
+from kvcache.client.prompts import check_index, check_name, check_seconds, make_prompt, optional_name
+from kvcache.client.results import Done, Start, Token
+from kvcache.client.retries import RetryBudget, retry_delay
+from kvcache.client.session import Session
+from kvcache.client.streams import GenerateCall, Wanted
+
+A = TypeVar("A")
+_ids = count(1)
+
+
+def new_id() -> bytes:
+    return next(_ids).to_bytes(16, "little")
+
+
+def welcome(session: bytes = b"s" * 16, incarnation: int = 1, **limits: int) -> m.Welcome:
+    values = {
+        "heartbeat_ms": 250,
+        "lease_ms": 2000,
+        "max_inline_bytes": 64,
+        "max_prompt_bytes": 1000,
+        "max_tensor_bytes": 10_000,
+        "chunk_bytes": 100,
+        "window_tokens": 1024,
+    }
+    return m.Welcome(session=session, incarnation=incarnation, major=1, minor=0, **(values | limits))
+
+
+def core(*, joined: bool = True, max_retries: int = 2) -> ClientCore:
+    made = ClientCore(b"i" * 16, url="tcp://x:1", software="test", max_retries=max_retries, jitter=lambda: 0.5, now=0.0)
+    if joined:
+        made.on_message(welcome(), (), 0.0)
+    return made
+
+
+def length_call(deadline: float = 60.0) -> Any:  # noqa: ANN401  # one of the calls
+    return requests.length(new_id(), deadline, "s", 0)
+
+
+def generate_call(deadline: float = 60.0, **wanted: Any) -> GenerateCall:  # noqa: ANN401  # fields of Wanted
+    prompt = make_prompt("hello", None, None, model="", cache_salt="")
+    return GenerateCall(new_id(), deadline, Wanted(prompt=prompt, sampling=m.Sampling(seed=9), **wanted), 0.0)
+
+
+def sent(actions: Sequence[Action], kind: type[A]) -> list[A]:
+    messages = [action.message for action in actions if isinstance(action, ToControl | ToBulk)]
+    return [message for message in messages if isinstance(message, kind)]
+
+
+def of(actions: Sequence[Action], kind: type[A]) -> list[A]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def failed(req_id: bytes, error: KVCacheError) -> m.Failed:
+    return wire.failed(req_id, error)
+
+
+def is_joined(session: Session) -> bool:
+    return session.is_joined
+
+
+# --- joining -------------------------------------------------------------------------------------
+
+
+def test_hello_is_said_until_a_broker_welcomes_and_beats_follow() -> None:
+    session = Session(b"i" * 16, "test", 0.0)
+    assert isinstance(session.tick(0.0), m.Hello)
+    assert session.tick(0.1) is None
+    assert isinstance(session.tick(0.25), m.Hello)
+    assert session.goodbye() is None
+    assert session.welcome(welcome(), 0.3)
+    assert session.tick(0.4) is None
+    assert session.tick(0.55) == m.Beat(beat=1)
+    session.heard(0.6)
+    assert session.tick(0.8) == m.Beat(beat=2)
+    assert isinstance(session.goodbye(), m.Goodbye)
+
+
+def test_three_missed_beats_mean_hello_again_and_the_same_session_loses_nothing() -> None:
+    session = Session(b"i" * 16, "test", 0.0)
+    session.welcome(welcome(), 0.0)
+    session.heard(0.0)
+    assert isinstance(session.tick(0.75), m.Beat)
+    assert is_joined(session)
+    session.tick(0.76)
+    assert not is_joined(session)
+    assert isinstance(session.tick(1.0), m.Hello)
+    assert not session.welcome(welcome(), 1.1)
+    assert session.welcome(welcome(b"t" * 16), 1.2)
+    assert session.restarted_at == -math.inf
+    assert session.welcome(welcome(b"u" * 16, incarnation=2), 1.3)
+    assert session.restarted_at == 1.3
+
+
+def test_what_is_submitted_waits_for_the_welcome() -> None:
+    client = core(joined=False)
+    call = length_call()
+    assert client.submit(call, 0.0) == []
+    assert not client.is_joined
+    hello = m.Hello(instance=b"i" * 16, major=wire.MAJOR, minor=wire.MINOR, software="test")
+    assert client.tick(0.0) == [ToControl(hello)]
+    actions = client.on_message(welcome(), (), 0.1)
+    assert [type(action) for action in actions] == [ToBulk, ToControl]
+    assert sent(actions, m.Length)[0].req_id == call.key
+    assert client.on_message(welcome(), (), 0.2) == []
+
+
+def test_a_broker_that_never_answers_is_given_a_few_seconds() -> None:
+    client = core(joined=False)
+    call = length_call()
+    client.submit(call, 0.0)
+    assert of(client.tick(FIRST_CONTACT_S - 0.1), Fail) == []
+    [fail] = of(client.tick(FIRST_CONTACT_S), Fail)
+    assert isinstance(fail.error, ConnectionLost)
+    assert fail.error.request_id == call.key.hex()
+
+
+def test_a_broker_that_went_away_may_come_back_until_the_deadline() -> None:
+    client = core()
+    client.on_message(m.Goodbye(reason="restart"), (), 0.0)
+    assert not client.is_joined
+    client.submit(length_call(20.0), 0.0)
+    assert of(client.tick(19.9), Fail) == []
+    [fail] = of(client.tick(20.0), Fail)
+    assert isinstance(fail.error, ConnectionLost)
+
+
+def test_a_broker_of_another_version_ends_everything_at_once() -> None:
+    client = core(joined=False)
+    client.submit(length_call(), 0.0)
+    refusal = failed(wire.NO_REQUEST, UnsupportedVersion("speaks 2.0"))
+    [fail] = client.on_message(refusal, (), 0.1)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, UnsupportedVersion)
+    [fail] = client.submit(length_call(), 0.2)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, UnsupportedVersion)
+    assert client.on_message(failed(wire.NO_REQUEST, MalformedMessage("?")), (), 0.3) == []
+
+
+# --- retries -------------------------------------------------------------------------------------
+
+
+def test_only_what_may_pass_is_tried_again_with_the_same_id() -> None:
+    client = core()
+    call = length_call()
+    client.submit(call, 0.0)
+    [fail] = client.on_message(failed(call.key, Conflict("no", detail=5)), (), 0.1)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, Conflict)
+    assert fail.error.current_len == 5
+    call = length_call()
+    client.submit(call, 0.2)
+    assert client.on_message(failed(call.key, WorkerLost("gone")), (), 0.2) == []
+    assert sent(client.tick(0.21), m.Length) == []  # full jitter: half of 50 ms here
+    [again] = sent(client.tick(0.23), m.Length)
+    assert (again.req_id, again.attempt) == (call.key, 1)
+    assert again.deadline_ms == 59_770
+
+
+def test_retries_end_after_max_retries() -> None:
+    client = core(max_retries=1)
+    call = length_call()
+    client.submit(call, 0.0)
+    assert client.on_message(failed(call.key, WorkerLost("1")), (), 0.0) == []
+    client.tick(0.1)
+    [fail] = client.on_message(failed(call.key, WorkerLost("2")), (), 0.1)
+    assert isinstance(fail, Fail)
+    assert fail.error.message == "2"
+
+
+def test_the_peers_retry_after_is_respected_and_never_past_the_deadline() -> None:
+    client = core()
+    call = length_call(3.0)
+    client.submit(call, 0.0)
+    client.on_message(failed(call.key, Overloaded("full", retry_after_ms=1000)), (), 0.0)
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 0.9)
+    assert sent(client.tick(0.99), m.Length) == []
+    assert sent(client.tick(1.0), m.Length)
+    [fail] = client.on_message(failed(call.key, Overloaded("full", retry_after_ms=2000)), (), 1.0)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, Overloaded)
+
+
+def test_a_restarting_broker_without_workers_is_waited_for_beyond_max_retries() -> None:
+    client = core(max_retries=0)
+    call = length_call()
+    client.submit(call, 0.0)
+    client.on_message(welcome(b"t" * 16, incarnation=2), (), 0.1)
+    now = 0.2
+    for _ in range(6):
+        now += 0.7
+        client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+        assert sent(client.tick(now), m.Length)
+        assert client.on_message(failed(call.key, NoWorkers("none yet")), (), now) == []
+    now = 11.0
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+    client.tick(now)
+    [fail] = client.on_message(failed(call.key, NoWorkers("none at all")), (), now)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, NoWorkers)
+
+
+def test_the_budget_stops_a_storm_of_retries() -> None:
+    client = core(max_retries=100)
+    retried = 0
+    for _ in range(40):
+        call = length_call()
+        client.submit(call, 0.0)
+        retried += client.on_message(failed(call.key, WorkerLost("gone")), (), 0.0) == []
+    assert 13 <= retried <= 14  # a floor of ten, and a tenth of forty requests
+
+
+def test_the_budget_refills_slowly_to_its_floor() -> None:
+    budget = RetryBudget(0.0)
+    assert [budget.spend(0.0) for _ in range(11)] == [True] * 10 + [False]
+    assert budget.spend(1.0)
+    assert not budget.spend(1.5)
+    for _ in range(2000):
+        budget.earn()
+    assert sum(budget.spend(1.5) for _ in range(200)) == 100
+
+
+@given(st.integers(0, 100), st.integers(0, 10_000), st.floats(0, 1))
+def test_a_delay_is_jittered_bounded_and_at_least_what_was_asked(failures: int, after_ms: int, draw: float) -> None:
+    delay = retry_delay(failures, after_ms, lambda: draw)
+    assert delay >= after_ms / 1000
+    assert delay <= max(after_ms / 1000, 2.0 * draw)
+    assert retry_delay(0, 0, lambda: 1.0) == 0.05
+
+
+def test_a_new_session_sends_everything_again_spread_out() -> None:
+    client = core()
+    call = length_call()
+    client.submit(call, 0.0)
+    assert sent(client.on_message(welcome(b"t" * 16, 2), (), 0.1), m.Message) == [m.AttachBulk(session=b"t" * 16)]
+    [again] = sent(client.tick(0.16), m.Length)
+    assert (again.req_id, again.attempt) == (call.key, 1)
+
+
+def test_a_damaged_or_unreadable_answer_counts_against_its_request_only() -> None:
+    client = core()
+    call = length_call()
+    client.submit(call, 0.0)
+    assert client.on_broken(wire.NO_REQUEST, MalformedMessage("?"), 0.0) == []
+    assert client.on_broken(call.key, Corrupt("damaged"), 0.0) == []  # tried again
+    client.tick(0.1)
+    [fail] = client.on_broken(call.key, MalformedMessage("?"), 0.1)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, MalformedMessage)
+
+
+def test_answers_to_nothing_are_ignored() -> None:
+    client = core()
+    assert client.on_message(m.KvDone(req_id=b"?" * 16), (), 0.0) == []
+    assert client.on_message(failed(b"?" * 16, WorkerLost("x")), (), 0.0) == []
+    assert client.on_stream(b"?" * 16, m.SubAck(), 0.0) == []
+    assert client.abandon(b"?" * 16) == []
+    assert client.consume(b"?" * 16, 4, 0.0) == []
+    assert client.on_unsent(b"?" * 16, 0.0) == []
+
+
+def test_a_full_queue_and_too_many_requests_are_overload() -> None:
+    client = core()
+    call = length_call()
+    client.submit(call, 0.0)
+    assert client.on_unsent(call.key, 0.0) == []
+    for _ in range(MAX_PENDING - 1):
+        client.submit(length_call(), 0.0)
+    [fail] = client.submit(length_call(), 0.0)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, Overloaded)
+
+
+# --- deadlines -----------------------------------------------------------------------------------
+
+
+def test_no_answer_ends_within_a_second_of_the_deadline() -> None:
+    client = core()
+    client.submit(length_call(2.0), 0.0)
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 2.5)
+    assert of(client.tick(2.0 + GRACE_S - 0.01), Fail) == []
+    [fail] = of(client.tick(2.0 + GRACE_S), Fail)
+    assert isinstance(fail.error, DeadlineExceeded)
+
+
+def test_what_waits_for_its_next_attempt_ends_at_the_deadline() -> None:
+    client = core()
+    call = length_call(1.0)
+    client.submit(call, 0.0)
+    client.on_message(failed(call.key, Overloaded("x", retry_after_ms=900)), (), 0.0)
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 1.0)
+    [fail] = of(client.tick(1.0), Fail)
+    assert isinstance(fail.error, DeadlineExceeded)
+
+
+EVENTS = ["tick", "welcome", "new welcome", "lost", "broken", "goodbye", "answer", "unsent", "stream"]
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 3), st.floats(0.01, 1.5)), max_size=60))
+def test_every_call_ends_exactly_once_and_in_time(events: list[tuple[str, int, float]]) -> None:
+    client, now = core(joined=False), 0.0
+    calls = [
+        length_call(5.0),
+        generate_call(6.0),
+        requests.get(new_id(), 7.0, new_id, "s", 0, 0, None),
+        length_call(0.5),
+    ]
+    ends: dict[bytes, float] = {}
+
+    def note(actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Settle | Fail):
+                assert action.key not in ends
+                ends[action.key] = now
+
+    for call in calls:
+        note(client.submit(call, now))
+    for number, (event, which, passed) in enumerate(events):
+        now += passed
+        note(client.tick(now))
+        req_id = calls[which].req_id
+        match event:
+            case "welcome":
+                note(client.on_message(welcome(), (), now))
+            case "new welcome":
+                note(client.on_message(welcome(number.to_bytes(16, "big"), number), (), now))
+            case "lost":
+                note(client.on_message(failed(req_id, WorkerLost("x")), (), now))
+            case "broken":
+                note(client.on_broken(req_id, Corrupt("x"), now))
+            case "goodbye":
+                note(client.on_message(m.Goodbye(reason="x"), (), now))
+            case "answer":
+                note(client.on_message(m.KvDone(req_id=req_id, length=1), (), now))
+            case "unsent":
+                note(client.on_unsent(req_id, now))
+            case "stream":
+                note(client.on_message(m.StreamOpened(req_id=req_id, stream_id=b"t" * 16), (), now))
+                note(client.on_stream(b"t" * 16, m.SubAck(), now))
+    while now < 9.0:
+        now += 0.05
+        note(client.tick(now))
+    assert set(ends) == {call.key for call in calls}
+    latest = max([1.5, *(passed for *_, passed in events)])
+    assert all(ends[call.key] <= call.deadline + 1.0 + latest for call in calls)
+    assert client.close()[:-1] == []  # nothing is left but to say goodbye, if to anybody
+
+
+# --- generations ---------------------------------------------------------------------------------
+
+
+def run_up(client: ClientCore, call: GenerateCall, now: float = 0.0, stream_id: bytes = b"t" * 16) -> m.Generate:
+    """From the stream's opening to the request on its way."""
+    opened = client.on_message(m.StreamOpened(req_id=call.req_id, stream_id=stream_id), (), now)
+    assert of(opened, Watch) == [Watch(stream_id)]
+    [request] = sent(client.on_stream(stream_id, m.SubAck(), now), m.Generate)
+    assert client.on_stream(stream_id, m.SubAck(), now) == []
+    return request
+
+
+def started_at(epoch: int, call: GenerateCall) -> m.Started:
+    return m.Started(
+        req_id=call.req_id,
+        epoch=epoch,
+        worker_id=f"w{epoch}",
+        reason="r",
+        model="x",
+        prompt_tokens=3,
+        cached_tokens=2,
+    )
+
+
+def end_at(epoch: int, call: GenerateCall, tokens: list[int]) -> m.StreamEnd:
+    return m.StreamEnd(
+        req_id=call.req_id,
+        epoch=epoch,
+        num_tokens=len(tokens),
+        digest=stream_digest(token_bytes(tokens)),
+        finish_reason=m.FinishReason.STOP,
+        prompt_tokens=3,
+        cached_tokens=2,
+        queue_ms=0.0,
+        prefill_ms=0.0,
+        decode_ms=0.0,
+    )
+
+
+def test_a_stream_without_confirmation_goes_ahead_in_the_end() -> None:
+    client = core()
+    call = generate_call()
+    assert sent(client.submit(call, 0.0), m.OpenStream)
+    client.on_message(m.StreamOpened(req_id=call.req_id, stream_id=b"t" * 16), (), 0.0)
+    for now in (0.5, 1.0):
+        client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+        actions = client.tick(now)
+        assert (of(actions, Unwatch), of(actions, Watch)) == ([Unwatch(b"t" * 16)], [Watch(b"t" * 16)])
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 1.5)
+    assert sent(client.tick(1.5), m.Generate)
+
+
+def test_progress_makes_the_next_loss_a_first_one() -> None:
+    client, call, now = core(max_retries=1), generate_call(), 0.0
+    client.submit(call, now)
+    for epoch in range(5):
+        request = run_up(client, call, now, bytes([epoch]) * 16)
+        assert (request.epoch, request.sampling.seed) == (epoch, 9)
+        client.on_message(started_at(epoch, call), (), now)
+        tokens = m.StreamTokens(epoch=epoch, seq=epoch, tokens=(epoch,), texts=(str(epoch),))
+        emits = of(client.on_stream(request.stream_id, tokens, now), Emit)
+        assert emits == [Emit(call.key, Token(epoch, epoch, str(epoch)))]
+        assert of(client.on_message(failed(call.key, WorkerLost("x")), (), now), Unwatch)
+        now += 0.1
+        client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+        assert sent(client.tick(now), m.OpenStream)
+    request = run_up(client, call, now, b"l" * 16)
+    client.on_message(started_at(5, call), (), now)
+    actions = client.on_message(end_at(5, call, [0, 1, 2, 3, 4]), (), now)
+    [settled] = of(actions, Settle)
+    assert isinstance(settled.value, Done)
+    assert (settled.value.text, settled.value.timings.resumes, settled.value.worker_id) == ("01234", 5, "w5")
+    assert sent(actions, m.Ack) == [m.Ack(req_id=call.key, epoch=5, upto=5)]
+
+
+def test_a_tail_whose_worker_is_gone_is_generated_again() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    client.on_message(started_at(0, call), (), 0.0)
+    client.on_message(end_at(0, call, [1, 2]), (), 0.0)
+    now, opened = 0.0, 0
+    while not opened:
+        now += 0.05
+        client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+        opened = len(sent(client.tick(now), m.OpenStream))
+    assert 5.0 < now < 6.0
+    assert run_up(client, call, now).epoch == 1
+
+
+def test_a_stream_too_long_to_move_ends_with_its_workers_loss() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    request = run_up(client, call)
+    client.on_message(started_at(0, call), (), 0.0)
+    for seq in range(0, 320, 64):
+        tokens = m.StreamTokens(epoch=0, seq=seq, tokens=(1,) * 64, texts=("",) * 64)
+        client.on_stream(request.stream_id, tokens, 0.0)
+    actions = client.on_message(failed(call.key, WorkerLost("x")), (), 0.0)
+    assert isinstance(of(actions, Fail)[0].error, WorkerLost)
+
+
+def test_tokens_far_beyond_what_was_read_are_refused() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    request = run_up(client, call)
+    client.on_message(started_at(0, call), (), 0.0)
+    fails: list[Fail] = []
+    for seq in range(0, 9000, 64):
+        tokens = m.StreamTokens(epoch=0, seq=seq, tokens=(1,) * 64, texts=("",) * 64)
+        fails += of(client.on_stream(request.stream_id, tokens, 0.0), Fail)
+    [fail] = fails
+    assert isinstance(fail.error, MalformedMessage)
+
+
+def test_an_end_without_a_start_is_refused_and_a_stale_start_ignored() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    assert client.on_message(started_at(3, call), (), 0.0) == []
+    [fail] = of(client.on_message(end_at(0, call, []), (), 0.0), Fail)
+    assert isinstance(fail.error, MalformedMessage)
+
+
+def test_an_empty_generation_has_its_start_and_its_end() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    [emit] = client.on_message(started_at(0, call), (), 0.0)
+    assert isinstance(emit, Emit)
+    assert isinstance(emit.event, Start)
+    [settled] = of(client.on_message(end_at(0, call, []), (), 1.0), Settle)
+    assert isinstance(settled.value, Done)
+    assert (settled.value.text, settled.value.timings.ttft_s, settled.value.timings.tokens_per_s) == ("", 1.0, 0.0)
+
+
+def test_abandoning_tells_the_worker_only_if_it_knows() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    assert client.abandon(call.key) == []
+    call = generate_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    assert client.abandon(call.key) == [ToControl(m.Cancel(req_id=call.key)), Unwatch(b"t" * 16)]
+    assert client.abandon(call.key) == []
+
+
+def test_closing_cancels_what_runs_and_says_goodbye() -> None:
+    client, call = core(), generate_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    assert [type(message) for message in sent(client.close(), m.Message)] == [m.Cancel, m.Goodbye]
+
+
+def test_a_prompt_beyond_the_brokers_limit_is_refused_before_it_is_sent() -> None:
+    client = core(joined=False)
+    client.on_message(welcome(max_prompt_bytes=3), (), 0.0)
+    [fail] = client.submit(generate_call(), 0.0)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, TooLarge)
+
+
+# --- reads ---------------------------------------------------------------------------------------
+
+
+def test_each_attempt_of_a_get_has_an_id_of_its_own() -> None:
+    client = core()
+    call = requests.get(new_id(), 60.0, new_id, "s", 0, 0, None)
+    [first] = sent(client.submit(call, 0.0), m.Get)
+    client.on_message(failed(first.req_id, WorkerLost("x")), (), 0.0)
+    [second] = sent(client.tick(0.1), m.Get)
+    assert second.req_id != first.req_id
+    meta = TensorMeta(DType.UINT8, (2, 1, 1))
+    stale = m.Chunk(req_id=first.req_id, offset=0, payload=wire.describe([b"xx"]))
+    assert client.on_message(stale, [b"xx"], 0.1) == []
+    value = m.KvValue(req_id=second.req_id, k=meta, v=meta, length=2, payload=wire.describe([b"ab", b"cd"]))
+    [settled] = client.on_message(value, [b"ab", b"cd"], 0.1)
+    assert isinstance(settled, Settle)
+    assert settled.key == call.key
+    assert np.array_equal(settled.value.v.ravel(), list(b"cd"))
+
+
+@pytest.mark.parametrize("shape", [(2**31 - 1, 2**31 - 1, 2**31 - 1), (10_001, 1, 1)])
+def test_a_size_that_was_only_claimed_is_never_allocated(shape: tuple[int, ...]) -> None:
+    client = core()
+    call = requests.get(new_id(), 60.0, new_id, "s", 0, 0, None)
+    client.submit(call, 0.0)
+    meta = TensorMeta(DType.UINT8, shape)
+    [fail] = client.on_message(m.KvValue(req_id=call.key, k=meta, v=meta, length=1), (), 0.0)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, TooLarge)
+
+
+def test_more_chunks_than_credit_before_the_value_are_refused() -> None:
+    client = core()
+    call = requests.get(new_id(), 60.0, new_id, "s", 0, 0, None)
+    client.submit(call, 0.0)
+    chunk = m.Chunk(req_id=call.key, offset=0, payload=wire.describe([b"x"]))
+    for _ in range(8):
+        assert client.on_message(chunk, [b"x"], 0.0) == []
+    [fail] = client.on_message(chunk, [b"x"], 0.0)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, MalformedMessage)
+
+
+def test_a_value_of_no_tokens_needs_no_chunks() -> None:
+    client = core()
+    call = requests.get(new_id(), 60.0, new_id, "s", 0, 4, 4)
+    client.submit(call, 0.0)
+    meta = TensorMeta(DType.FLOAT32, (0, 1, 1))
+    [settled] = client.on_message(m.KvValue(req_id=call.key, k=meta, v=meta, length=4), (), 0.0)
+    assert isinstance(settled, Settle)
+    assert settled.value.length == 0
+
+
+def test_a_write_beyond_the_brokers_limit_is_refused() -> None:
+    client = core()
+    k = np.zeros((6000, 1, 1), np.uint8)
+    [fail] = client.submit(requests.put(new_id(), 60.0, "s", 0, k, k), 0.0)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, TooLarge)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((None, None, None), "exactly one"),
+        (("a", [1], None), "prompt and token_ids"),
+        (("", None, None), "prompt is empty"),
+        ((b"a", None, None), "must be text"),
+        (("\ud800", None, None), "not valid Unicode"),
+        ((None, [], None), "token_ids is empty"),
+        ((None, "12", None), "sequence of integers"),
+        ((None, 5, None), "sequence of integers"),
+        ((None, [-1], None), "token id -1 at position 0"),
+        ((None, [1, 2**32], None), "position 1"),
+        ((None, [1.5], None), "1.5"),
+        ((None, [True], None), "True and False"),
+        ((None, np.zeros((2, 2), np.int64), None), "one dimension"),
+        ((None, None, []), "at least one"),
+        ((None, None, "hi"), "must be a list"),
+        ((None, None, [{"role": "user"}]), r"messages\[0\]"),
+        ((None, None, [{"role": "user", "content": "a"}, {"role": "user", "content": None}]), r"messages\[1\]"),
+        ((None, None, [{"role": "", "content": "a"}]), "role not empty"),
+        ((None, None, [{"role": "user", "content": "a", "name": "x"}]), "nothing else"),
+    ],
+)
+def test_a_bad_prompt_is_refused_with_what_would_be_right(given: tuple[Any, Any, Any], words: str) -> None:
+    with pytest.raises(BadArgument, match=words):
+        make_prompt(*given, model="", cache_salt="")
+
+
+@pytest.mark.parametrize("given", [("x" * (1 << 20) + "x", None, None), ("é" * 600_000, None, None)])
+def test_a_prompt_of_more_than_a_mebibyte_is_too_large(given: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(TooLarge):
+        make_prompt(*given, model="", cache_salt="")
+    with pytest.raises(TooLarge):
+        make_prompt(None, range(300_000), None, model="", cache_salt="")
+
+
+def test_prompts_travel_as_text_ids_or_json() -> None:
+    assert make_prompt("é", None, None, model="", cache_salt="").payload == "é".encode()
+    assert make_prompt(None, np.array([1, 2], np.int32), None, model="", cache_salt="").payload == token_bytes([1, 2])
+    chat = make_prompt(None, None, [{"role": "user", "content": "hé"}], model="", cache_salt="")
+    assert chat.payload.decode() == '[{"role": "user", "content": "hé"}]'
+    assert chat.chain
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x00", "x" * 257, "é" * 129, 5, None, b"x"])
+def test_a_bad_name_is_refused(name: object) -> None:
+    with pytest.raises(BadArgument, match="seq_id"):
+        check_name("seq_id", name)
+    assert optional_name("seq_id", None) == ""
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for value in (True, -1, 2**32, 1.0, "1", None):
+        with pytest.raises(BadArgument, match="layer must be an integer from 0"):
+            check_index("layer", value, 2**32 - 1)
+    assert check_index("layer", np.int64(3), 9) == 3
+    for value in (True, 0, -1.0, math.nan, math.inf, "5", 7 * 24 * 3600 + 1):
+        with pytest.raises(BadArgument, match="deadline must be"):
+            check_seconds("deadline", value)
+    with pytest.raises(BadArgument, match="before start"):
+        requests.get(new_id(), 1.0, new_id, "s", 0, 5, 4)
+
+
+def test_the_url_comes_from_the_caller_then_the_environment_then_the_default() -> None:
+    env = {"KVCACHE_URL": "kvc://a:1", "KVCACHE_BROKER": "tcp://b:2"}
+    assert client_config("ipc:///x", 1.0, 2, env).url == "ipc:///x"
+    assert client_config(None, 1.0, 2, env).endpoints.control == "tcp://a:1"
+    assert client_config(None, 1.0, 2, {"KVCACHE_BROKER": "tcp://b:2"}).url == "tcp://b:2"
+    assert client_config(None, 1.0, 2, {"KVCACHE_URL": ""}).url == "tcp://127.0.0.1:5555"
+    for url in ("", "localhost", "http://x:1", "tcp://x", "tcp://x:99999", 5):
+        with pytest.raises(BadArgument):
+            client_config(url, 1.0, 2, {})  # type: ignore[arg-type]  # wrong on purpose
+    for timeout, retries in ((0.0, 2), (math.nan, 2), (1.0, -1), (1.0, True)):
+        with pytest.raises(BadArgument):
+            client_config("tcp://x:1", timeout, retries, {})
+
+
+def test_an_error_of_the_users_making_is_its_own() -> None:
+    """Two requests that fail for one reason do not share an exception, whose traceback and id are per request."""
+    client = core(joined=False)
+    calls = [length_call(1.0), length_call(1.0)]
+    for call in calls:
+        client.submit(call, 0.0)
+    fails = of(client.on_message(failed(wire.NO_REQUEST, UnsupportedVersion("x")), (), 0.0), Fail)
+    assert [fail.error.request_id for fail in fails] == [call.key.hex() for call in calls]
+    assert not any(isinstance(fail.error, Cancelled) for fail in fails)
