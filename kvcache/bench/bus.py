@@ -18,8 +18,8 @@ from bus import wire
 from bus.endpoints import endpoints
 from bus.topics import topic_of
 from kvcache.bench import raw
-from kvcache.bench.processes import broker_process, free_url
 from kvcache.bench.report import Report, Row, report, row
+from kvcache.local import broker_process, free_url
 
 Middle = Callable[[], AbstractContextManager[tuple[str, bool]]]
 """Opens a middle and what stands behind it: the clients' endpoint, and whether it speaks our protocol."""

@@ -1,0 +1,112 @@
+"""A system of our own for a demo or a benchmark: real processes on free ports, ended with the block."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from bus.endpoints import NUM_PORTS, endpoints
+from kvcache.client import Client
+
+
+def free_url() -> str:
+    """An address whose six ports were all free a moment ago."""
+    for base in range(20_000 + time.time_ns() % 20_000, 60_000, NUM_PORTS):
+        with_all = [base + index for index in range(NUM_PORTS)]
+        if all(_is_free(port) for port in with_all):
+            return f"tcp://127.0.0.1:{base}"
+    raise RuntimeError("no six consecutive ports are free")
+
+
+@contextmanager
+def broker_process(*flags: str) -> Iterator[str]:
+    """A broker of our own, ready for requests; yields its address."""
+    url = free_url()
+    with running(
+        [sys.executable, "-m", "kvcache.broker", "--bind", url, "--settle-ms", "0", "--log-level", "error", *flags]
+    ):
+        wait_for_port(endpoints(url).tokens)
+        yield url
+
+
+@contextmanager
+def cluster(num_workers: int, *worker_flags: str, model: str = "smollm2", timeout_s: float = 180.0) -> Iterator[str]:
+    """A broker and workers with `model` loaded; yields the broker's address.
+
+    Raises RuntimeError, with the last lines it wrote, when a worker ends or is not ready in time.
+    """
+    with broker_process() as url, ExitStack() as stack:
+        logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcache-"))
+        workers = {}
+        for number in range(1, num_workers + 1):
+            command = [sys.executable, "-m", "workers", "--broker", url, "--worker-id", f"worker-{number}"]
+            log = stack.enter_context(Path(logs, f"worker-{number}.log").open("wb"))
+            workers[Path(log.name)] = stack.enter_context(running([*command, "--model", model, *worker_flags], log))
+        _wait_until_serving(url, model, workers, timeout_s)
+        yield url
+
+
+def _wait_until_serving(
+    url: str, model: str, workers: Mapping[Path, subprocess.Popen[bytes]], timeout_s: float
+) -> None:
+    until = time.monotonic() + timeout_s
+    with Client(url, timeout=10.0) as client:
+        while True:
+            views = client.workers()
+            if sum((model, "ready") in view.models for view in views) == len(workers):
+                return
+            failed = [view.worker_id for view in views if (model, "failed") in view.models]
+            ended = [log.stem for log, child in workers.items() if child.poll() is not None]
+            if failed or ended or time.monotonic() > until:
+                last = "\n".join(
+                    line for log in workers for line in log.read_text("utf-8", "replace").splitlines()[-10:]
+                )
+                what = (
+                    f"{', '.join(failed or ended)} failed" if failed or ended else f"not ready after {timeout_s:.0f} s"
+                )
+                raise RuntimeError(f"the workers did not start: {what}\n{last}")
+            time.sleep(0.05)
+
+
+@contextmanager
+def running(command: Sequence[str], log: IO[bytes] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process, ended (politely, then not) when the block is left. It writes to `log`, if there is one."""
+    child = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def wait_for_port(endpoint: str, timeout_s: float = 30.0) -> None:
+    """Raises RuntimeError unless somebody listens there in time."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        try:
+            socket.create_connection((host, int(port)), 0.2).close()
+            return
+        except OSError:
+            time.sleep(0.02)
+    raise RuntimeError(f"nothing listens at {endpoint} after {timeout_s:.0f} s")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
