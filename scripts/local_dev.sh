@@ -105,7 +105,7 @@ start() {
     scale_to "$count"
     say "$count workers serve $model at $KVCACHE_URL"
     [[ $port == 5555 ]] || say "  export KVCACHE_URL=$KVCACHE_URL"
-    say "  $python -m kvcache.cli generate 'The capital of France is'"
+    say "  ${python%/*}/kvcache generate 'The capital of France is'"
 }
 
 stop() {

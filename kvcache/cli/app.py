@@ -6,8 +6,6 @@ that `kvcache --help` and a mistyped option answer at once. They raise; nobody e
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
@@ -19,7 +17,7 @@ from kvcache.cli import cluster, generation, kv_plane, model_files, processes, u
 from kvcache.cli.output import complain
 from kvcache.supervisor import ServiceFailed
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_TIMEOUT, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNREACHABLE, EXIT_TIMEOUT = 0, 1, 2, 3, 4
 
 app = typer.Typer(
     name="kvcache",
@@ -77,7 +75,7 @@ def exit_code_of(error: KVCacheError) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code (typer itself sees to interrupts, 130, and closed pipes)."""
     try:
         app(args=None if argv is None else list(argv), prog_name="kvcache")
     except SystemExit as end:
@@ -88,10 +86,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServiceFailed as error:
         complain(str(error))
         return EXIT_FAILED
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read us has seen enough. Python would complain again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
     return EXIT_OK
