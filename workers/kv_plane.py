@@ -69,10 +69,9 @@ KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | List
 
 @dataclass(slots=True)
 class _Upload:
-    """A write whose bytes are still coming. `credit`: chunks the client may still send."""
+    """A write whose bytes are still coming. `taken`: chunks written since credit was last granted."""
 
     transfer: Transfer
-    credit: int = UPLOAD_WINDOW
     taken: int = 0
 
 
@@ -234,10 +233,7 @@ class KVPlane:
         return self._commit(call, transfer)
 
     def _take_chunk(self, call: Call, upload: _Upload, message: Chunk, data: Buffer) -> list[Action]:
-        if upload.credit == 0:
-            raise BadArgument("a chunk came without credit for it")
         self._store.write(upload.transfer, message.offset, data)
-        upload.credit -= 1
         upload.taken += 1
         if not upload.transfer.coverage.missing:
             del self._work[call.id]
@@ -245,7 +241,6 @@ class KVPlane:
         if upload.taken < GRANT_CHUNKS:
             return []
         granted, upload.taken = upload.taken, 0
-        upload.credit += granted
         return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=granted))
 
     def _commit(self, call: Call, transfer: Transfer) -> list[Action]:

@@ -177,6 +177,8 @@ def test_a_generation_is_admitted_produces_the_models_own_tokens_and_ends(bench:
 
 
 def test_the_times_at_the_end_say_where_they_went(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(tiny=lambda: load()))
+
     class Slow(TorchModel):
         def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
             bench.now += 0.5
@@ -187,7 +189,6 @@ def test_the_times_at_the_end_say_where_they_went(make: Callable[[], TorchModel]
         model.__class__ = Slow
         return model
 
-    bench = Bench(FakeModels(tiny=load))
     bench.tell(start(1))
     bench.work()
     bench.now = 0.25

@@ -1,0 +1,371 @@
+"""The worker's core: joining, lease, states, calls and their one answer, whatever a broker sends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus import wire
+from bus.errors import ErrorCode
+from bus.messages import (
+    Assign,
+    AttachBulk,
+    BrokerBeat,
+    Cancel,
+    Chunk,
+    Delete,
+    Failed,
+    Forward,
+    Goodbye,
+    Hello,
+    KvDone,
+    Length,
+    OpenStream,
+    Pin,
+    Put,
+    Release,
+    WorkerBeat,
+    WorkerHello,
+    WorkerState,
+    WorkerStatus,
+)
+from bus.stats import WorkerStats, unpack
+from bus.tensors import DType, TensorMeta
+from tests.unit.workers.core_bench import CoreBench, answers, commands, loaded, messages, sends, welcome
+from workers.calls import CallId, Channel, Forget, Send
+from workers.engine_api import Start, Stop
+
+META = TensorMeta(dtype=DType.FLOAT32, shape=(2, 1, 4))
+DATA = np.arange(8, dtype=np.float32).tobytes()
+
+
+@pytest.fixture
+def bench() -> CoreBench:
+    bench = CoreBench()
+    bench.join()
+    return bench
+
+
+def put(bench: CoreBench, seq_id: str = "s", **changes: object) -> Put:
+    fields: dict[str, object] = {
+        "req_id": bench.req_id(),
+        "attempt": 0,
+        "deadline_ms": 1000,
+        "seq_id": seq_id,
+        "layer": 0,
+        "k": META,
+        "v": META,
+    }
+    return Put(**(fields | changes))  # type: ignore[arg-type]  # fields by their names
+
+
+def length(bench: CoreBench, seq_id: str = "s") -> Length:
+    return Length(req_id=bench.req_id(), attempt=0, deadline_ms=1000, seq_id=seq_id, layer=0)
+
+
+# --- joining and staying ---
+
+
+def test_hello_goes_out_until_the_broker_welcomes_us_and_what_queued_up_before_is_dropped() -> None:
+    bench = CoreBench()
+    actions = bench.pass_time(0.625, answering=False)
+    assert len(messages(actions, WorkerHello)) == 3
+    assert sum(isinstance(action, Forget) for action in actions) == 3
+    joined = bench.join()
+    assert messages(joined, AttachBulk) == [AttachBulk(session=b"S" * 16)]
+    assert [send.channel for send in sends(joined)] == [Channel.BULK, Channel.CONTROL]
+    assert messages(bench.pass_time(0.5), WorkerHello) == []
+
+
+def test_a_beat_goes_out_each_heartbeat_with_the_state(bench: CoreBench) -> None:
+    beats = messages(bench.pass_time(1.0), WorkerBeat)
+    assert len(beats) == 4
+    assert [beat.beat for beat in beats] == [2, 3, 4, 5]
+    assert {beat.state for beat in beats} == {WorkerState.READY}
+
+
+def test_silence_brings_hello_again_and_a_whole_lease_of_it_ends_the_session(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    assert messages(bench.pass_time(0.75, answering=False), WorkerHello) == []
+    assert messages(bench.pass_time(0.25, answering=False), WorkerHello) != []
+    assert len(bench.core.calls) == 1
+    bench.pass_time(1.25, answering=False)
+    assert len(bench.core.calls) == 0
+    assert not bench.core.has_joined
+    assert answers(bench.forward(call, Cancel(req_id=bytes(16)))) == []
+
+
+def test_an_echo_of_our_own_session_changes_nothing(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    assert bench.control(welcome(b"S" * 16)) == []
+    assert answers(bench.forward(call, Cancel(req_id=bytes(16)))) != []
+
+
+def test_another_session_voids_the_calls_of_the_old_one(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    bench.join(session=b"T" * 16)
+    assert answers(bench.forward(call, Cancel(req_id=bytes(16)))) == []
+    assert len(bench.core.calls) == 0
+
+
+def test_goodbye_of_the_broker_ends_the_session(bench: CoreBench) -> None:
+    bench.control(Goodbye(reason="restart"))
+    assert not bench.core.has_joined
+    assert len(messages(bench.pass_time(0.5, answering=False), WorkerHello)) == 2
+
+
+def test_status_goes_out_each_second_with_the_figures(bench: CoreBench) -> None:
+    bench.pass_time(1.0)
+    status = [send for send in sends(bench.pass_time(1.0)) if wire.opcode_of(send.frames[0]) == WorkerStatus.opcode]
+    assert len(status) == 1
+    stats = unpack(bytes(wire.decode(list(status[0].frames)).payload[0]), WorkerStats)
+    assert (stats.worker_id, stats.incarnation, stats.state) == ("w", 7, "ready")
+
+
+def test_a_worker_is_loading_until_each_model_named_is_loaded_or_has_failed() -> None:
+    bench = CoreBench(preloading=["a"])
+    bench.join()
+    bench.figures = loaded("a", "loading")
+    assert {beat.state for beat in messages(bench.pass_time(0.25), WorkerBeat)} == {WorkerState.LOADING}
+    bench.figures = loaded("a", "failed")
+    bench.now += 0.05
+    assert [beat.state for beat in messages(bench.tick(), WorkerBeat)] == [WorkerState.READY]
+
+
+# --- the lease ---
+
+
+def test_without_a_lease_writes_are_refused_and_change_nothing(bench: CoreBench) -> None:
+    bench.pass_time(2.0, answering=False)
+    for message, payload in (
+        (put(bench), (DATA, DATA)),
+        (Delete(req_id=bench.req_id(), attempt=0, deadline_ms=1000, seq_id="s"), ()),
+        (Pin(req_id=bench.req_id(), attempt=0, deadline_ms=1000, seq_id="s"), ()),
+    ):
+        _, actions = bench.assign(message, *payload)
+        assert bench.has_failed(actions).code == ErrorCode.WORKER_LOST
+    assert bench.store.stats(bench.now).sequences == 0
+
+
+def test_reads_need_no_lease(bench: CoreBench) -> None:
+    bench.assign(put(bench), DATA, DATA)
+    bench.pass_time(2.0, answering=False)
+    _, actions = bench.assign(length(bench))
+    assert answers(actions)[0].message.length == 2
+
+
+def test_a_pause_of_the_loop_voids_the_lease_before_anything_else_happens(bench: CoreBench) -> None:
+    bench.now += 0.6
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert bench.has_failed(actions).code == ErrorCode.WORKER_LOST
+    bench.tick()
+    bench.control(BrokerBeat(beat=1, lease_ms=60_000))  # of before the pause
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert bench.has_failed(actions).code == ErrorCode.WORKER_LOST
+    bench.pass_time(0.3)
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert isinstance(answers(actions)[0].message, KvDone)
+
+
+# --- calls ---
+
+
+def test_each_request_gets_exactly_one_final_answer(bench: CoreBench) -> None:
+    call, actions = bench.assign(put(bench), DATA, DATA)
+    assert [(said.call, said.final) for said in answers(actions)] == [(call, True)]
+    assert bench.pass_time(2.0, answering=True) != []
+    assert answers(bench.forward(call, Cancel(req_id=bytes(16)))) == []
+
+
+def test_a_deadline_ends_the_call_and_its_work(bench: CoreBench) -> None:
+    call, actions = bench.assign(bench.generate(), b"\x01\x00\x00\x00", deadline_ms=300)
+    run = commands(actions, Start)[0].run
+    late = bench.pass_time(0.4)
+    assert [(said.call, said.message.code) for said in answers(late)] == [(call, ErrorCode.DEADLINE)]
+    assert commands(late, Stop) == [Stop(run)]
+
+
+def test_a_request_whose_time_is_up_on_arrival_is_not_begun(bench: CoreBench) -> None:
+    _, actions = bench.assign(put(bench), DATA, DATA, deadline_ms=0)
+    assert bench.has_failed(actions).code == ErrorCode.DEADLINE
+    assert bench.store.stats(bench.now).sequences == 0
+
+
+def test_release_stops_the_work_and_is_not_answered(bench: CoreBench) -> None:
+    call, start = bench.start()
+    actions = bench.control(Release(call=call))
+    assert commands(actions, Stop) == [Stop(start.run)]
+    assert answers(actions) == []
+    assert bench.control(Release(call=call)) == []
+
+
+def test_a_retry_gets_the_answer_that_was_lost_and_changes_nothing(bench: CoreBench) -> None:
+    message = put(bench)
+    bench.assign(message, DATA, DATA)
+    bench.assign(Delete(req_id=bench.req_id(), attempt=0, deadline_ms=1000, seq_id="s"))
+    _, actions = bench.assign(put(bench, req_id=message.req_id, attempt=1, deadline_ms=500), DATA, DATA)
+    (said,) = answers(actions)
+    assert (said.message.length, said.message.duplicate) == (2, True)
+    assert bench.store.stats(bench.now).sequences == 0
+
+
+def test_a_request_id_used_for_something_else_is_refused(bench: CoreBench) -> None:
+    message = put(bench)
+    bench.assign(message, DATA, DATA)
+    _, actions = bench.assign(put(bench, req_id=message.req_id), DATA, bytes(len(DATA)))
+    assert bench.has_failed(actions).code == ErrorCode.CONFLICT
+
+
+def test_request_ids_mean_nothing_between_clients_or_tenants(bench: CoreBench) -> None:
+    message = put(bench)
+    bench.assign(message, DATA, DATA)
+    for options in ({"client": b"d" * 16}, {"tenant": "u"}):
+        _, actions = bench.assign(put(bench, req_id=message.req_id, seq_id="other"), DATA, DATA, **options)
+        assert isinstance(answers(actions)[0].message, KvDone)
+
+
+def test_a_failed_request_may_be_tried_again(bench: CoreBench) -> None:
+    message = Delete(req_id=bench.req_id(), attempt=0, deadline_ms=1000, seq_id="s")
+    _, actions = bench.assign(message)
+    assert bench.has_failed(actions).code == ErrorCode.NOT_FOUND
+    bench.assign(put(bench), DATA, DATA)
+    _, actions = bench.assign(message)
+    assert answers(actions)[0].message.count == 1
+
+
+# --- what cannot be read or sent ---
+
+
+def test_a_request_that_cannot_be_read_is_still_answered(bench: CoreBench) -> None:
+    message = put(bench)
+    head = wire.encode(Assign(call=9, tenant="t", client=b"c" * 16, deadline_ms=1000, reason=""))
+    unreadable: tuple[list[bytes], ...] = ([], [b"junk"], [wire.encode(OpenStream(req_id=message.req_id))])
+    said = [answers(bench.core.on_control(0, [head, *frames], bench.now))[0] for frames in unreadable]
+    assert {(one.call, one.final, one.message.code) for one in said} == {(9, True, ErrorCode.BAD_FRAME)}
+    assert said[-1].message.req_id == message.req_id
+    assert bench.core.malformed == 3
+
+
+def test_bytes_that_changed_on_the_way_are_corrupt_and_worth_a_retry(bench: CoreBench) -> None:
+    message = put(bench, payload=wire.describe([DATA, DATA]))
+    head = wire.encode(Assign(call=9, tenant="t", client=b"c" * 16, deadline_ms=1000, reason=""))
+    flipped = bytes([DATA[0] ^ 1]) + DATA[1:]
+    actions = bench.core.on_control(0, [head, wire.encode(message), DATA, flipped], bench.now)
+    failed = bench.has_failed(actions)
+    assert (failed.code, failed.retryable) == (ErrorCode.CORRUPT, True)
+
+
+@given(st.lists(st.binary(max_size=64), max_size=4), st.booleans())
+def test_no_bytes_at_all_upset_the_core(frames: list[bytes], bulk: bool) -> None:
+    bench = CoreBench()
+    handle = bench.core.on_bulk if bulk else bench.core.on_control
+    assert handle(0, frames, bench.now) == []
+    assert bench.core.malformed == 1
+
+
+def test_messages_that_belong_elsewhere_are_counted_and_dropped(bench: CoreBench) -> None:
+    assert bench.control(Hello(instance=bytes(16), major=1, minor=0, software="")) == []
+    assert bench.core.on_bulk(0, [wire.encode(BrokerBeat(beat=1, lease_ms=1))], bench.now) == []
+    assert bench.core.malformed == 2
+
+
+def test_a_refusal_by_the_broker_is_logged(bench: CoreBench, caplog: pytest.LogCaptureFixture) -> None:
+    refusal = Failed(req_id=bytes(16), code=4, message="worker id 'w' is taken", retryable=False)
+    assert bench.control(refusal) == []
+    assert "taken" in caplog.text
+
+
+def test_a_follow_up_that_does_not_belong_within_a_request_ends_it(bench: CoreBench) -> None:
+    call, start = bench.start()
+    actions = bench.forward(call, OpenStream(req_id=bytes(16)))
+    assert bench.has_failed(actions).code == ErrorCode.BAD_FRAME
+    assert commands(actions, Stop) == [Stop(start.run)]
+
+
+def test_a_chunk_for_a_generation_ends_it_typed(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    actions = bench.forward(call, Chunk(req_id=bytes(16), offset=0, payload=()), b"x", bulk=True)
+    assert bench.has_failed(actions).code == ErrorCode.BAD_ARG
+
+
+def test_our_own_fault_in_one_request_is_answered_and_harms_no_other(
+    bench: CoreBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(bench.store, "length", explode)
+    _, actions = bench.assign(length(bench))
+    assert bench.has_failed(actions).code == ErrorCode.INTERNAL
+    assert "ZeroDivisionError" in caplog.text
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert isinstance(answers(actions)[0].message, KvDone)
+
+
+def test_a_bulk_lane_that_is_full_ends_its_call_as_overload(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    send = Send(0, Channel.BULK, [b""], CallId(0, call))
+    actions = bench.core.on_unsent(send, bench.now)
+    assert bench.has_failed(actions).code == ErrorCode.OVERLOADED
+    assert bench.core.on_unsent(send, bench.now) == []
+
+
+def test_a_broker_that_takes_no_control_messages_counts_as_gone(bench: CoreBench) -> None:
+    bench.start()
+    bench.core.on_unsent(Send(0, Channel.CONTROL, [b""]), bench.now)
+    assert not bench.core.has_joined
+    assert len(bench.core.calls) == 0
+
+
+def test_the_calls_of_two_brokers_are_told_apart() -> None:
+    bench = CoreBench(num_links=2)
+    bench.join(0)
+    bench.join(1, session=b"T" * 16)
+    one = Assign(call=5, tenant="t", client=b"c" * 16, deadline_ms=60_000, reason="")
+    for link in (0, 1):
+        frames = [wire.encode(one), wire.encode(bench.generate(payload=wire.describe([b"\x01\0\0\0"]))), b"\x01\0\0\0"]
+        bench.core.on_control(link, frames, bench.now)
+    assert len(bench.core.calls) == 2
+    (said,) = answers(
+        bench.core.on_control(1, [wire.encode(Forward(call=5)), wire.encode(Cancel(req_id=bytes(16)))], 0.0)
+    )
+    assert said.message.code == ErrorCode.CANCELLED
+    assert len(bench.core.calls) == 1
+
+
+# --- leaving ---
+
+
+def test_draining_is_told_at_once_refuses_what_is_new_and_waits_for_what_runs(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    assert [beat.state for beat in messages(bench.core.drain(bench.now), WorkerBeat)] == [WorkerState.DRAINING]
+    assert bench.core.drain(bench.now) == []
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert bench.has_failed(actions).code == ErrorCode.DRAINING
+    assert len(bench.core.calls) == 1
+    bench.forward(call, Cancel(req_id=bytes(16)))
+    assert bench.core.is_drained
+    assert messages(bench.core.farewell(), Goodbye) == [Goodbye(reason="drained")]
+
+
+def test_after_ten_seconds_of_draining_what_still_runs_fails_as_lost(bench: CoreBench) -> None:
+    call, start = bench.start()
+    bench.core.drain(bench.now)
+    assert answers(bench.pass_time(9.9375)) == []
+    actions = bench.pass_time(0.125)
+    (said,) = answers(actions)
+    assert (said.call, said.message.code, said.message.retryable) == (call, ErrorCode.WORKER_LOST, True)
+    assert "drain" in said.message.message
+    assert commands(actions, Stop) == [Stop(start.run)]
+    assert bench.core.is_drained
+
+
+def test_a_worker_that_is_loading_can_drain_too() -> None:
+    bench = CoreBench(preloading=["a"])
+    bench.core.drain(bench.now)
+    bench.figures = loaded("a", "ready")
+    bench.tick()
+    assert bench.core.state is WorkerState.DRAINING
+    assert bench.core.is_drained

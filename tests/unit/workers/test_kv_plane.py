@@ -1,0 +1,461 @@
+"""The KV plane as clients see it: inline and in chunks, stored here or computed by the engine."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bus.errors import ErrorCode, NotFound
+from bus.messages import (
+    Append,
+    Chunk,
+    Credit,
+    Delete,
+    Get,
+    KvDone,
+    KvListed,
+    KvValue,
+    Length,
+    ListSequences,
+    Pin,
+    Put,
+    Release,
+    Unpin,
+)
+from bus.stats import SequenceInfo, SequencePage, unpack
+from bus.tensors import DType, TensorMeta
+from tests.unit.workers.core_bench import CoreBench, Said, answers, commands
+from workers.calls import Channel
+from workers.engine_api import (
+    Answered,
+    DropKV,
+    Ended,
+    Forgotten,
+    ListKV,
+    MeasureKV,
+    PinKV,
+    ReadKV,
+    ReadResult,
+    Retained,
+    Start,
+    Ticket,
+    UnpinKV,
+)
+from workers.keys import SequenceKey
+from workers.kv_plane import CHUNK_BYTES, GRANT_CHUNKS, MAX_INLINE_BYTES, UPLOAD_WINDOW
+
+KEY = SequenceKey("t", "s")
+
+
+@pytest.fixture
+def bench() -> CoreBench:
+    bench = CoreBench(nbytes=64 << 20)
+    bench.join()
+    return bench
+
+
+def meta(num_tokens: int, head_dim: int = 64) -> TensorMeta:
+    return TensorMeta(dtype=DType.UINT8, shape=(num_tokens, 1, head_dim))
+
+
+def data(num_bytes: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).integers(0, 256, num_bytes, np.uint8).tobytes()
+
+
+def put(bench: CoreBench, num_tokens: int, *, seq_id: str = "s", layer: int = 0) -> Put:
+    tensor = meta(num_tokens)
+    return Put(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id=seq_id, layer=layer, k=tensor, v=tensor)
+
+
+def append(bench: CoreBench, num_tokens: int, at: int | None) -> Append:
+    tensor = meta(num_tokens)
+    return Append(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s", layer=0, k=tensor, v=tensor, at=at)
+
+
+def get(bench: CoreBench, start: int = 0, stop: int | None = None, credit: int = 8) -> Get:
+    return Get(
+        req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s", layer=0, start=start, stop=stop, credit=credit
+    )
+
+
+def delete(bench: CoreBench, layer: int | None = None) -> Delete:
+    return Delete(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s", layer=layer)
+
+
+def measure(bench: CoreBench, seq_id: str = "s") -> Length:
+    return Length(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id=seq_id, layer=0)
+
+
+def only(said: list[Said]) -> Said:
+    assert len(said) == 1, said
+    return said[0]
+
+
+def stored(bench: CoreBench, num_tokens: int) -> tuple[bytes, bytes]:
+    """Put K and V of so many tokens, by whichever way they take."""
+    k, v = data(num_tokens * 64, 1), data(num_tokens * 64, 2)
+    if len(k) + len(v) <= MAX_INLINE_BYTES:
+        bench.assign(put(bench, num_tokens), k, v)
+    else:
+        call, _ = bench.assign(put(bench, num_tokens))
+        upload(bench, call, k, v)
+    return k, v
+
+
+def upload(bench: CoreBench, call: int, k: bytes, v: bytes) -> list[Said]:
+    said: list[Said] = []
+    for base, part in ((0, k), (len(k), v)):
+        for begin in range(0, len(part), CHUNK_BYTES):
+            chunk = Chunk(req_id=bytes(16), offset=base + begin, payload=())
+            said += answers(bench.forward(call, chunk, part[begin : begin + CHUNK_BYTES], bulk=True))
+    return said
+
+
+# --- stored, inline ---
+
+
+def test_what_is_put_is_got_back_bit_for_bit_and_in_ranges(bench: CoreBench) -> None:
+    k, v = data(10 * 64, 1), data(10 * 64, 2)
+    _, actions = bench.assign(put(bench, 10), k, v)
+    assert only(answers(actions)).message == KvDone(
+        req_id=only(answers(actions)).message.req_id, length=10, count=1, durability="mem1"
+    )
+    _, actions = bench.assign(get(bench, 3, 5))
+    said = only(answers(actions))
+    assert (said.final, said.message.k, said.message.length) == (True, meta(2), 10)
+    assert [bytes(part) for part in said.payload] == [k[3 * 64 : 5 * 64], v[3 * 64 : 5 * 64]]
+
+
+def test_an_empty_range_is_an_answer(bench: CoreBench) -> None:
+    stored(bench, 10)
+    _, actions = bench.assign(get(bench, 4, 4))
+    said = only(answers(actions))
+    assert (said.final, said.message.k.shape, [len(part) for part in said.payload]) == (True, (0, 1, 64), [0, 0])
+
+
+def test_append_goes_behind_the_end_once(bench: CoreBench) -> None:
+    k, v = stored(bench, 10)
+    message = append(bench, 2, at=10)
+    _, actions = bench.assign(message, k[:128], v[:128])
+    assert only(answers(actions)).message.length == 12
+    _, actions = bench.assign(append(bench, 2, at=10), k[:128], v[:128])
+    assert only(answers(actions)).message.duplicate
+    _, actions = bench.assign(append(bench, 2, at=5), v[:128], k[:128])
+    failed = bench.has_failed(actions)
+    assert (failed.code, failed.detail) == (ErrorCode.CONFLICT, 12)
+
+
+def test_length_pin_unpin_and_delete_say_what_they_did(bench: CoreBench) -> None:
+    stored(bench, 10)
+    _, actions = bench.assign(measure(bench))
+    assert only(answers(actions)).message.length == 10
+    bench.assign(Pin(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s", ttl_ms=500))
+    assert bench.store.stats(bench.now).pinned_bytes > 0
+    assert bench.store.stats(bench.now + 0.5).pinned_bytes == 0
+    bench.assign(Pin(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s"))
+    assert bench.store.stats(bench.now + 1e9).pinned_bytes > 0
+    bench.assign(Unpin(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s"))
+    assert bench.store.stats(bench.now).pinned_bytes == 0
+    _, actions = bench.assign(delete(bench, layer=0))
+    assert only(answers(actions)).message.count == 1
+    _, actions = bench.assign(measure(bench))
+    assert bench.has_failed(actions).code == ErrorCode.NOT_FOUND
+
+
+def test_another_tenants_sequence_is_not_there(bench: CoreBench) -> None:
+    stored(bench, 10)
+    _, actions = bench.assign(get(bench), tenant="other")
+    assert bench.has_failed(actions).code == ErrorCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("payload", [(b"x" * 640,), (b"x" * 640, b"x" * 639), (b"x" * 641, b"x" * 640)])
+def test_payloads_that_are_not_what_the_header_says_are_refused_and_leave_nothing(
+    bench: CoreBench, payload: tuple[bytes, ...]
+) -> None:
+    _, actions = bench.assign(put(bench, 10), *payload)
+    assert bench.has_failed(actions).code == ErrorCode.BAD_TENSOR
+    stats = bench.store.stats(bench.now)
+    assert (stats.sequences, stats.used_bytes) == (0, 0)
+
+
+def test_what_can_never_fit_is_refused_for_want_of_space(bench: CoreBench) -> None:
+    _, actions = bench.assign(put(bench, 1 << 20))
+    assert bench.has_failed(actions).code == ErrorCode.NO_SPACE
+
+
+# --- stored, in chunks ---
+
+
+def test_a_large_put_gets_credit_then_takes_chunks_then_is_acknowledged(bench: CoreBench) -> None:
+    num_tokens = 6 * CHUNK_BYTES // 64
+    k, v = data(num_tokens * 64, 1), data(num_tokens * 64, 2)
+    call, actions = bench.assign(put(bench, num_tokens))
+    assert [(said.final, said.message.chunks) for said in answers(actions)] == [(False, UPLOAD_WINDOW)]
+    said = upload(bench, call, k, v)
+    assert [one.message.chunks for one in said[:-1]] == [GRANT_CHUNKS, GRANT_CHUNKS]
+    assert (said[-1].final, said[-1].message.length) == (True, num_tokens)
+    _, actions = bench.assign(get(bench, credit=100))
+    received = answers(actions)
+    assert (received[0].final, received[0].message.payload) == (False, ())
+    chunks = received[1:]
+    assert {one.channel for one in chunks} == {Channel.BULK}
+    assert [one.final for one in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
+
+
+def test_a_partial_put_is_invisible_and_the_old_value_stays_readable(bench: CoreBench) -> None:
+    k, v = stored(bench, 10)
+    call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
+    bench.forward(call, Chunk(req_id=bytes(16), offset=0, payload=()), data(1000), bulk=True)
+    _, actions = bench.assign(get(bench))
+    assert [bytes(part) for part in only(answers(actions)).payload] == [k, v]
+
+
+@pytest.mark.parametrize("how", ["release", "deadline", "session", "chunk"])
+def test_an_upload_that_is_given_up_frees_its_room(bench: CoreBench, how: str) -> None:
+    call, _ = bench.assign(put(bench, CHUNK_BYTES // 64), deadline_ms=500)
+    bench.forward(call, Chunk(req_id=bytes(16), offset=0, payload=()), data(1000), bulk=True)
+    assert bench.store.stats(bench.now).used_bytes > 0
+    match how:
+        case "release":
+            bench.control(Release(call=call))
+        case "deadline":
+            bench.pass_time(0.625)
+        case "session":
+            bench.join(session=b"T" * 16)
+        case _:
+            actions = bench.forward(call, Chunk(req_id=bytes(16), offset=500, payload=()), data(1000), bulk=True)
+            assert bench.has_failed(actions).code == ErrorCode.BAD_TENSOR
+    assert bench.store.stats(bench.now).used_bytes == 0
+    bench.store.check()
+
+
+def test_a_chunk_over_the_border_of_k_and_v_is_refused(bench: CoreBench) -> None:
+    call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
+    chunk = Chunk(req_id=bytes(16), offset=CHUNK_BYTES - 10, payload=())
+    assert bench.has_failed(bench.forward(call, chunk, data(20), bulk=True)).code == ErrorCode.BAD_TENSOR
+
+
+def test_without_a_lease_an_upload_ends_before_it_is_acknowledged(bench: CoreBench) -> None:
+    call, _ = bench.assign(put(bench, CHUNK_BYTES // 64), deadline_ms=60_000)
+    bench.now += 0.6
+    chunk = Chunk(req_id=bytes(16), offset=0, payload=())
+    assert bench.has_failed(bench.forward(call, chunk, data(10), bulk=True)).code == ErrorCode.WORKER_LOST
+    assert bench.store.stats(bench.now).used_bytes == 0
+
+
+def test_a_download_sends_only_what_the_client_gave_credit_for(bench: CoreBench) -> None:
+    k, v = stored(bench, 4 * CHUNK_BYTES // 64)
+    call, actions = bench.assign(get(bench, credit=2))
+    said = answers(actions)
+    assert [type(one.message) for one in said] == [KvValue, Chunk, Chunk]
+    while not said[-1].final:
+        said += answers(bench.forward(call, Credit(req_id=bytes(16), chunks=1)))
+    chunks = [one for one in said if isinstance(one.message, Chunk)]
+    assert all(len(one.payload[0]) <= CHUNK_BYTES for one in chunks)
+    assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
+
+
+def test_a_download_reads_what_was_there_when_it_began(bench: CoreBench) -> None:
+    k, v = stored(bench, 4 * CHUNK_BYTES // 64)
+    call, actions = bench.assign(get(bench, credit=1))
+    said = answers(actions)
+    bench.assign(delete(bench))
+    bench.assign(put(bench, 10), data(640, 3), data(640, 4))
+    said += answers(bench.forward(call, Credit(req_id=bytes(16), chunks=100)))
+    assert b"".join(bytes(one.payload[0]) for one in said[1:]) == k + v
+    assert bench.store.stats(bench.now).used_bytes < CHUNK_BYTES
+
+
+def test_a_download_that_is_given_up_holds_nothing(bench: CoreBench) -> None:
+    stored(bench, 4 * CHUNK_BYTES // 64)
+    call, _ = bench.assign(get(bench, credit=1))
+    bench.assign(delete(bench))
+    assert bench.store.stats(bench.now).used_bytes > 0
+    bench.control(Release(call=call))
+    assert bench.store.stats(bench.now).used_bytes == 0
+
+
+def test_chunks_and_credit_have_no_place_in_the_other_direction(bench: CoreBench) -> None:
+    stored(bench, 4 * CHUNK_BYTES // 64)
+    call, _ = bench.assign(get(bench, credit=1))
+    chunk = Chunk(req_id=bytes(16), offset=0, payload=())
+    assert bench.has_failed(bench.forward(call, chunk, b"x", bulk=True)).code == ErrorCode.BAD_ARG
+    call, _ = bench.assign(put(bench, CHUNK_BYTES // 64, seq_id="other"))
+    assert bench.has_failed(bench.forward(call, Credit(req_id=bytes(16), chunks=1))).code == ErrorCode.BAD_ARG
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40_000), st.randoms(use_true_random=False))
+def test_chunks_may_come_in_any_order_and_sizes(num_tokens: int, random: Random) -> None:
+    bench = CoreBench(nbytes=16 << 20)
+    bench.join()
+    k, v = data(num_tokens * 64, 1), data(num_tokens * 64, 2)
+    call, _ = bench.assign(put(bench, num_tokens))
+    pieces = []
+    for base, part in ((0, k), (len(k), v)):
+        at = 0
+        while at < len(part):
+            size = random.randint(len(part) // 9 + 1, len(part))
+            pieces.append((base + at, part[at : at + size]))
+            at += size
+    random.shuffle(pieces)
+    said: list[Said] = []
+    for offset, piece in pieces:
+        said += answers(bench.forward(call, Chunk(req_id=bytes(16), offset=offset, payload=()), piece, bulk=True))
+    assert (said[-1].final, said[-1].message.length) == (True, num_tokens)
+    _, actions = bench.assign(get(bench, credit=1000))
+    got = answers(actions)
+    parts = got[0].payload if got[0].final else [one.payload[0] for one in got[1:]]
+    assert b"".join(bytes(part) for part in parts) == k + v
+
+
+# --- computed by the engine ---
+
+
+def test_reading_a_computed_sequence_goes_to_the_engine_and_comes_back_as_an_answer(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    call, actions = bench.assign(get(bench, 2, 4))
+    (question,) = commands(actions, ReadKV)
+    assert (question.sequence, question.layer, question.start, question.stop) == (KEY, 0, 2, 4)
+    k, v = data(128, 1), data(128, 2)
+    result = ReadResult(meta(2), meta(2), memoryview(k), memoryview(v), 15)
+    said = only(answers(bench.engine(Answered(question.ticket, result))))
+    assert (said.call, said.final, said.message.length) == (call, True, 15)
+    assert [bytes(part) for part in said.payload] == [k, v]
+
+
+def test_a_large_computed_read_goes_in_chunks(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    _, actions = bench.assign(get(bench, credit=100))
+    (question,) = commands(actions, ReadKV)
+    num_tokens = (CHUNK_BYTES + 640) // 64
+    k, v = data(num_tokens * 64, 1), data(num_tokens * 64, 2)
+    result = ReadResult(meta(num_tokens), meta(num_tokens), memoryview(k), memoryview(v), num_tokens)
+    said = answers(bench.engine(Answered(question.ticket, result)))
+    assert [len(one.payload[0]) for one in said[1:]] == [CHUNK_BYTES, 640, CHUNK_BYTES, 640]
+    assert b"".join(bytes(one.payload[0]) for one in said[1:]) == k + v
+
+
+def test_length_pin_unpin_and_delete_of_a_computed_sequence_are_the_engines(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    _, actions = bench.assign(measure(bench))
+    (length,) = commands(actions, MeasureKV)
+    assert only(answers(bench.engine(Answered(length.ticket, 15)))).message.length == 15
+    _, actions = bench.assign(Pin(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s", ttl_ms=2000))
+    (pin,) = commands(actions, PinKV)
+    assert pin.expires_at == bench.now + 2.0
+    assert only(answers(bench.engine(Answered(pin.ticket, 1)))).message.count == 1
+    _, actions = bench.assign(Pin(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s"))
+    assert commands(actions, PinKV)[0].expires_at == math.inf
+    _, actions = bench.assign(Unpin(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s"))
+    assert commands(actions, UnpinKV)[0].sequence == KEY
+    message = delete(bench)
+    _, actions = bench.assign(message)
+    (drop,) = commands(actions, DropKV)
+    bench.engine(Forgotten(KEY))
+    assert only(answers(bench.engine(Answered(drop.ticket, 30)))).message.count == 30
+    _, actions = bench.assign(message)  # the answer was lost: the retry is not asked of the engine
+    assert only(answers(actions)).message.duplicate
+    _, actions = bench.assign(measure(bench))
+    assert bench.has_failed(actions).code == ErrorCode.NOT_FOUND
+
+
+def test_one_layer_of_a_computed_sequence_cannot_be_deleted(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    _, actions = bench.assign(delete(bench, layer=3))
+    assert bench.has_failed(actions).code == ErrorCode.BAD_ARG
+
+
+def test_writing_to_a_computed_sequence_is_a_conflict_until_it_is_forgotten(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    for message in (put(bench, 1), append(bench, 1, None)):
+        _, actions = bench.assign(message, data(64), data(64))
+        failed = bench.has_failed(actions)
+        assert failed.code == ErrorCode.CONFLICT
+        assert "delete it first or use another seq_id" in failed.message
+    bench.engine(Forgotten(KEY))
+    _, actions = bench.assign(put(bench, 1), data(64), data(64))
+    assert isinstance(only(answers(actions)).message, KvDone)
+
+
+def test_a_name_is_computed_from_the_moment_its_generation_begins(bench: CoreBench) -> None:
+    _, start = bench.start(bench.generate(seq_id="s"))
+    _, actions = bench.assign(put(bench, 1), data(64), data(64))
+    assert bench.has_failed(actions).code == ErrorCode.CONFLICT
+    bench.engine(_ended(start))
+    _, actions = bench.assign(put(bench, 1), data(64), data(64))
+    assert isinstance(only(answers(actions)).message, KvDone)
+
+
+def _ended(start: Start) -> Ended:
+    return Ended(
+        run=start.run,
+        finish_reason="stop",  # type: ignore[arg-type]  # a FinishReason is its text
+        prompt_tokens=1,
+        cached_tokens=0,
+        queue_ms=0.0,
+        prefill_ms=0.0,
+        decode_ms=0.0,
+    )
+
+
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_generating_on_a_stored_sequence_is_a_conflict_even_while_it_is_uploaded(
+    bench: CoreBench, is_committed: bool
+) -> None:
+    if is_committed:
+        stored(bench, 10)
+    else:
+        bench.assign(put(bench, CHUNK_BYTES // 64))
+    _, actions = bench.assign(bench.generate(seq_id="s"), b"\x01\0\0\0")
+    failed = bench.has_failed(actions)
+    assert failed.code == ErrorCode.CONFLICT
+    assert "another seq_id" in failed.message
+    assert commands(actions, Start) == []
+
+
+def test_what_the_engine_refuses_is_the_answer(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    call, actions = bench.assign(get(bench))
+    (question,) = commands(actions, ReadKV)
+    said = only(answers(bench.engine(Answered(question.ticket, NotFound("gone")))))
+    assert (said.call, said.message.code) == (call, ErrorCode.NOT_FOUND)
+
+
+def test_an_answer_nobody_waits_for_any_more_is_dropped(bench: CoreBench) -> None:
+    bench.engine(Retained(KEY))
+    call, actions = bench.assign(get(bench))
+    (question,) = commands(actions, ReadKV)
+    bench.control(Release(call=call))
+    assert bench.engine(Answered(question.ticket, 1), Answered(Ticket(999), 1)) == []
+
+
+def test_a_list_joins_stored_and_computed_sequences_in_the_order_of_their_ids(bench: CoreBench) -> None:
+    for seq_id in ("a", "c", "e"):
+        bench.assign(put(bench, 1, seq_id=seq_id), data(64), data(64))
+    message = ListSequences(req_id=bench.req_id(), attempt=0, deadline_ms=9000, worker_id="w", limit=3)
+    _, actions = bench.assign(message)
+    (question,) = commands(actions, ListKV)
+    assert (question.tenant, question.limit) == ("t", 4)
+    computed = tuple(
+        SequenceInfo(seq_id=name, kind="computed", nbytes=1, pinned=False, layers=()) for name in ("b", "d")
+    )
+    said = only(answers(bench.engine(Answered(question.ticket, computed))))
+    assert isinstance(said.message, KvListed)
+    page = unpack(bytes(said.payload[0]), SequencePage)
+    assert ([info.seq_id for info in page.sequences], page.more) == (["a", "b", "c"], True)
+    assert {info.seq_id: info.kind for info in page.sequences}["b"] == "computed"
+
+    rest = ListSequences(req_id=bench.req_id(), attempt=0, deadline_ms=9000, worker_id="w", after="c", limit=3)
+    _, actions = bench.assign(rest)
+    (question,) = commands(actions, ListKV)
+    assert question.after == "c"
+    said = only(answers(bench.engine(Answered(question.ticket, computed[1:]))))
+    page = unpack(bytes(said.payload[0]), SequencePage)
+    assert ([info.seq_id for info in page.sequences], page.more) == (["d", "e"], False)
