@@ -27,6 +27,7 @@ from workers.host import Host, Models, Result
 log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
+HELPER_CLOSE_S = 0.2
 _IDLE_S = 60.0
 
 Job = Callable[[], None]
@@ -98,6 +99,8 @@ class EngineThread:
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             log.warning("the engine is still in a step after %.0f s; leaving it behind", CLOSE_S)
+        for helper in (self._loader, self._text):
+            helper.join(HELPER_CLOSE_S)
 
     def __enter__(self) -> Self:
         return self

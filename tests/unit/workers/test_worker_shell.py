@@ -1,0 +1,361 @@
+"""The worker's sockets, thread and clock against a broker played by the test over loopback sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bus import sockets, wire
+from bus.endpoints import endpoints
+from bus.errors import KVCacheError, ModelNotFound
+from bus.messages import (
+    Assign,
+    AttachBulk,
+    BrokerBeat,
+    Chunk,
+    Credit,
+    Forward,
+    Generate,
+    Goodbye,
+    KvDone,
+    Message,
+    PromptKind,
+    Put,
+    Reply,
+    Sampling,
+    StreamEnd,
+    StreamTokens,
+    WorkerBeat,
+    WorkerHello,
+    WorkerState,
+    WorkerStatus,
+)
+from bus.security import SecurityConfig
+from bus.sockets import Router, Subscriber
+from bus.streams import token_bytes
+from bus.tensors import DType, TensorMeta
+from bus.topics import topic_of
+from bus.wire import Buffer
+from tests.unit.workers.core_bench import welcome
+from workers.batch import Batch, BlockId
+from workers.engine_api import ReadResult
+from workers.failpoints import Failpoint
+from workers.main import EXIT_USAGE, main
+from workers.slot import Draw, Model, ModelFacts
+from workers.text import TextStream
+from workers.worker import Worker
+
+VOCAB = 100
+CLIENT = b"c" * 16
+REQUEST = b"r" * 16
+STREAM = b"s" * 16
+
+
+class CountingModel:
+    """Says the number after the last one."""
+
+    facts = ModelFacts(
+        name="count",
+        fingerprint="f",
+        dtype="float32",
+        device="cpu",
+        num_layers=1,
+        num_kv_heads=1,
+        head_dim=1,
+        vocab_size=VOCAB,
+        max_model_len=512,
+        eos_ids=frozenset(),
+        num_blocks=64,
+        block_size=16,
+        block_bytes=16,
+    )
+
+    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+        assert kind is PromptKind.TOKENS
+        return tuple(prompt[::4])
+
+    def open_text(self, stops: Sequence[str]) -> TextStream:
+        return TextStream(self, stops)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in token_ids)
+
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+        return [(piece.token_ids[-1] + 1) % VOCAB if piece.wants_logits else None for piece in batch]
+
+    def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
+        raise NotImplementedError
+
+
+class CountingModels:
+    default = "count"
+
+    def names(self) -> list[str]:
+        return ["count"]
+
+    def check(self, name: str) -> None:
+        raise ModelNotFound(name)
+
+    def load(self, name: str) -> Model:
+        return CountingModel()
+
+
+class FakeBroker:
+    """Welcomes the worker, answers its beats, and keeps the rest for the test to look at."""
+
+    def __init__(self, context: sockets.Context, url: str) -> None:
+        at = endpoints(url)
+        security = SecurityConfig()
+        self.url = url
+        self.is_silent = False
+        self.hellos: list[WorkerHello] = []
+        self.received: asyncio.Queue[tuple[Message, Sequence[Buffer]]] = asyncio.Queue()
+        self.replies: asyncio.Queue[tuple[bool, Any, Sequence[Buffer]]] = asyncio.Queue()
+        self.tokens: asyncio.Queue[tuple[bytes, Any]] = asyncio.Queue()
+        self._session = 0
+        self._link = b""
+        self._bulk_link = b""
+        self._control = Router(context, sockets.CONTROL, security, self._on_control)
+        self._bulk = Router(context, sockets.BULK, security, self._on_bulk)
+        self._tokens = Subscriber(context, sockets.TOKENS, security, self._on_tokens)
+        self._control.bind(at.worker_control)
+        self._bulk.bind(at.worker_bulk)
+        self._tokens.bind(at.tokens)
+        self._tokens.subscribe(b"")
+        for socket in (self._control, self._bulk, self._tokens):
+            socket.start()
+
+    def send(self, *frames: Buffer) -> None:
+        self._control.send(self._link, frames)
+
+    def send_bulk(self, *frames: Buffer) -> None:
+        self._bulk.send(self._bulk_link, frames)
+
+    async def next(self, kind: type[Message]) -> Any:  # noqa: ANN401  # a message of that kind
+        """The next message of that kind outside calls; others before it are dropped."""
+        async with asyncio.timeout(5):
+            while True:
+                message, _ = await self.received.get()
+                if isinstance(message, kind):
+                    return message
+
+    async def reply(self) -> tuple[bool, Any, Sequence[Buffer]]:
+        async with asyncio.timeout(5):
+            return await self.replies.get()
+
+    def _on_control(self, batch: list[sockets.Message]) -> None:
+        for link, *frames in batch:
+            message = wire.decode_header(frames[0])
+            self._take(bytes(link), message, frames)
+
+    def _take(self, link: bytes, message: Message, frames: Sequence[Buffer]) -> None:
+        if isinstance(message, Reply):
+            decoded = wire.decode(frames[1:])
+            self.replies.put_nowait((message.final, decoded.message, decoded.payload))
+            return
+        if isinstance(message, WorkerHello):
+            self.hellos.append(message)
+            self._link = link
+            self._session += 1
+            if not self.is_silent:
+                self.send(wire.encode(welcome(self._session.to_bytes(16, "big"))))
+        if isinstance(message, WorkerBeat) and not self.is_silent:
+            self.send(wire.encode(BrokerBeat(beat=message.beat, lease_ms=2000)))
+        self.received.put_nowait((message, frames[1:]))
+
+    def _on_bulk(self, batch: list[sockets.Message]) -> None:
+        for link, *frames in batch:
+            message = wire.decode_header(frames[0])
+            if isinstance(message, AttachBulk):
+                self._bulk_link = bytes(link)
+            self._take(self._link, message, frames)
+
+    def _on_tokens(self, batch: list[sockets.Message]) -> None:
+        for topic, frame in batch:
+            self.tokens.put_nowait((bytes(topic), wire.decode_header(frame)))
+
+    def close(self) -> None:
+        for socket in (self._control, self._bulk, self._tokens):
+            socket.close()
+
+
+@asynccontextmanager
+async def serving(
+    url: str, *, preload: Sequence[str] = (), stop: asyncio.Event | None = None
+) -> AsyncIterator[tuple[FakeBroker, Worker]]:
+    """A worker and its broker; both are over at the end, and the worker has ended by itself."""
+    hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
+    worker = Worker(hello, [url], CountingModels(), kv_plane_bytes=8 << 20, max_tokens_per_step=64, preload=preload)
+    stop = stop or asyncio.Event()
+    ready = asyncio.Event()
+    with sockets.Context() as context:
+        broker = FakeBroker(context, url)
+        async with asyncio.timeout(15), asyncio.TaskGroup() as group:
+            group.create_task(worker.run(stop, ready.set))
+            await ready.wait()
+            yield broker, worker
+            stop.set()
+        broker.close()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/b"
+
+
+def assign(call: int, message: Message, *payload: Buffer) -> list[Buffer]:
+    envelope = Assign(call=call, tenant="t", client=CLIENT, deadline_ms=10_000, reason="r")
+    return [wire.encode(envelope), wire.encode(message), *payload]
+
+
+def put(num_tokens: int, *payload: Buffer, req_id: bytes = REQUEST) -> Put:
+    meta = TensorMeta(dtype=DType.UINT8, shape=(num_tokens, 1, 64))
+    return Put(
+        req_id=req_id,
+        attempt=0,
+        deadline_ms=10_000,
+        seq_id="s",
+        layer=0,
+        k=meta,
+        v=meta,
+        payload=wire.describe(payload),
+    )
+
+
+async def test_a_worker_joins_attaches_its_bulk_lane_beats_and_reports(url: str) -> None:
+    async with serving(url) as (broker, _):
+        await broker.next(AttachBulk)
+        beats = [await broker.next(WorkerBeat) for _ in range(3)]
+        assert [beat.beat for beat in beats] == sorted(beat.beat for beat in beats)
+        await broker.next(WorkerStatus)
+
+
+async def test_the_models_named_at_start_are_loaded_before_it_is_ready(url: str) -> None:
+    async with serving(url, preload=["count"]) as (broker, _):
+        assert broker.hellos[0].state is WorkerState.LOADING
+        beat = await broker.next(WorkerBeat)
+        while beat.state is not WorkerState.READY:
+            beat = await broker.next(WorkerBeat)
+        assert beat.models == (("count", "ready"),)
+
+
+async def test_a_put_is_answered_and_a_large_one_comes_over_the_bulk_lane(url: str) -> None:
+    async with serving(url) as (broker, _):
+        await broker.next(AttachBulk)
+        data = bytes(range(64)) * 10
+        broker.send(*assign(1, put(10, data, data), data, data))
+        final, message, _ = await broker.reply()
+        assert (final, message.length) == (True, 10)
+
+        num_tokens = (1 << 20) // 64
+        big = bytes(1 << 20)
+        broker.send(*assign(2, put(num_tokens, req_id=b"q" * 16)))
+        final, message, _ = await broker.reply()
+        assert (final, type(message)) == (False, Credit)
+        for offset in (0, len(big)):
+            chunk = Chunk(req_id=b"q" * 16, offset=offset, payload=wire.describe([big]))
+            broker.send_bulk(wire.encode(Forward(call=2)), wire.encode(chunk), big)
+        final, message, _ = await broker.reply()
+        assert (final, type(message), message.length) == (True, KvDone, num_tokens)
+
+
+async def test_tokens_are_published_and_the_end_is_answered(url: str) -> None:
+    async with serving(url) as (broker, _):
+        prompt = token_bytes([7])
+        message = Generate(
+            req_id=REQUEST,
+            attempt=0,
+            deadline_ms=10_000,
+            stream_id=STREAM,
+            epoch=0,
+            kind=PromptKind.TOKENS,
+            sampling=Sampling(max_tokens=3),
+            payload=wire.describe([prompt]),
+        )
+        await broker.next(WorkerBeat)  # with the answer to it comes the lease
+        broker.send(*assign(1, message, prompt))
+        tokens: list[int] = []
+        async with asyncio.timeout(5):
+            while len(tokens) < 3:
+                topic, message_ = await broker.tokens.get()
+                assert topic == topic_of(STREAM)
+                assert isinstance(message_, StreamTokens)
+                tokens += message_.tokens
+        assert tokens == [8, 9, 10]
+        final, end, _ = await broker.reply()
+        while not final:
+            final, end, _ = await broker.reply()
+        assert isinstance(end, StreamEnd)
+        assert end.num_tokens == 3
+
+
+async def test_stop_drains_says_goodbye_and_leaves_no_thread_behind(url: str) -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    stop = asyncio.Event()
+    async with serving(url, stop=stop) as (broker, _):
+        stop.set()
+        beat = await broker.next(WorkerBeat)
+        while beat.state is not WorkerState.DRAINING:
+            beat = await broker.next(WorkerBeat)
+        await broker.next(Goodbye)
+    assert {thread.name for thread in threading.enumerate()} <= before
+
+
+async def test_a_broker_that_forgot_us_hears_hello_again(url: str) -> None:
+    async with serving(url) as (broker, _):
+        await broker.next(AttachBulk)
+        broker.is_silent = True
+        await broker.next(WorkerHello)
+        broker.is_silent = False
+        await broker.next(AttachBulk)  # it was welcomed to a new session
+
+
+async def test_a_fault_of_ours_in_one_message_does_not_stop_the_next(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(url) as (broker, _):
+        await broker.next(AttachBulk)
+        data = bytes(64)
+        monkeypatch.setattr(wire, "decode_header", _explode_once())
+        broker.send(*assign(1, put(1, data, data), data, data))
+        broker.send(*assign(2, put(1, data, data), data, data))
+        await broker.reply()
+    assert "could not be handled" in caplog.text
+
+
+def _explode_once() -> Callable[[Buffer], Any]:
+    real, has_exploded = wire.decode_header, False
+
+    def decode_header(frame: Buffer) -> Any:  # noqa: ANN401  # as the real one
+        nonlocal has_exploded
+        message = real(frame)
+        if isinstance(message, Assign) and not has_exploded:
+            has_exploded = True
+            raise ZeroDivisionError("a bug of ours")
+        return message
+
+    return decode_header
+
+
+def test_a_wrong_flag_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--weight", "none"]) == EXIT_USAGE
+    assert capsys.readouterr().err == "worker: --weight must be a whole number, not 'none'\n"
+
+
+def test_a_failpoint_kills_at_the_nth_time_its_point_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr("os.kill", lambda pid, number: killed.append((pid, number)))
+    failpoint = Failpoint("worker.reply:kill9@2")
+    failpoint.reach("worker.publish")
+    failpoint.reach("worker.reply")
+    assert killed == []
+    failpoint.reach("worker.reply")
+    failpoint.reach("worker.reply")
+    assert [number for _, number in killed] == [signal.SIGKILL]
