@@ -357,6 +357,18 @@ def test_admission_is_in_order_and_a_big_one_is_not_overtaken() -> None:
     assert [event.key for event in engine.events if isinstance(event, Started)] == [b"a", b"big", b"small"]
 
 
+def test_admission_asks_for_one_block_more_than_the_prompt_fills() -> None:
+    engine = Engine(num_blocks=4)
+    engine.submit(b"a", (1, 2, 3, 4), 5)
+    engine.submit(b"b", tuple(range(10, 18)), 9)
+    engine.step()
+    assert (engine.cache.pool.num_free, engine.scheduler.engine_stats().running) == (2, 1)
+    engine.submit(b"c", (5,), 1)
+    engine.run()
+    assert engine.scheduler.pool_stats().preemptions == 0
+    assert engine.tokens(b"b") == oracle(tuple(range(10, 18)), 9)
+
+
 def test_max_running_bounds_who_takes_steps() -> None:
     engine = Engine(max_running=2)
     for key in (b"a", b"b", b"c"):
@@ -444,6 +456,7 @@ def test_paused_generation_yields_before_a_younger_one_that_runs() -> None:
     engine.scheduler.pause(b"slow")
     engine.run()
     assert engine.tokens(b"young") == oracle((4, 5, 6), 20)
+    assert engine.scheduler.pool_stats().preemptions == 1, "the young one never had to yield itself"
     engine.scheduler.resume(b"slow")
     engine.run()
     assert engine.tokens(b"slow") == oracle((1, 2, 3), 20)

@@ -331,6 +331,18 @@ def test_append_sent_again_is_told_apart_from_another_one() -> None:
     store.check()
 
 
+@pytest.mark.parametrize("position", [0, 47, 48, 95])
+def test_one_other_byte_anywhere_makes_a_repetition_a_conflict(position: int) -> None:
+    store = make()
+    append(store, 3, at=0, seed=1)
+    append(store, 1, at=3)
+    data = bytearray(b"".join(noise(3, 1)))
+    data[position] ^= 1
+    with pytest.raises(Conflict, match="tokens 0 to 3 are there with other bytes"):
+        fill(store, begin_append(store, 3, at=0), (bytes(data[:48]), bytes(data[48:])))
+    store.check()
+
+
 @pytest.mark.parametrize(("at", "num"), [(6, 1), (4, 2), (0, 6)])
 def test_append_with_a_hole_or_half_behind_the_end_is_a_conflict(at: int, num: int) -> None:
     store = make()
@@ -558,6 +570,18 @@ def test_deleting_a_layer_leaves_the_others_and_the_last_one_takes_the_pin_along
     assert used(store) == 0
     put(store, S, 4)
     assert store.stats(0.0).pinned_bytes == 0
+
+
+def test_pin_goes_with_the_last_layer_even_while_it_is_read() -> None:
+    store = make()
+    put(store, S, 4)
+    store.pin(S, None, 0.0)
+    held = store.open_read(S, 0)
+    store.delete(S)
+    put(store, S, 4)
+    store.close_read(held)
+    assert store.stats(0.0).pinned_bytes == 0
+    store.check()
 
 
 def test_list_is_by_id_within_a_tenant_and_in_pages() -> None:
