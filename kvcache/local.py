@@ -37,30 +37,33 @@ def broker_process(*flags: str) -> Iterator[str]:
 
 
 @contextmanager
-def cluster(num_workers: int, *worker_flags: str, model: str = "smollm2", timeout_s: float = 180.0) -> Iterator[str]:
-    """A broker and workers with `model` loaded; yields the broker's address.
+def cluster(
+    num_workers: int, *worker_flags: str, model: str | None = "smollm2", timeout_s: float = 180.0
+) -> Iterator[str]:
+    """A broker and workers with `model` loaded (None: with no model, for the KV plane); yields the broker's address.
 
     Raises RuntimeError, with the last lines it wrote, when a worker ends or is not ready in time.
     """
     with broker_process() as url, ExitStack() as stack:
         logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcache-"))
         workers = {}
+        serve = ["--no-preload"] if model is None else ["--model", model]
         for number in range(1, num_workers + 1):
             command = [sys.executable, "-m", "workers", "--broker", url, "--worker-id", f"worker-{number}"]
             log = stack.enter_context(Path(logs, f"worker-{number}.log").open("wb"))
-            workers[Path(log.name)] = stack.enter_context(running([*command, "--model", model, *worker_flags], log))
+            workers[Path(log.name)] = stack.enter_context(running([*command, *serve, *worker_flags], log))
         _wait_until_serving(url, model, workers, timeout_s)
         yield url
 
 
 def _wait_until_serving(
-    url: str, model: str, workers: Mapping[Path, subprocess.Popen[bytes]], timeout_s: float
+    url: str, model: str | None, workers: Mapping[Path, subprocess.Popen[bytes]], timeout_s: float
 ) -> None:
     until = time.monotonic() + timeout_s
     with Client(url, timeout=10.0) as client:
         while True:
             views = client.workers()
-            if sum((model, "ready") in view.models for view in views) == len(workers):
+            if sum(model is None or (model, "ready") in view.models for view in views) == len(workers):
                 return
             failed = [view.worker_id for view in views if (model, "failed") in view.models]
             ended = [log.stem for log, child in workers.items() if child.poll() is not None]

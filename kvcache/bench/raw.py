@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import zmq
 
@@ -20,6 +21,7 @@ from bus import wire
 
 _spawn = multiprocessing.get_context("spawn")
 Frames = Sequence[bytes]
+T = TypeVar("T")
 
 
 @contextmanager
@@ -56,6 +58,38 @@ def forwarder(pipe: Connection, front: str, back: str, kinds: tuple[int, int]) -
         socket.bind(endpoint)
     pipe.send("ready")
     zmq.proxy(*sockets)
+
+
+def keep(
+    pipe: Connection,
+    endpoint: str,
+    put: Callable[[list[memoryview]], T],
+    get: Callable[[T], Sequence[bytes | memoryview]],
+) -> None:
+    """A server that keeps one thing: what `put` makes of the frames that came, given out as `get` makes it."""
+    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
+    _limits(socket)
+    socket.bind(endpoint)
+    pipe.send("ready")
+    kept: T | None = None
+    while True:
+        peer, verb, *frames = socket.recv_multipart(copy=False)
+        if verb.bytes == b"put":
+            kept = put([frame.buffer for frame in frames])
+            socket.send_multipart([peer.bytes, b"ok"])
+        elif kept is not None:
+            socket.send_multipart([peer.bytes, *get(kept)], copy=False)
+
+
+def keep_frames(pipe: Connection, endpoint: str) -> None:
+    """Keeps what libzmq received, without looking at it."""
+    keep(pipe, endpoint, lambda frames: frames, lambda kept: kept)
+
+
+def exchange(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> list[memoryview]:
+    """One request and its answer, neither copied in Python."""
+    socket.send_multipart(frames, copy=False)
+    return [frame.buffer for frame in socket.recv_multipart(copy=False)]
 
 
 def request_forwarder(pipe: Connection, front: str, back: str) -> None:

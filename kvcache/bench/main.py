@@ -1,0 +1,62 @@
+"""`kvcache bench NAME`: run one benchmark or all, show the tables, keep the figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+from rich.console import Console
+
+from bus.errors import KVCacheError
+from kvcache.bench import bus, reuse, ring, tensors
+from kvcache.bench.report import Report, show
+
+
+class Benchmark(Protocol):
+    def __call__(self, *, quick: bool, progress: Callable[[str], None]) -> Report: ...
+
+
+BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
+    "bus": (bus.run, "round trips, throughput and token relay, against zmq.proxy"),
+    "tensors": (tensors.run, "put and get of tensors, against raw frames, safetensors and JSON over HTTP"),
+    "reuse": (reuse.run, "time to first token, cold and cached, with SmolLM2"),
+    "ring": (ring.run, "balance, lookups and movement of the consistent hash"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 when every benchmark ran (goals met or not), 1 when one could not, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="kvcache bench",
+        description="Measure a part of the system against its reference, side by side in one run.",
+        epilog="\n".join(f"  {name:8} {what}" for name, (_, what) in BENCHMARKS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="which one, or all")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions in each run")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there; with all, a list of them")
+    given = parser.parse_args(argv)
+    names = list(BENCHMARKS) if given.name == "all" else [given.name]
+    console, status = Console(highlight=False), Console(stderr=True, highlight=False)
+    reports: list[Report] = []
+    for name in names:
+        started = time.monotonic()
+
+        def progress(what: str, name: str = name, started: float = started) -> None:
+            status.print(f"[dim]{name} {time.monotonic() - started:5.0f} s  {what}[/dim]")
+
+        try:
+            reports.append(BENCHMARKS[name][0](quick=given.quick, progress=progress))
+        except (KVCacheError, RuntimeError) as error:
+            sys.stderr.write(f"bench {name}: {error}\n")
+            return 1
+        show(reports[-1], console)
+    if given.json:
+        result = reports if given.name == "all" else reports[0]
+        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
+    return 0
