@@ -44,6 +44,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._bulk_out: deque[ToBulk] = deque()
         self._pump_due: asyncio.TimerHandle | None = None
+        self._is_attaching = False
         with ExitStack() as stack:
             context = stack.enter_context(sockets.Context())
             self._control = stack.enter_context(Dealer(context, sockets.CONTROL, security, self._on_frames))
@@ -155,8 +156,16 @@ class Connection:
             message, payload = self._bulk_out[0].message, self._bulk_out.popleft().payload
             if isinstance(message, AttachBulk):
                 self._bulk.send([wire.encode(message)])
+                self._is_attaching = True
             elif self._core.is_pending(message.req_id):
                 described = msgspec.structs.replace(message, payload=wire.describe(payload))
                 self._bulk.send([wire.encode(described), *payload])
-        if self._bulk_out:
+        if self._is_attaching and not self._bulk.queued:
+            self._is_attaching = False
+            self._perform(self._core.on_attached(time.monotonic()))
+        if self._bulk_out or self._is_attaching:
+            self._pump_later()
+
+    def _pump_later(self) -> None:
+        if self._pump_due is None:
             self._pump_due = self._loop.call_later(BULK_RETRY_S, self._pump)

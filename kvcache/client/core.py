@@ -5,6 +5,8 @@ Messages and `now` go in, actions come out; sockets and clocks are in `connectio
 - every call that was submitted ends in exactly one `Settle` or `Fail`, at the latest `GRACE_S` after its deadline;
 - nothing is sent before a broker has welcomed us, and all that was under way is sent again to one that knows
   nothing of it, under the same ids;
+- at most `MAX_OUT` requests are out, generations aside, so that one client's thousand calls wait here rather than
+  overrun a worker; each begins in its turn;
 - only what may end better is tried again: within its deadline, a few times, and within the budget. While a broker
   restarts, the deadline alone is the limit.
 """
@@ -12,6 +14,7 @@ Messages and `now` go in, actions come out; sockets and clocks are in `connectio
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +44,8 @@ FIRST_CONTACT_S = 5.0
 RESTART_GRACE_S = 10.0
 REJOIN_SPREAD_S = 0.1
 MAX_PENDING = 4096
+MAX_OUT = 256
+ATTACH_S = 1.0
 
 
 @dataclass(slots=True)
@@ -52,6 +57,7 @@ class Pending:
     not_before: float
     attempt: int = 0
     is_out: bool = False
+    is_queued: bool = False
     retries: int = 0
     failures: int = 0
     progress: int = 0
@@ -79,6 +85,9 @@ class ClientCore:
         self._pending: dict[bytes, Pending] = {}  # by key
         self._by_request: dict[bytes, Pending] = {}  # by the id of the attempt that is out
         self._by_stream: dict[bytes, Pending] = {}
+        self._attach_by: float | None = None  # the bulk lane is not known to be ours yet; then go on without
+        self._out: set[bytes] = set()  # keys of the calls that are out and count
+        self._queue: deque[Pending] = deque()  # those that have not begun because too many were out
 
     @property
     def is_joined(self) -> bool:
@@ -100,7 +109,7 @@ class ClientCore:
         self._budget.earn()
         pending = Pending(call, now, now)
         self._pending[call.key] = pending
-        return self._begin(pending, now) if self._session.is_joined else []
+        return self._begin(pending, now) if self._can_begin else []
 
     def abandon(self, key: bytes) -> list[Action]:
         """Nobody waits for this call any more. Unknown and ended ones are none of our business."""
@@ -136,7 +145,13 @@ class ClientCore:
             case Failed():
                 return self._on_failed(message, now)
             case _:
-                return self._answered(getattr(message, "req_id", b""), message, payload, now)
+                actions = self._answered(getattr(message, "req_id", b""), message, payload, now)
+                return [*actions, *self._begin_queued(now)] if self._queue else actions
+
+    def on_attached(self, now: float) -> list[Action]:
+        """The bulk lane has said whose it is: what is asked for now can be answered on it."""
+        self._attach_by = None
+        return self._begin_due(now)
 
     def on_broken(self, req_id: bytes, error: KVCacheError, now: float) -> list[Action]:
         """An answer to this request could not be read."""
@@ -165,10 +180,12 @@ class ClientCore:
         """Time has passed; call it every 50 ms or so."""
         due = self._session.tick(now)
         actions: list[Action] = [] if due is None else [ToControl(due)]
+        if self._attach_by is not None and now >= self._attach_by:
+            self._attach_by = None
         for pending in list(self._pending.values()):
             if pending.call.key in self._pending:
                 actions += self._tick_one(pending, now)
-        return actions
+        return [*actions, *self._begin_queued(now)]
 
     def _tick_one(self, pending: Pending, now: float) -> Sequence[Action]:
         deadline = pending.call.deadline
@@ -181,7 +198,7 @@ class ClientCore:
                 return self._give_up(
                     pending, DeadlineExceeded("the deadline passed before it could be sent"), tell=False
                 )
-            return self._begin(pending, now) if now >= pending.not_before else NO_ACTIONS
+            return self._begin_if_due(pending, now)
         return self._apply(pending, pending.call.tick(now), now) if self._session.is_joined else NO_ACTIONS
 
     def _check_contact(self, pending: Pending, now: float) -> Sequence[Action]:
@@ -197,9 +214,27 @@ class ClientCore:
 
     # --- attempts and their ends -----------------------------------------------------------------
 
+    @property
+    def _can_begin(self) -> bool:
+        return self._session.is_joined and self._attach_by is None
+
+    def _begin_due(self, now: float) -> list[Action]:
+        return [a for pending in list(self._pending.values()) for a in self._begin_if_due(pending, now)]
+
+    def _begin_if_due(self, pending: Pending, now: float) -> Sequence[Action]:
+        if pending.is_out or pending.is_queued or now < pending.not_before or not self._can_begin:
+            return NO_ACTIONS
+        return self._begin(pending, now)
+
     def _begin(self, pending: Pending, now: float) -> list[Action]:
         limits = self._session.limits
         assert limits is not None
+        if not isinstance(pending.call, GenerateCall):
+            if len(self._out) >= MAX_OUT:
+                pending.is_queued = True
+                self._queue.append(pending)
+                return []
+            self._out.add(pending.call.key)
         attempt, pending.attempt = pending.attempt, pending.attempt + 1
         pending.is_out = True
         try:
@@ -209,17 +244,26 @@ class ClientCore:
         self._by_request[pending.call.req_id] = pending
         return self._apply(pending, actions, now)
 
+    def _begin_queued(self, now: float) -> list[Action]:
+        """Let those begin that have waited for others to end, as far as there is room."""
+        actions: list[Action] = []
+        while self._queue and self._can_begin and len(self._out) < MAX_OUT:
+            pending = self._queue.popleft()
+            pending.is_queued = False
+            if pending.call.key in self._pending:
+                actions += self._begin(pending, now)
+        return actions
+
     def _welcomed(self, message: Welcome, now: float) -> list[Action]:
         if not self._session.welcome(message, now):
             return []
-        actions: list[Action] = [ToBulk(AttachBulk(session=message.session))]
+        self._attach_by = now + ATTACH_S
+        actions: list[Action] = []
         for pending in list(self._pending.values()):
             if pending.is_out:  # spread out: every other client of that broker does the same now
                 actions += self._suspend(pending, now, tell=False)
                 pending.not_before = now + REJOIN_SPREAD_S * self._jitter()
-            elif now >= pending.not_before:
-                actions += self._begin(pending, now)
-        return actions
+        return [*actions, ToBulk(AttachBulk(session=message.session))]
 
     def _answered(self, req_id: bytes, message: Message, payload: Sequence[Buffer], now: float) -> list[Action]:
         pending = self._by_request.get(req_id)
@@ -296,6 +340,7 @@ class ClientCore:
     def _suspend(self, pending: Pending, now: float, *, tell: bool) -> list[Action]:
         pending.is_out = False
         pending.not_before = now
+        self._out.discard(pending.call.key)
         self._by_request.pop(pending.call.req_id, None)
         return self._apply(pending, pending.call.leave(tell=tell), now)
 
@@ -304,6 +349,7 @@ class ClientCore:
 
     def _end(self, pending: Pending, *, tell: bool) -> list[Action]:
         self._pending.pop(pending.call.key, None)
+        self._out.discard(pending.call.key)
         self._by_request.pop(pending.call.req_id, None)
         actions = list(pending.call.leave(tell=tell))
         for action in actions:

@@ -34,7 +34,7 @@ from bus.tensors import DType, TensorMeta
 from kvcache.client import requests
 from kvcache.client.calls import Action, Emit, Fail, Settle, ToBulk, ToControl, Unwatch, Watch
 from kvcache.client.config import client_config
-from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_PENDING, ClientCore
+from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, ClientCore
 from kvcache.client.prompts import check_index, check_name, check_seconds, make_prompt, optional_name
 from kvcache.client.results import Done, Start, Token
 from kvcache.client.retries import RetryBudget, retry_delay
@@ -66,6 +66,7 @@ def core(*, joined: bool = True, max_retries: int = 2) -> ClientCore:
     made = ClientCore(b"i" * 16, url="tcp://x:1", software="test", max_retries=max_retries, jitter=lambda: 0.5, now=0.0)
     if joined:
         made.on_message(welcome(), (), 0.0)
+        made.on_attached(0.0)
     return made
 
 
@@ -136,9 +137,19 @@ def test_what_is_submitted_waits_for_the_welcome() -> None:
     hello = m.Hello(instance=b"i" * 16, major=wire.MAJOR, minor=wire.MINOR, software="test")
     assert client.tick(0.0) == [ToControl(hello)]
     actions = client.on_message(welcome(), (), 0.1)
-    assert [type(action) for action in actions] == [ToBulk, ToControl]
-    assert sent(actions, m.Length)[0].req_id == call.key
+    assert actions == [ToBulk(m.AttachBulk(session=b"s" * 16))]
+    assert sent(client.tick(0.1), m.Length) == []  # answers on the bulk lane would find nobody
+    assert sent(client.on_attached(0.2), m.Length)[0].req_id == call.key
     assert client.on_message(welcome(), (), 0.2) == []
+
+
+def test_a_bulk_lane_that_does_not_connect_keeps_small_requests_only_a_moment() -> None:
+    client = core(joined=False)
+    client.submit(length_call(), 0.0)
+    client.on_message(welcome(), (), 0.0)
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 0.9)
+    assert sent(client.tick(0.9), m.Length) == []
+    assert sent(client.tick(1.0), m.Length)
 
 
 def test_a_broker_that_never_answers_is_given_a_few_seconds() -> None:
@@ -223,6 +234,7 @@ def test_a_restarting_broker_without_workers_is_waited_for_beyond_max_retries() 
     call = length_call()
     client.submit(call, 0.0)
     client.on_message(welcome(b"t" * 16, incarnation=2), (), 0.1)
+    client.on_attached(0.1)
     now = 0.2
     for _ in range(6):
         now += 0.7
@@ -270,6 +282,7 @@ def test_a_new_session_sends_everything_again_spread_out() -> None:
     call = length_call()
     client.submit(call, 0.0)
     assert sent(client.on_message(welcome(b"t" * 16, 2), (), 0.1), m.Message) == [m.AttachBulk(session=b"t" * 16)]
+    assert client.on_attached(0.12) == []
     [again] = sent(client.tick(0.16), m.Length)
     assert (again.req_id, again.attempt) == (call.key, 1)
 
@@ -306,6 +319,30 @@ def test_a_full_queue_and_too_many_requests_are_overload() -> None:
     [fail] = client.submit(length_call(), 0.0)
     assert isinstance(fail, Fail)
     assert isinstance(fail.error, Overloaded)
+
+
+def test_a_thousand_calls_are_sent_a_few_hundred_at_a_time_in_their_order() -> None:
+    client = core()
+    calls = [length_call() for _ in range(1000)]
+    asked = [message.req_id for call in calls for message in sent(client.submit(call, 0.0), m.Length)]
+    assert len(asked) == MAX_OUT
+    assert sent(client.submit(generate_call(), 0.0), m.OpenStream)  # streams wait for nobody
+    client.abandon(calls[-1].key)
+    for number in range(999):
+        actions = client.on_message(m.KvDone(req_id=asked[number], length=1), (), 0.1)
+        asked += [message.req_id for message in sent(actions, m.Length)]
+    assert asked == [call.key for call in calls[:-1]]
+
+
+def test_what_waits_for_its_turn_ends_at_its_deadline_too() -> None:
+    client = core()
+    for _ in range(MAX_OUT):
+        client.submit(length_call(), 0.0)
+    late = length_call(0.5)
+    assert client.submit(late, 0.0) == []
+    [fail] = of(client.tick(0.5), Fail)
+    assert fail.key == late.key
+    assert isinstance(fail.error, DeadlineExceeded)
 
 
 # --- deadlines -----------------------------------------------------------------------------------
@@ -360,6 +397,7 @@ def test_every_call_ends_exactly_once_and_in_time(events: list[tuple[str, int, f
         match event:
             case "welcome":
                 note(client.on_message(welcome(), (), now))
+                note(client.on_attached(now))
             case "new welcome":
                 note(client.on_message(welcome(number.to_bytes(16, "big"), number), (), now))
             case "lost":
@@ -541,6 +579,7 @@ def test_closing_cancels_what_runs_and_says_goodbye() -> None:
 def test_a_prompt_beyond_the_brokers_limit_is_refused_before_it_is_sent() -> None:
     client = core(joined=False)
     client.on_message(welcome(max_prompt_bytes=3), (), 0.0)
+    client.on_attached(0.0)
     [fail] = client.submit(generate_call(), 0.0)
     assert isinstance(fail, Fail)
     assert isinstance(fail.error, TooLarge)
