@@ -98,9 +98,6 @@ class Generations:
         self._runs = _Runs()
         self._run_ids = itertools.count(1)
 
-    def __len__(self) -> int:
-        return len(self._runs.by_id)
-
     def is_writing(self, sequence: SequenceKey) -> bool:
         """Whether a generation is going on under this name."""
         return sequence in self._runs.by_sequence
@@ -148,7 +145,7 @@ class Generations:
             return []
         if isinstance(message, Ack):
             run.log.ack(message)
-            return self._adjust(run)
+            return self._let_go(run)
         return self._replay(run, call, message, now)
 
     def stop(self, call: Call) -> list[Action]:
@@ -236,7 +233,11 @@ class Generations:
         actions: list[Action] = []
         if run.call is not None and self._may_publish(run.call.id.link, now):
             actions += [_publish(run, run.call, message) for message in messages]
-        return actions + self._adjust(run)
+        if run.call is None or run.log.is_paused:
+            # Said with each token: a sequence that was computing its prompt anew could not be held then.
+            run.is_held = True
+            actions.append(Tell(Hold(run.id)))
+        return actions
 
     def _ended(self, run: Run, event: Ended) -> list[Action]:
         self._runs.remove(run)
@@ -271,12 +272,12 @@ class Generations:
         self.counts.pulled_streams += run.log.is_pulled and not was_pulled
         return [action for part in replays for action in self._calls.say(call, part)]
 
-    def _adjust(self, run: Run) -> list[Action]:
-        """Hold the sequence while its client is a window behind, and let it go on after."""
-        if run.call is None or run.is_held == run.log.is_paused:
+    def _let_go(self, run: Run) -> list[Action]:
+        """Let a held sequence go on once its client has caught up."""
+        if not run.is_held or run.log.is_paused:
             return []
-        run.is_held = run.log.is_paused
-        return [Tell(Hold(run.id) if run.is_held else Proceed(run.id))]
+        run.is_held = False
+        return [Tell(Proceed(run.id))]
 
 
 def _publish(run: Run, call: Call, message: StreamTokens | StreamBeat) -> Publish:

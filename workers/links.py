@@ -20,7 +20,6 @@ from bus.leases import WorkerLease
 from bus.messages import (
     AttachBulk,
     BrokerBeat,
-    Goodbye,
     Message,
     ModelState,
     Welcome,
@@ -70,7 +69,7 @@ class Link:
         self.welcome = welcome
         if is_new:
             self.lease.void()
-            self._beat_due = now
+            self._beat_due = now + welcome.heartbeat_ms / 1000  # the first one goes out at once
         return is_new
 
     def attach(self) -> list[Action]:
@@ -102,6 +101,7 @@ class Link:
                 actions.append(Forget(self.number))
             actions.append(self._send(msgspec.structs.replace(self._hello, state=state)))
         if self.welcome is not None and now >= self._beat_due:
+            self._beat_due = max(now, self._beat_due + self.welcome.heartbeat_ms / 1000)
             actions += self.beat(state, load(), now)
         return actions
 
@@ -109,7 +109,6 @@ class Link:
         """A beat, now: on time, or because the state has changed. Nothing before we have joined."""
         if self.welcome is None:
             return []
-        self._beat_due = now + self.welcome.heartbeat_ms / 1000
         self._beat += 1
         self.lease.sent(self._beat, now)
         beat = WorkerBeat(
@@ -127,9 +126,6 @@ class Link:
     def say(self, message: Message, *payload: Buffer) -> list[Action]:
         """A message outside any call. Nothing before we have joined."""
         return [] if self.welcome is None else [self._send(message, payload)]
-
-    def farewell(self, reason: str) -> list[Action]:
-        return self.say(Goodbye(reason=reason))
 
     def _send(self, message: Message, payload: Sequence[Buffer] = (), channel: Channel = Channel.CONTROL) -> Send:
         return Send(self.number, channel, [wire.encode(message), *payload])

@@ -95,7 +95,12 @@ class CountingModel:
 
 
 class CountingModels:
+    """One model, which loads when the test lets it."""
+
     default = "count"
+
+    def __init__(self, may_load: threading.Event | None = None) -> None:
+        self._may_load = may_load
 
     def names(self) -> list[str]:
         return ["count"]
@@ -104,6 +109,8 @@ class CountingModels:
         raise ModelNotFound(name)
 
     def load(self, name: str) -> Model:
+        if self._may_load is not None:
+            assert self._may_load.wait(10.0)
         return CountingModel()
 
 
@@ -114,12 +121,12 @@ class FakeBroker:
         at = endpoints(url)
         security = SecurityConfig()
         self.url = url
-        self.is_silent = False
         self.hellos: list[WorkerHello] = []
         self.received: asyncio.Queue[tuple[Message, Sequence[Buffer]]] = asyncio.Queue()
         self.replies: asyncio.Queue[tuple[bool, Any, Sequence[Buffer]]] = asyncio.Queue()
         self.tokens: asyncio.Queue[tuple[bytes, Any]] = asyncio.Queue()
         self._session = 0
+        self._knows_worker = False
         self._link = b""
         self._bulk_link = b""
         self._control = Router(context, sockets.CONTROL, security, self._on_control)
@@ -137,6 +144,10 @@ class FakeBroker:
 
     def send_bulk(self, *frames: Buffer) -> None:
         self._bulk.send(self._bulk_link, frames)
+
+    def forget(self) -> None:
+        """Know nothing of the worker any more, as after a restart; beats of strangers are not answered."""
+        self._knows_worker = False
 
     async def next(self, kind: type[Message]) -> Any:  # noqa: ANN401  # a message of that kind
         """The next message of that kind outside calls; others before it are dropped."""
@@ -164,9 +175,9 @@ class FakeBroker:
             self.hellos.append(message)
             self._link = link
             self._session += 1
-            if not self.is_silent:
-                self.send(wire.encode(welcome(self._session.to_bytes(16, "big"))))
-        if isinstance(message, WorkerBeat) and not self.is_silent:
+            self._knows_worker = True
+            self.send(wire.encode(welcome(self._session.to_bytes(16, "big"))))
+        if isinstance(message, WorkerBeat) and self._knows_worker:
             self.send(wire.encode(BrokerBeat(beat=message.beat, lease_ms=2000)))
         self.received.put_nowait((message, frames[1:]))
 
@@ -188,18 +199,21 @@ class FakeBroker:
 
 @asynccontextmanager
 async def serving(
-    url: str, *, preload: Sequence[str] = (), stop: asyncio.Event | None = None
+    url: str, *, preload: Sequence[str] = (), stop: asyncio.Event | None = None, may_load: threading.Event | None = None
 ) -> AsyncIterator[tuple[FakeBroker, Worker]]:
     """A worker and its broker; both are over at the end, and the worker has ended by itself."""
     hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
-    worker = Worker(hello, [url], CountingModels(), kv_plane_bytes=8 << 20, max_tokens_per_step=64, preload=preload)
+    worker = Worker(
+        hello, [url], CountingModels(may_load), kv_plane_bytes=8 << 20, max_tokens_per_step=64, preload=preload
+    )
     stop = stop or asyncio.Event()
     ready = asyncio.Event()
     with sockets.Context() as context:
         broker = FakeBroker(context, url)
         async with asyncio.timeout(15), asyncio.TaskGroup() as group:
             group.create_task(worker.run(stop, ready.set))
-            await ready.wait()
+            if may_load is None:
+                await ready.wait()
             yield broker, worker
             stop.set()
         broker.close()
@@ -238,9 +252,11 @@ async def test_a_worker_joins_attaches_its_bulk_lane_beats_and_reports(url: str)
 
 
 async def test_the_models_named_at_start_are_loaded_before_it_is_ready(url: str) -> None:
-    async with serving(url, preload=["count"]) as (broker, _):
-        assert broker.hellos[0].state is WorkerState.LOADING
+    may_load = threading.Event()
+    async with serving(url, preload=["count"], may_load=may_load) as (broker, _):
         beat = await broker.next(WorkerBeat)
+        assert (broker.hellos[0].state, beat.state) == (WorkerState.LOADING, WorkerState.LOADING)
+        may_load.set()
         while beat.state is not WorkerState.READY:
             beat = await broker.next(WorkerBeat)
         assert beat.models == (("count", "ready"),)
@@ -311,9 +327,8 @@ async def test_stop_drains_says_goodbye_and_leaves_no_thread_behind(url: str) ->
 async def test_a_broker_that_forgot_us_hears_hello_again(url: str) -> None:
     async with serving(url) as (broker, _):
         await broker.next(AttachBulk)
-        broker.is_silent = True
+        broker.forget()
         await broker.next(WorkerHello)
-        broker.is_silent = False
         await broker.next(AttachBulk)  # it was welcomed to a new session
 
 

@@ -1,0 +1,219 @@
+"""Requests from brokers, from the envelope to the one final answer, whatever happens on the way.
+
+Here they are read, refused, begun, continued and ended; what serving one means is the business of
+`generations` and `kv_plane`. A fault, theirs or ours, ends the request it concerns and no other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from bus import wire
+from bus.errors import (
+    Cancelled,
+    Conflict,
+    Corrupt,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    KVCacheError,
+    MalformedMessage,
+    Overloaded,
+    WorkerLost,
+)
+from bus.messages import (
+    Ack,
+    Append,
+    Assign,
+    Cancel,
+    Chunk,
+    Credit,
+    Delete,
+    Dispatched,
+    Forward,
+    Generate,
+    Pin,
+    Put,
+    Resume,
+    Unpin,
+)
+from bus.stats import StoreStats
+from bus.wire import Buffer, Frames
+from workers.calls import Action, Call, CallId, Calls
+from workers.engine_api import Answered, Event, Forgotten, Retained
+from workers.generations import Generations, StreamCounts
+from workers.keys import SequenceKey
+from workers.kv_plane import KVPlane
+from workers.replies import Replies
+from workers.store import KVStore
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_MS = 200
+
+_CHANGES = (Put, Append, Delete, Pin, Unpin)
+
+
+class Requests:
+    """All requests of one worker. `may_act(link, now)`: whether it holds that broker's lease."""
+
+    def __init__(self, worker_id: str, store: KVStore, may_act: Callable[[int, float], bool]) -> None:
+        self.is_closed = False
+        self.malformed = 0
+        self._may_act = may_act
+        self._calls = Calls()
+        self._replies = Replies()
+        self._generations = Generations(worker_id, self._calls, may_act)
+        self._kv = KVPlane(worker_id, self._calls, store, self._replies, self._generations.is_writing)
+
+    def __len__(self) -> int:
+        """How many have no final answer yet."""
+        return len(self._calls)
+
+    @property
+    def stream_counts(self) -> StreamCounts:
+        return self._generations.counts
+
+    def store_stats(self, now: float) -> StoreStats:
+        return self._kv.stats(now)
+
+    def close(self) -> None:
+        """Take nothing new from now on."""
+        self.is_closed = True
+
+    # --- what brokers say ---
+
+    def assigned(self, link: int, assign: Assign, frames: Frames, now: float) -> list[Action]:
+        """A request begins. If it cannot even be read it still gets its one answer."""
+        try:
+            message, payload = _decode(frames)
+            if not isinstance(message, Dispatched):
+                raise MalformedMessage(f"{type(message).__name__} is not a request for a worker")
+        except KVCacheError as error:
+            self.malformed += 1
+            req_id = wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST
+            return self._calls.refuse(CallId(link, assign.call), req_id, error)
+        call = self._calls.open(link, assign, message, now)
+        try:
+            return self._begin(call, payload, now)
+        except KVCacheError as error:
+            return self._end(call, error)
+        except Exception:  # noqa: BLE001  # the outermost edge of one request: logged, and answered
+            return self._fault(call)
+
+    def forwarded(self, link: int, forward: Forward, frames: Frames, now: float) -> list[Action]:
+        """More of a request; of one that has ended meanwhile, nothing."""
+        call = self._calls.find(CallId(link, forward.call))
+        if call is None:
+            return []
+        try:
+            message, payload = _decode(frames)
+            return self._continue(call, message, payload, now)
+        except KVCacheError as error:
+            return self._end(call, error)
+        except Exception:  # noqa: BLE001  # as above
+            return self._fault(call)
+
+    def released(self, call_id: CallId) -> list[Action]:
+        """Nobody waits for it any more."""
+        call = self._calls.find(call_id)
+        if call is None:
+            return []
+        actions = self._stop(call)
+        self._calls.forget(call)
+        return actions
+
+    def lose_session(self, link: int, now: float) -> list[Action]:
+        """The broker knows nothing of its calls any more: streams wait for their clients, all else stops."""
+        actions: list[Action] = []
+        for call in self._calls.of_link(link):
+            if isinstance(call.message, Generate):
+                actions += self._generations.orphan(call, now)
+            else:
+                actions += self._kv.stop(call)
+            self._calls.forget(call)
+        return actions
+
+    def unsent(self, call_id: CallId) -> list[Action]:
+        """Bulk data of this call was refused by a full lane."""
+        call = self._calls.find(call_id)
+        if call is None:
+            return []
+        error = Overloaded("the worker has too much bulk data on its way", retry_after_ms=RETRY_AFTER_MS)
+        return self._end(call, error)
+
+    # --- what engine and clock say ---
+
+    def on_engine(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Answered() | Retained() | Forgotten():
+                return self._kv.on_event(event)
+            case _:
+                return self._generations.on_event(event, now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Deadlines, quiet streams, orphans."""
+        error = DeadlineExceeded("the deadline passed before the worker was done")
+        overdue = [action for call in self._calls.overdue(now) for action in self._end(call, error)]
+        return overdue + self._generations.tick(now)
+
+    def fail_all(self, error: KVCacheError) -> list[Action]:
+        return [action for call in self._calls.everything() for action in self._end(call, error)]
+
+    # --- inside ---
+
+    def _begin(self, call: Call, payload: Sequence[Buffer], now: float) -> list[Action]:
+        """Raises what is wrong with the request, or with us for it."""
+        message = call.message
+        if self.is_closed:
+            raise Draining("this worker is draining and takes nothing new", retry_after_ms=RETRY_AFTER_MS)
+        if call.deadline <= now:
+            raise DeadlineExceeded("the deadline had passed when the request reached the worker")
+        if isinstance(message, _CHANGES) and not self._may_act(call.id.link, now):
+            raise WorkerLost("this worker holds no lease and may not acknowledge writes")
+        if isinstance(message, (*_CHANGES, Generate)):
+            reply = self._replies.claim(call.request, message, now)
+            if reply is not None:
+                return self._calls.finish(call, reply)
+        if not isinstance(message, Generate):
+            return self._kv.start(call, payload, now)
+        if message.seq_id and self._kv.is_stored(SequenceKey(call.request.tenant, message.seq_id)):
+            raise Conflict(
+                f"sequence {message.seq_id!r} was stored by a client; delete it or generate under another seq_id"
+            )
+        return self._generations.start(call, message, payload, now)
+
+    def _continue(self, call: Call, message: object, payload: Sequence[Buffer], now: float) -> list[Action]:
+        match message:
+            case Cancel():
+                return self._end(call, Cancelled("cancelled by the client"))
+            case Ack() | Resume():
+                return self._generations.follow_up(call, message, now)
+            case Chunk() if not self._may_act(call.id.link, now):
+                raise WorkerLost("this worker's lease ran out during the transfer")
+            case Chunk() | Credit():
+                return self._kv.follow_up(call, message, payload)
+            case _:
+                raise MalformedMessage(f"{type(message).__name__} does not belong within a request")
+
+    def _end(self, call: Call, error: KVCacheError) -> list[Action]:
+        return [*self._stop(call), *self._calls.fail(call, error)]
+
+    def _stop(self, call: Call) -> list[Action]:
+        return self._generations.stop(call) if isinstance(call.message, Generate) else self._kv.stop(call)
+
+    def _fault(self, call: Call) -> list[Action]:
+        """Our own bug in one request harms that request alone."""
+        log.exception("request %s failed", call.request.req_id.hex())
+        return self._end(call, InternalError("a fault of the worker; its log has the traceback"))
+
+
+def _decode(frames: Frames) -> wire.Decoded:
+    """A message with its payload checked. Raises MalformedMessage, or Corrupt if bytes changed on the way."""
+    decoded = wire.decode(frames, verify_payload=False)
+    try:
+        wire.check_payload(getattr(decoded.message, "payload", ()), decoded.payload)
+    except MalformedMessage as error:
+        raise Corrupt(error.message) from error
+    return decoded
