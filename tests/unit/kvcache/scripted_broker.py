@@ -44,6 +44,7 @@ class ScriptedBroker:
         self.sessions: dict[bytes, bytes] = {}
         self.asked: asyncio.Queue[Asked] = asyncio.Queue()
         self._link = self._bulk_link = b""
+        self._attached = asyncio.Event()
         self._control = sockets.Router(context, sockets.CONTROL, security, self._on_control)
         self._bulk = sockets.Router(context, sockets.BULK, security, self._on_bulk)
         self._streams = sockets.StreamHub(context, security, allow=self._allow, on_allowed=self._confirm)
@@ -65,7 +66,8 @@ class ScriptedBroker:
     def reply_raw(self, *frames: Buffer) -> None:
         self._control.send(self._link, frames)
 
-    def send_bulk(self, message: m.Message, *payload: Buffer) -> None:
+    async def send_bulk(self, message: m.Message, *payload: Buffer) -> None:
+        await asyncio.wait_for(self._attached.wait(), 5.0)  # its lane races the control lane
         self._bulk.send(self._bulk_link, [wire.encode(message), *payload])
 
     def publish(self, stream_id: bytes, message: m.Message) -> None:
@@ -99,6 +101,7 @@ class ScriptedBroker:
             message, payload = wire.decode(frames)
             if isinstance(message, m.AttachBulk):
                 self._bulk_link = bytes(link)
+                self._attached.set()
             else:
                 self.asked.put_nowait(Asked(message, [bytes(frame) for frame in payload]))
 

@@ -409,7 +409,7 @@ async def test_a_large_get_is_received_in_chunks_and_grants_credit(broker: Scrip
     while sent < len(data):
         while credit and sent < len(data):
             part = data[sent : sent + 1000]
-            broker.send_bulk(m.Chunk(req_id=asked.req_id, offset=sent, payload=wire.describe([part])), part)
+            await broker.send_bulk(m.Chunk(req_id=asked.req_id, offset=sent, payload=wire.describe([part])), part)
             sent += len(part)
             credit -= 1
         if sent == 8000:  # the lanes race: the value may be announced after its first chunks
@@ -431,7 +431,7 @@ async def test_a_chunk_out_of_place_is_refused(broker: ScriptedBroker, client: A
         asked, _ = await broker.expect(m.Get)
         broker.reply(m.KvValue(req_id=asked.req_id, k=meta, v=meta, length=1500))
         data = bytes(size)
-        broker.send_bulk(m.Chunk(req_id=asked.req_id, offset=offset, payload=wire.describe([data])), data)
+        await broker.send_bulk(m.Chunk(req_id=asked.req_id, offset=offset, payload=wire.describe([data])), data)
         with pytest.raises(MalformedMessage, match="expected the bytes from 0"):
             await get
 
