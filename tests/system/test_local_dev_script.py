@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvcache.bench.processes import free_url
+from kvcache.local import free_url
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvcache.bench.processes import free_url
+from kvcache.local import free_url
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
