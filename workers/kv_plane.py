@@ -5,15 +5,14 @@ A sequence's name means one of two things on this worker. *Stored* ones were put
 deleting work on both, the latter by way of the engine, with a ticket that its answer comes back with.
 Writing to a computed one is refused: its KV belongs to the tokens that made it.
 
-Tensors that do not fit one message go in chunks over the bulk lane, as many as the receiver gave credit
-for: an upload grants it as chunks are written, a download spends what the client grants.
+Tensors that do not fit one message go in chunks over the bulk lane (`workers.bulk`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
@@ -38,8 +37,8 @@ from bus.messages import (
     Unpin,
 )
 from bus.stats import SequenceInfo, SequencePage, StoreStats, pack
-from bus.tensors import TensorMeta
 from bus.wire import Buffer
+from workers.bulk import CHUNK_BYTES, UPLOAD_WINDOW, Download, Upload, cut
 from workers.calls import Action, Call, CallId, Calls, Channel, Tell
 from workers.engine_api import (
     Answered,
@@ -56,32 +55,12 @@ from workers.engine_api import (
 )
 from workers.keys import SequenceKey
 from workers.replies import Replies
-from workers.store import KVStore, Read
+from workers.store import Committed, KVStore
 from workers.transfers import Transfer
 
 MAX_INLINE_BYTES = 256 * 1024
-CHUNK_BYTES = 1 << 20
-UPLOAD_WINDOW = 8  # chunks of one upload that may be on their way
-GRANT_CHUNKS = 4  # credit is granted anew when this many were taken
 
 KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences
-
-
-@dataclass(slots=True)
-class _Upload:
-    """A write whose bytes are still coming. `taken`: chunks written since credit was last granted."""
-
-    transfer: Transfer
-    taken: int = 0
-
-
-@dataclass(slots=True)
-class _Download:
-    """A read whose bytes are still going. `pieces`: what is left, as (offset, bytes, is_last)."""
-
-    pieces: Iterator[tuple[int, Buffer, bool]]
-    credit: int
-    read: Read | None
 
 
 @dataclass(slots=True)
@@ -93,7 +72,7 @@ class _Question:
     has_more: bool = False
 
 
-Work: TypeAlias = _Upload | _Download | _Question
+Work: TypeAlias = Upload | Download | _Question
 
 
 class KVPlane:
@@ -151,10 +130,10 @@ class KVPlane:
         """More of a transfer. Raises what is wrong with it; the call is then to be stopped."""
         work = self._work.get(call.id)
         match message, work:
-            case Chunk(), _Upload():
-                return self._take_chunk(call, work, message, payload[0])
-            case Credit(), _Download():
-                work.credit += message.chunks
+            case Chunk(), Upload():
+                return self._take_chunk(call, work, message.offset, payload[0])
+            case Credit(), Download():
+                work.grant(message.chunks)
                 return self._send_chunks(call, work)
             case _:
                 raise BadArgument(f"this request expects no {type(message).__name__.lower()}")
@@ -162,10 +141,8 @@ class KVPlane:
     def stop(self, call: Call) -> list[Action]:
         """Give up the work of a call: an upload has no effect, a download holds nothing any more."""
         match self._work.pop(call.id, None):
-            case _Upload(transfer=transfer):
-                self._store.abort(transfer)
-            case _Download(read=Read() as read):
-                self._store.close_read(read)
+            case Upload() | Download() as transfer:
+                transfer.close()
             case _Question(ticket=ticket):
                 del self._asking[ticket]
             case _:
@@ -174,8 +151,7 @@ class KVPlane:
 
     def is_stored(self, key: SequenceKey) -> bool:
         """Whether a client has put this sequence here, or is about to."""
-        uploads = (work.transfer.key for work in self._work.values() if isinstance(work, _Upload))
-        return self._store.has(key) or key in uploads
+        return self._store.has(key) or any(isinstance(work, Upload) and work.key == key for work in self._work.values())
 
     # --- what the engine says ---
 
@@ -205,12 +181,12 @@ class KVPlane:
             )
         if len(payload) == 1:
             raise BadTensor("K and V travel together: two payloads, or none and then chunks")
-        transfer = self._begin(message, key, now)
+        upload = Upload(self._store, self._begin(message, key, now))
         if payload:
-            return self._write_at_once(call, transfer, payload)
-        if not transfer.nbytes:
-            return self._commit(call, transfer)
-        self._work[call.id] = _Upload(transfer)
+            return self._commit(call, upload.take_whole(payload))
+        if upload.is_complete:
+            return self._commit(call, upload.commit())
+        self._work[call.id] = upload
         return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=UPLOAD_WINDOW))
 
     def _begin(self, message: Put | Append, key: SequenceKey, now: float) -> Transfer:
@@ -218,33 +194,14 @@ class KVPlane:
             return self._store.begin_put(key, message.layer, message.k, message.v, now=now)
         return self._store.begin_append(key, message.layer, message.k, message.v, message.at, now=now)
 
-    def _write_at_once(self, call: Call, transfer: Transfer, payload: Sequence[Buffer]) -> list[Action]:
-        try:
-            offset = 0
-            for part, expected in zip(payload, (transfer.k_bytes, transfer.nbytes - transfer.k_bytes), strict=True):
-                if len(part) != expected:
-                    raise BadTensor(f"{len(part)} bytes were sent for a tensor of {expected}")
-                if expected:
-                    self._store.write(transfer, offset, part)
-                offset += expected
-        except KVCacheError:
-            self._store.abort(transfer)
-            raise
-        return self._commit(call, transfer)
-
-    def _take_chunk(self, call: Call, upload: _Upload, message: Chunk, data: Buffer) -> list[Action]:
-        self._store.write(upload.transfer, message.offset, data)
-        upload.taken += 1
-        if not upload.transfer.coverage.missing:
+    def _take_chunk(self, call: Call, upload: Upload, offset: int, data: Buffer) -> list[Action]:
+        granted = upload.take(offset, data)
+        if upload.is_complete:
             del self._work[call.id]
-            return self._commit(call, upload.transfer)
-        if upload.taken < GRANT_CHUNKS:
-            return []
-        granted, upload.taken = upload.taken, 0
-        return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=granted))
+            return self._commit(call, upload.commit())
+        return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=granted)) if granted else []
 
-    def _commit(self, call: Call, transfer: Transfer) -> list[Action]:
-        done = self._store.commit(transfer)
+    def _commit(self, call: Call, done: Committed) -> list[Action]:
         return self._finish(call, self._done(call, length=done.length, count=1, duplicate=done.duplicate))
 
     def _finish(self, call: Call, done: KvDone) -> list[Action]:
@@ -256,42 +213,29 @@ class KVPlane:
 
     def _get(self, call: Call, message: Get, key: SequenceKey) -> list[Action]:
         read = self._store.open_read(key, message.layer, message.start, message.stop)
-        return self._send_value(call, message, read.k, read.v, read.length, self._store.chunks(read, CHUNK_BYTES), read)
+        value = KvValue(req_id=call.request.req_id, k=read.k, v=read.v, length=read.length)
+        pieces = self._store.chunks(read, CHUNK_BYTES)
+        return self._send_value(call, message, value, Download(pieces, value, lambda: self._store.close_read(read)))
 
-    def _send_value(
-        self,
-        call: Call,
-        message: Get,
-        k: TensorMeta,
-        v: TensorMeta,
-        length: int,
-        pieces: Iterator[tuple[int, memoryview]],
-        read: Read | None,
-    ) -> list[Action]:
+    def _send_value(self, call: Call, message: Get, value: KvValue, download: Download) -> list[Action]:
         """Answer with K and V in one message if they are small, else announce them and send what is credited."""
-        value = KvValue(req_id=call.request.req_id, k=k, v=v, length=length)
-        total = k.nbytes + v.nbytes
-        if total > MAX_INLINE_BYTES:
-            download = _Download(_marked(pieces, total), message.credit, read)
-            self._work[call.id] = download
-            return [*self._calls.say(call, value), *self._send_chunks(call, download)]
-        data = b"".join(piece for _, piece in pieces)
-        if read is not None:
-            self._store.close_read(read)
-        payload = (data[: k.nbytes], data[k.nbytes :])
-        return self._calls.finish(call, msgspec.structs.replace(value, payload=wire.describe(payload)), *payload)
+        if download.num_bytes <= MAX_INLINE_BYTES:
+            payload = download.take_whole()
+            return self._calls.finish(call, msgspec.structs.replace(value, payload=wire.describe(payload)), *payload)
+        self._work[call.id] = download
+        download.grant(message.credit)
+        return [*self._calls.say(call, value), *self._send_chunks(call, download)]
 
-    def _send_chunks(self, call: Call, download: _Download) -> list[Action]:
-        """As many chunks as there is credit for. They are copies: the pages may change once the read is closed."""
+    def _send_chunks(self, call: Call, download: Download) -> list[Action]:
+        """As many chunks as there is credit for; the last one is the answer's end."""
         actions: list[Action] = []
-        while download.credit > 0:
-            offset, data, is_last = next(download.pieces)
-            download.credit -= 1
+        for offset, data in download.take():
             chunk = Chunk(req_id=call.request.req_id, offset=offset, payload=wire.describe([data]))
-            if is_last:
+            if download.is_complete:
                 self.stop(call)
-                return [*actions, *self._calls.finish(call, chunk, data, channel=Channel.BULK)]
-            actions += self._calls.say(call, chunk, data, channel=Channel.BULK)
+                actions += self._calls.finish(call, chunk, data, channel=Channel.BULK)
+            else:
+                actions += self._calls.say(call, chunk, data, channel=Channel.BULK)
         return actions
 
     # --- lists ---
@@ -362,8 +306,8 @@ class KVPlane:
         message = call.message
         if isinstance(answer, ReadResult):
             assert isinstance(message, Get)
-            pieces = _pieces(answer.k_data, answer.v_data)
-            return self._send_value(call, message, answer.k, answer.v, answer.length, pieces, None)
+            value = KvValue(req_id=call.request.req_id, k=answer.k, v=answer.v, length=answer.length)
+            return self._send_value(call, message, value, Download(cut(answer.k_data, answer.v_data), value))
         if isinstance(message, Length):
             return self._calls.finish(call, self._done(call, length=answer, count=1))
         return self._finish(call, self._done(call, count=answer))
@@ -373,16 +317,3 @@ class KVPlane:
 
     def _done(self, call: Call, *, length: int = 0, count: int = 0, duplicate: bool = False) -> KvDone:
         return KvDone(req_id=call.request.req_id, length=length, count=count, duplicate=duplicate)
-
-
-def _pieces(k: memoryview, v: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """K's bytes, then V's, in chunks that never hold some of both."""
-    for base, data in ((0, k), (k.nbytes, v)):
-        for begin in range(0, data.nbytes, CHUNK_BYTES):
-            yield base + begin, data[begin : begin + CHUNK_BYTES]
-
-
-def _marked(pieces: Iterator[tuple[int, memoryview]], total: int) -> Iterator[tuple[int, bytes, bool]]:
-    """Each piece copied, and whether it is the last of `total` bytes."""
-    for offset, piece in pieces:
-        yield offset, bytes(piece), offset + piece.nbytes == total

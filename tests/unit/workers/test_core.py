@@ -122,9 +122,9 @@ def test_goodbye_of_the_broker_ends_the_session(bench: CoreBench) -> None:
 
 def test_status_goes_out_each_second_with_the_figures(bench: CoreBench) -> None:
     bench.pass_time(1.0)
-    status = [send for send in sends(bench.pass_time(1.0)) if wire.opcode_of(send.frames[0]) == WorkerStatus.opcode]
-    assert len(status) == 1
-    stats = unpack(bytes(wire.decode(list(status[0].frames)).payload[0]), WorkerStats)
+    said = [wire.decode(list(send.frames)) for send in sends(bench.pass_time(1.0))]
+    (payload,) = [payload for message, payload in said if isinstance(message, WorkerStatus)]
+    stats = unpack(bytes(payload[0]), WorkerStats)
     assert (stats.worker_id, stats.incarnation, stats.state) == ("w", 7, "ready")
 
 

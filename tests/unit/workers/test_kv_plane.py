@@ -30,6 +30,7 @@ from bus.messages import (
 from bus.stats import SequenceInfo, SequencePage, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, Said, answers, commands
+from workers.bulk import CHUNK_BYTES, GRANT_CHUNKS, UPLOAD_WINDOW
 from workers.calls import Channel
 from workers.engine_api import (
     Answered,
@@ -47,7 +48,7 @@ from workers.engine_api import (
     UnpinKV,
 )
 from workers.keys import SequenceKey
-from workers.kv_plane import CHUNK_BYTES, GRANT_CHUNKS, MAX_INLINE_BYTES, UPLOAD_WINDOW
+from workers.kv_plane import MAX_INLINE_BYTES
 
 KEY = SequenceKey("t", "s")
 
