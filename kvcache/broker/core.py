@@ -28,6 +28,7 @@ from bus import wire
 from bus.errors import (
     BadArgument,
     Conflict,
+    ConnectionLost,
     DeadlineExceeded,
     Draining,
     Forbidden,
@@ -454,6 +455,9 @@ class BrokerCore:
         call = worker.calls.get(reply.call) or worker.ended.get(reply.call)
         if call is None:  # it ended here first: a deadline, a client that left
             return []
+        if port is Port.CLIENT_BULK and not call.client.bulk_link:
+            error = ConnectionLost("the client's bulk connection is not attached yet", retry_after_ms=RETRY_AFTER_MS)
+            return self._fail_call(call, error, release=not reply.final)
         if reply.final and call.id in self._calls:
             self._forget_call(call)
             if call.stream_id:
