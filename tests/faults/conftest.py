@@ -1,0 +1,38 @@
+"""One cluster for all faults: a broker and two workers with the tiny model, healed before each test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from kvcache import AsyncClient
+from tests.harness.cluster import Cluster, running_cluster
+from tests.harness.fixtures import TINY_FLAGS, pytest_runtest_makereport, reference, tiny_model
+
+__all__ = ["pytest_runtest_makereport", "reference", "tiny_model"]
+
+
+@pytest.fixture(scope="session")
+def harmed_cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.add_broker()
+        for name in ("worker-1", "worker-2"):
+            cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS)
+        yield cluster
+
+
+@pytest.fixture
+def cluster(harmed_cluster: Cluster) -> Cluster:
+    """The cluster, whole again after the test before; its log begins with this test."""
+    harmed_cluster.heal()
+    harmed_cluster.mark()
+    return harmed_cluster
+
+
+@pytest_asyncio.fixture
+async def client(cluster: Cluster) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(cluster.url, timeout=30.0) as client:
+        yield client
