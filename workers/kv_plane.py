@@ -224,7 +224,8 @@ class KVPlane:
             return self._calls.finish(call, msgspec.structs.replace(value, payload=wire.describe(payload)), *payload)
         self._work[call.id] = download
         download.grant(message.credit)
-        return [*self._calls.say(call, value), *self._send_chunks(call, download)]
+        # On the lane of the chunks: the last of those could overtake it, and end the call at the broker before it.
+        return [*self._calls.say(call, value, channel=Channel.BULK), *self._send_chunks(call, download)]
 
     def _send_chunks(self, call: Call, download: Download) -> list[Action]:
         """As many chunks as there is credit for; the last one is the answer's end."""

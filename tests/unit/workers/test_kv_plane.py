@@ -204,7 +204,7 @@ def test_a_large_put_gets_credit_then_takes_chunks_then_is_acknowledged(bench: C
     received = answers(actions)
     assert (received[0].final, received[0].message.payload) == (False, ())
     chunks = received[1:]
-    assert {one.channel for one in chunks} == {Channel.BULK}
+    assert {one.channel for one in received} == {Channel.BULK}, "the announcement must not be overtaken"
     assert [one.final for one in chunks] == [False] * (len(chunks) - 1) + [True]
     assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
 
