@@ -22,7 +22,8 @@ from types import TracebackType
 from typing import Self
 
 from workers.engine_api import Command, EngineFigures, OnEvents
-from workers.host import Host, Models, Result
+from workers.host import Host, Result
+from workers.shelf import Models
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +92,11 @@ class EngineThread:
         """The latest snapshot: a frozen value that the engine replaces after each step."""
         return self._figures
 
+    @property
+    def is_alive(self) -> bool:
+        """False once it was closed, or has met a fault of its own: its log has the traceback, nothing here goes on."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """End the engine after the step that runs. Events not yet delivered are lost."""
         self._inbox.put(None)
@@ -111,6 +117,12 @@ class EngineThread:
         self.close()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:  # the thread's outermost edge: what it owns can no longer be trusted
+            log.exception("the engine has failed")
+
+    def _work(self) -> None:
         is_busy = False
         while self._take_commands(is_busy):
             is_busy = self._host.step(time.monotonic)

@@ -3,14 +3,14 @@
 The engine runs in its own thread, so everything that crosses is a frozen value and nothing is shared.
 Commands take effect in the order they were sent; the events of one generation come in their natural
 order, and an event that changes who holds a sequence comes before the one that ends its generation.
-No torch and no messages of the bus here: the tests' fake engine and the real one are equal before this.
+The core knows no more of the engine than this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NewType, Protocol, TypeAlias
+from typing import NewType, TypeAlias
 
 from bus.errors import KVCacheError
 from bus.messages import FinishReason, PromptKind, Sampling
@@ -224,13 +224,3 @@ class EngineFigures:
     kv_total_bytes: int = 0
     engine: EngineStats = field(default_factory=EngineStats)
     models: tuple[ModelStats, ...] = ()
-
-
-class Engine(Protocol):
-    """What the worker needs of an engine. Events come through the callback it was made with, on the loop."""
-
-    def send(self, command: Command) -> None:
-        """Hand over a command; never blocks."""
-
-    def figures(self) -> EngineFigures:
-        """The latest snapshot; cheap."""

@@ -17,16 +17,17 @@ import psutil
 
 from bus import sockets
 from bus.endpoints import endpoints
+from bus.errors import InternalError
 from bus.messages import WorkerHello, WorkerState
 from bus.security import SecurityConfig
 from bus.sockets import Context, Dealer, Message, Publisher, Sent
 from workers.calls import Action, Channel, Forget, Publish, Send, Tell
 from workers.core import WorkerCore
 from workers.engine import EngineThread
-from workers.engine_api import Engine, Event, Load
+from workers.engine_api import Event, Load
 from workers.failpoints import Failpoint
-from workers.host import Models
 from workers.memory import HostMemory
+from workers.shelf import Models
 from workers.store import KVStore
 
 log = logging.getLogger(__name__)
@@ -69,10 +70,10 @@ class Worker:
         )
         self._lanes: dict[tuple[int, Channel], Dealer] = {}
         self._publishers: list[Publisher] = []
-        self._engine: Engine
+        self._engine: EngineThread
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until `stop`, then drain, say goodbye and close."""
+        """Serve until `stop`, then drain, say goodbye and close. Raises InternalError if the engine has failed."""
         with ExitStack() as stack:
             context = stack.enter_context(sockets.Context())
             self._engine = stack.enter_context(
@@ -87,10 +88,12 @@ class Worker:
                 self._engine.send(Load(name))
             for number in range(len(self._brokers)):
                 self._connect(context, stack, number)
-            await self._serve(stop, on_ready)
-            self._perform(self._core.farewell())
-            for lane in self._lanes.values():
-                lane.close(LINGER_MS)
+            try:
+                await self._serve(stop, on_ready)
+            finally:
+                self._perform(self._core.farewell())
+                for lane in self._lanes.values():
+                    lane.close(LINGER_MS)
 
     def _connect(self, context: Context, stack: ExitStack, number: int) -> None:
         at = endpoints(self._brokers[number].url)
@@ -115,6 +118,8 @@ class Worker:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             now = time.monotonic()
             lag_s, due = now - due, now + TICK_S
+            if not self._engine.is_alive:
+                raise InternalError("the engine has failed; this process can serve nothing more")
             if stop.is_set():
                 self._perform(self._core.drain(now))
             rss_bytes = process.memory_info().rss

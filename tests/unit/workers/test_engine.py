@@ -42,8 +42,9 @@ from workers.engine_api import (
     Ticket,
     UnpinKV,
 )
-from workers.host import RETRY_LOAD_S, Host, Job
+from workers.host import Host, Job
 from workers.keys import SequenceKey
+from workers.shelf import RETRY_LOAD_S
 from workers.slot import Draw, Model
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
 

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from bus import sockets, wire
 from bus.endpoints import endpoints
-from bus.errors import KVCacheError, ModelNotFound
+from bus.errors import InternalError, KVCacheError, ModelNotFound
 from bus.messages import (
     Assign,
     AttachBulk,
@@ -357,6 +358,23 @@ def _explode_once() -> Callable[[Buffer], Any]:
         return message
 
     return decode_header
+
+
+async def test_an_engine_that_has_failed_ends_the_worker(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    class BrokenModels(CountingModels):
+        def load(self, name: str) -> Model:
+            model = CountingModel()
+            model.facts = replace(model.facts, num_blocks=0)
+            return model
+
+    hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
+    worker = Worker(hello, [url], BrokenModels(), kv_plane_bytes=1 << 20, max_tokens_per_step=64, preload=["count"])
+    with sockets.Context() as context:
+        broker = FakeBroker(context, url)
+        with pytest.raises(InternalError, match="engine has failed"):
+            await worker.run(asyncio.Event())
+        broker.close()
+    assert "at least 1 block" in caplog.text
 
 
 def test_a_wrong_flag_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
