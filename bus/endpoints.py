@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from bus.errors import BadArgument
 
 NUM_PORTS = 6
+MAX_PORT = 65536 - NUM_PORTS
 DEFAULT_URL = "tcp://127.0.0.1:5555"
 
 
@@ -38,7 +39,7 @@ def endpoints(url: str) -> Endpoints:
     if scheme == "ipc":
         return Endpoints(url, *(f"ipc://{rest}.{index}" for index in range(NUM_PORTS)))
     host, _, port_text = rest.rstrip("/").rpartition(":")
-    if not host or not port_text.isdecimal() or not 1 <= int(port_text) <= 65535 - NUM_PORTS:
-        raise BadArgument(f"broker address {url!r} needs a host and a port from 1 to {65535 - NUM_PORTS}")
+    if not host or not port_text.isdecimal() or len(port_text) > 5 or not 1 <= int(port_text) <= MAX_PORT:
+        raise BadArgument(f"broker address {url!r} needs a host and a port from 1 to {MAX_PORT}")
     port = int(port_text)
     return Endpoints(f"tcp://{host}:{port}", *(f"tcp://{host}:{port + index}" for index in range(NUM_PORTS)))

@@ -74,7 +74,7 @@ class MalformedMessage(ProtocolError):
 
 
 class UnsupportedVersion(ProtocolError):
-    """The peer speaks a major version that we do not."""
+    """The peer speaks a major version that we do not; `detail` is which."""
 
     code = ErrorCode.BAD_VERSION
 

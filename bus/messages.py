@@ -23,7 +23,8 @@ MAX_PAYLOADS = 8
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 I63 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Millis = Annotated[int, msgspec.Meta(ge=0, le=7 * 24 * 3600 * 1000)]
+MAX_MILLIS = 7 * 24 * 3600 * 1000
+Millis = Annotated[int, msgspec.Meta(ge=0, le=MAX_MILLIS)]
 Id16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ChainNode = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
@@ -170,6 +171,8 @@ class QueryKind(enum.StrEnum):
 
 
 class Query(Message, frozen=True):
+    """What is known of the cluster: all figures, workers as the broker sees them, or only whether it is healthy."""
+
     opcode = 16
     req_id: Id16
     kind: QueryKind
@@ -236,6 +239,8 @@ class OpenStream(Message, frozen=True):
 
 
 class StreamOpened(Message, frozen=True):
+    """The stream is open, for one `Generate`, which must come within a minute."""
+
     opcode = 33
     req_id: Id16
     stream_id: Id16
@@ -264,6 +269,8 @@ class Generate(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
+    """Stop this request; it ends in `Failed(CANCELLED)` unless it has ended already."""
+
     opcode = 35
     req_id: Id16
 
@@ -408,6 +415,8 @@ class Get(Message, frozen=True):
 
 
 class Length(Message, frozen=True):
+    """How many tokens one layer of a sequence holds."""
+
     opcode = 67
     req_id: Id16
     attempt: U32
@@ -439,6 +448,8 @@ class Pin(Message, frozen=True):
 
 
 class Unpin(Message, frozen=True):
+    """Let a sequence be evicted again."""
+
     opcode = 70
     req_id: Id16
     attempt: U32
@@ -474,7 +485,7 @@ class KvDone(Message, frozen=True):
 
 
 class KvValue(Message, frozen=True):
-    """What a `Get` found. Payloads: K and V; none: they follow as `Chunk`s.."""
+    """What a `Get` found. Payloads: K and V; none: they follow as `Chunk`s."""
 
     opcode = 73
     payloads = (0, 2)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from bus.errors import BadArgument, Forbidden
 
 DEFAULT_USER = "default"
+Mode: TypeAlias = Literal["none"]
 
 
 @dataclass(frozen=True, slots=True)
 class SecurityConfig:
     """mode: `none` for now. user_id: whom a peer counts as when nothing proves who it is."""
 
-    mode: Literal["none"] = "none"
+    mode: Mode = "none"
     user_id: str = DEFAULT_USER
 
     def __post_init__(self) -> None:

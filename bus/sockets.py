@@ -26,9 +26,9 @@ from typing import Self
 
 import zmq
 
-from bus.errors import ConnectionLost
+from bus.errors import BadArgument, ConnectionLost
 from bus.security import SecurityConfig
-from bus.wire import MAX_HEADER_BYTES, PREFIX_BYTES, Buffer
+from bus.wire import MAX_FRAME_BYTES, Buffer
 
 DRAIN_LIMIT = 256
 FLUSH_RETRY_S = 0.005
@@ -51,7 +51,7 @@ OnBatch = Callable[[list[Message]], None]
 
 
 class Sent(enum.Enum):
-    """What became of a send. QUEUED will go out in order; FULL and GONE were not sent and never will be."""
+    """What became of a send. QUEUED goes out in order unless the peer leaves; FULL and GONE were not sent at all."""
 
     DONE = enum.auto()
     QUEUED = enum.auto()
@@ -116,23 +116,36 @@ class Socket:
         self._context = context
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recheck_due = False
+        self._retry_due = False
 
     def bind(self, endpoint: str) -> None:
         """Raises Forbidden for an address the security mode does not allow, ConnectionLost if it is taken."""
         self._security.check_bind(endpoint)
+        self._allow_ipv6(endpoint)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise ConnectionLost(f"cannot bind {endpoint}: {error.strerror or error}") from error
 
     def connect(self, endpoint: str) -> None:
-        self._socket.connect(endpoint)
+        """Returns at once; the connection is made, and made again, behind the scenes. Raises BadArgument."""
+        self._allow_ipv6(endpoint)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise BadArgument(f"{endpoint} is no address to connect to: {error.strerror or error}") from error
+
+    def _allow_ipv6(self, endpoint: str) -> None:
+        """Only for a literal address: with the option set, a name that has both would only be tried as IPv6."""
+        if endpoint.startswith("tcp://["):
+            self._socket.setsockopt(zmq.IPV6, 1)
 
     def start(self) -> None:
         """Begin to drain; callbacks come from the running loop."""
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         self._recheck()
+        self._retry_later()
 
     def close(self, linger_ms: int = 0) -> None:
         """Stop draining and close, giving what was sent `linger_ms` to leave. Safe to call twice."""
@@ -202,8 +215,26 @@ class Socket:
         if int(_get(self._socket, _EVENTS)) & _READABLE:
             self._loop.call_soon(self._drain)
 
+    @property
+    def queued(self) -> int:
+        """Messages that wait here for room in libzmq."""
+        return 0
+
     def _flush(self) -> None:
         """Send what waits, if anything can wait in this kind of socket."""
+
+    def _retry_later(self) -> None:
+        """While something waits, look every few milliseconds whether it can leave: no event would say so."""
+        if self._retry_due or self._loop is None or not self.queued:
+            return
+        self._retry_due = True
+        self._loop.call_later(FLUSH_RETRY_S, self._retry)
+
+    def _retry(self) -> None:
+        self._retry_due = False
+        if not self._socket.closed:
+            self._flush()
+            self._retry_later()
 
     def _try_send(self, frames: Sequence[Buffer]) -> bool:
         """Only the first part can be refused: libzmq sends a message whole or not at all."""
@@ -241,21 +272,13 @@ class Dealer(Socket):
         if len(self._queue) >= self.lane.queue_limit:
             self.dropped += 1
             return Sent.FULL
-        if not self._queue and self._loop is not None:
-            self._loop.call_later(FLUSH_RETRY_S, self._retry)
         self._queue.append(frames)
+        self._retry_later()
         return Sent.QUEUED
 
     def forget_queue(self) -> None:
         """Drop what waits: the peer it was meant for is known to be gone."""
         self._queue.clear()
-
-    def _retry(self) -> None:
-        if self._socket.closed:
-            return
-        self._flush()
-        if self._queue and self._loop is not None:
-            self._loop.call_later(FLUSH_RETRY_S, self._retry)
 
     def _flush(self) -> None:
         while self._queue and self._try_send(self._queue[0]):
@@ -283,19 +306,14 @@ class Router(Socket):
             outcome = self._offer(peer, frames)
             if outcome is not Sent.QUEUED:
                 return outcome
-            if not self._queues and self._loop is not None:
-                self._loop.call_later(FLUSH_RETRY_S, self._retry)
             self._queues[peer] = deque([frames])
+            self._retry_later()
             return Sent.QUEUED
         if len(queue) >= self.lane.queue_limit:
             self.dropped += 1
             return Sent.FULL
         queue.append(frames)
         return Sent.QUEUED
-
-    def forget(self, peer: bytes) -> None:
-        """Drop what waits for a peer that has left."""
-        self._queues.pop(peer, None)
 
     def _offer(self, peer: bytes, frames: Sequence[Buffer]) -> Sent:
         try:
@@ -304,13 +322,6 @@ class Router(Socket):
             if error.errno == errno.EHOSTUNREACH:
                 return Sent.GONE
             raise
-
-    def _retry(self) -> None:
-        if self._socket.closed:
-            return
-        self._flush()
-        if self._queues and self._loop is not None:
-            self._loop.call_later(FLUSH_RETRY_S, self._retry)
 
     def _flush(self) -> None:
         for peer in list(self._queues):
@@ -353,6 +364,10 @@ class StreamHub(Socket):
 
     In manual mode `SUBSCRIBE` applies to the peer whose request was read last, so each request is decided
     before the next one is read. An unsubscription must be repeated to libzmq, or data would go on flowing.
+
+    libzmq 4.3.5 loses count of which peer asked what once some peer sends a message that is no request, as an XSUB
+    may: an approval then goes to whoever asked next. So from such a message on, until all that has arrived is read
+    and the count is right again, every request is refused. Who asked in good faith asks again.
     """
 
     kind = zmq.XPUB
@@ -369,6 +384,7 @@ class StreamHub(Socket):
         self._socket.setsockopt(zmq.XPUB_MANUAL, 1)
         self._allow = allow
         self._on_allowed = on_allowed
+        self._is_miscounted = False
         self.refused = 0
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -377,19 +393,23 @@ class StreamHub(Socket):
     def _receive_batch(self) -> list[Message]:
         for _ in range(DRAIN_LIMIT):
             try:
-                frame = self._socket.recv(zmq.NOBLOCK)
+                frame = _receive(self._socket, _NOBLOCK, copy=False)
             except zmq.Again:
+                self._is_miscounted = False
                 break
-            if frame[:1] == b"\x01":
-                self._decide(frame[1:])
-            elif frame[:1] == b"\x00":
-                self._socket.setsockopt(zmq.UNSUBSCRIBE, frame[1:])
+            request = frame.bytes
+            if frame.more or request[:1] not in {b"\x00", b"\x01"}:
+                self._is_miscounted = True
+            elif request[:1] == b"\x01":
+                self._decide(request[1:])
+            else:
+                self._socket.setsockopt(zmq.UNSUBSCRIBE, request[1:])
         else:
             self._recheck_soon()
         return []
 
     def _decide(self, topic: bytes) -> None:
-        if self._allow(topic):
+        if not self._is_miscounted and self._allow(topic):
             self._socket.setsockopt(zmq.SUBSCRIBE, topic)
             self._on_allowed(topic)
         else:
@@ -398,7 +418,7 @@ class StreamHub(Socket):
 
 def _view(frame: zmq.Frame) -> Buffer:
     """Small frames as bytes (they are parsed), large ones as a read-only view of what libzmq received."""
-    if len(frame) <= PREFIX_BYTES + MAX_HEADER_BYTES:
+    if len(frame) <= MAX_FRAME_BYTES:
         return frame.bytes
     return frame.buffer.toreadonly()
 

@@ -33,6 +33,8 @@ NO_REQUEST = bytes(16)
 
 _PREFIX = struct.Struct("<3sBBBHI")
 PREFIX_BYTES = _PREFIX.size
+MAX_FRAME_BYTES = PREFIX_BYTES + MAX_HEADER_BYTES
+"""Of frame 0."""
 
 ENVELOPES: frozenset[int] = frozenset({messages.Assign.opcode, messages.Forward.opcode, messages.Reply.opcode})
 
@@ -76,27 +78,18 @@ def describe(payload: Sequence[Buffer]) -> tuple[Part, ...]:
 
 
 def encode(message: Message) -> bytes:
-    """Frame 0 of a message; its payload frames are sent behind it."""
-    header = _encoder.encode(message)
+    """Frame 0 of a message; its payload frames are sent behind it.
+
+    Raises MalformedMessage for what no frame can hold: too much text together, a number beyond 64 bits, half a
+    surrogate pair. Ranges are not checked here, they are at the receiver.
+    """
+    try:
+        header = _encoder.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise MalformedMessage(f"{type(message).__name__} cannot be sent: {error}") from error
     if len(header) > MAX_HEADER_BYTES:
         raise MalformedMessage(f"{type(message).__name__} header is {len(header)} bytes, limit {MAX_HEADER_BYTES}")
     return _PREFIX.pack(MAGIC, MAJOR, MINOR, message.opcode, 0, crc32c(header)) + header
-
-
-def opcode_of(frame: Buffer) -> int:
-    """The opcode of frame 0, after its prefix was checked. Raises MalformedMessage or UnsupportedVersion."""
-    if len(frame) < PREFIX_BYTES or len(frame) > PREFIX_BYTES + MAX_HEADER_BYTES:
-        raise MalformedMessage(
-            f"first frame of {len(frame)} bytes; {PREFIX_BYTES} to {PREFIX_BYTES + MAX_HEADER_BYTES}"
-        )
-    magic, major, _, opcode, flags, _ = _PREFIX.unpack_from(frame)
-    if magic != MAGIC:
-        raise MalformedMessage("first frame does not begin with the protocol's magic bytes")
-    if major != MAJOR:
-        raise UnsupportedVersion(f"protocol version {major} is not supported; this side speaks {MAJOR}.{MINOR}")
-    if flags:
-        raise MalformedMessage(f"flags {flags:#x} are not defined")
-    return int(opcode)
 
 
 def decode(frames: Frames, *, verify_payload: bool = True) -> Decoded:
@@ -124,14 +117,21 @@ def decode(frames: Frames, *, verify_payload: bool = True) -> Decoded:
     return Decoded(message, payload)
 
 
-def decode_header(frame: Buffer) -> Any:  # noqa: ANN401  # any of the closed unions; receivers match on it
-    """The message in frame 0 alone. Raises MalformedMessage or UnsupportedVersion."""
-    opcode = opcode_of(frame)
+def decode_envelope(frames: Frames) -> Any:  # noqa: ANN401  # any of the closed unions; receivers match on it
+    """The message in frame 0, whatever follows it. Raises MalformedMessage or UnsupportedVersion."""
+    if not frames:
+        raise MalformedMessage("message of no frames")
+    return decode_header(frames[0])
+
+
+def decode_header(frame: Buffer) -> Any:  # noqa: ANN401  # see decode_envelope
+    """The message in one frame 0. Raises MalformedMessage or UnsupportedVersion."""
+    opcode, crc = _read_prefix(frame)
     decoder = _DECODERS.get(opcode)
     if decoder is None:
         raise MalformedMessage(f"opcode {opcode} is not defined")
     header = frame[PREFIX_BYTES:]
-    if crc32c(header) != _PREFIX.unpack_from(frame)[5]:
+    if crc32c(header) != crc:
         raise MalformedMessage("header checksum does not match")
     try:
         return decoder.decode(header)
@@ -157,15 +157,31 @@ def request_id_of(frame: Buffer) -> bytes:
 
 
 def failed(req_id: bytes, error: KVCacheError) -> Failed:
-    """The terminal message that carries `error`."""
+    """The terminal message that carries `error`; whatever is in it, this can be sent."""
     return Failed(
         req_id=req_id,
         code=int(error.code),
-        message=error.message[:1000],
+        message=error.message[:1000].encode(errors="replace").decode(),
         retryable=error.retryable,
-        retry_after_ms=max(0, error.retry_after_ms),
-        detail=error.detail,
+        retry_after_ms=min(max(0, error.retry_after_ms), messages.MAX_MILLIS),
+        detail=min(max(-(2**63), error.detail), 2**63 - 1),
     )
+
+
+def _read_prefix(frame: Buffer) -> tuple[int, int]:
+    """Opcode and header checksum, once the rest of the prefix was checked."""
+    if not PREFIX_BYTES <= len(frame) <= MAX_FRAME_BYTES:
+        raise MalformedMessage(f"first frame of {len(frame)} bytes, not {PREFIX_BYTES} to {MAX_FRAME_BYTES}")
+    magic, major, _, opcode, flags, crc = _PREFIX.unpack_from(frame)
+    if magic != MAGIC:
+        raise MalformedMessage("first frame does not begin with the protocol's magic bytes")
+    if major != MAJOR:
+        raise UnsupportedVersion(
+            f"protocol version {major} is not supported; this side speaks {MAJOR}.{MINOR}", detail=major
+        )
+    if flags:
+        raise MalformedMessage(f"flags {flags:#x} are not defined")
+    return opcode, crc
 
 
 def _nbytes(frame: Buffer) -> int:
