@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 
 from bus.endpoints import DEFAULT_URL, endpoints
 from bus.errors import BadArgument
-from bus.security import SecurityConfig
+from bus.messages import MAX_MILLIS
+from bus.security import Mode, SecurityConfig
 from kvcache.routing.policies import DEFAULT_POLICY, POLICIES, policy_by_name
 
 ENV_PREFIX = "KVCACHE_BROKER_"
@@ -26,7 +27,7 @@ class BrokerConfig:
 
     bind: str = DEFAULT_URL
     policy: str = DEFAULT_POLICY
-    security: str = "none"
+    security: Mode = "none"
     heartbeat_ms: int = 250
     lease_ms: int = 2000
     worker_lost_ms: int = 1000
@@ -40,17 +41,20 @@ class BrokerConfig:
     def __post_init__(self) -> None:
         endpoints(self.bind)
         policy_by_name(self.policy)
-        SecurityConfig(mode=self.security)  # type: ignore[arg-type]  # a wrong one raises
-        for name in ("heartbeat_ms", "lease_ms", "worker_lost_ms", "client_lost_ms", "max_inflight"):
-            if getattr(self, name) < 1:
-                raise BadArgument(f"{name} must be at least 1, not {getattr(self, name)}")
+        SecurityConfig(mode=self.security)
+        _check_range("heartbeat_ms", self.heartbeat_ms, 1, MAX_MILLIS // 3)
+        _check_range("max_inflight", self.max_inflight, 1, 1_000_000)
+        for name in ("lease_ms", "worker_lost_ms", "client_lost_ms"):
+            _check_range(name, getattr(self, name), 3 * self.heartbeat_ms, MAX_MILLIS, "three heartbeats, ")
         for name in ("settle_ms", "drain_ms"):
-            if getattr(self, name) < 0:
-                raise BadArgument(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.worker_lost_ms < 3 * self.heartbeat_ms:
-            raise BadArgument(f"worker_lost_ms {self.worker_lost_ms} must be at least three heartbeats")
+            _check_range(name, getattr(self, name), 0, MAX_MILLIS)
         if self.log_format not in {"text", "json"}:
             raise BadArgument(f"log format {self.log_format!r} is neither 'text' nor 'json'")
+
+
+def _check_range(name: str, value: int, least: int, most: int, because: str = "") -> None:
+    if not least <= value <= most:
+        raise BadArgument(f"{name} must be from {because}{least} to {most}, not {value}")
 
 
 def parse_broker_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> BrokerConfig:
@@ -72,16 +76,15 @@ def parse_broker_config(argv: Sequence[str], env: Mapping[str, str] | None = Non
     environ = os.environ if env is None else env
     values: dict[str, str | int] = {}
     for field in fields(BrokerConfig):
-        text = given[field.name] if given[field.name] is not None else environ.get(ENV_PREFIX + field.name.upper())
+        flag, variable = "--" + field.name.replace("_", "-"), ENV_PREFIX + field.name.upper()
+        source, text = (variable, environ.get(variable)) if given[field.name] is None else (flag, given[field.name])
         if text is not None:
-            values[field.name] = _parse(field.name, text, isinstance(field.default, int))
+            values[field.name] = _parse_int(source, text) if isinstance(field.default, int) else text
     return BrokerConfig(**values)  # type: ignore[arg-type]  # names and types follow the fields
 
 
-def _parse(name: str, text: str, is_int: bool) -> str | int:
-    if not is_int:
-        return text
+def _parse_int(source: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise BadArgument(f"--{name.replace('_', '-')} must be a whole number, not {text!r}") from None
+        raise BadArgument(f"{source} must be a whole number, not {text!r}") from None

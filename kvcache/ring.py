@@ -13,11 +13,14 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from hashlib import blake2b
+from typing import TypeAlias
 
 import numpy as np
 
 POINTS_PER_WORKER = 8192
 UNIT_WEIGHT = 100
+
+Positions: TypeAlias = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
 def key_hash(key: bytes) -> int:
@@ -40,6 +43,7 @@ class HashRing:
         order = np.argsort(positions, kind="stable")
         self._positions = array("Q", positions[order].tobytes())
         self._owners = array("I", (np.concatenate(owners)[order] if owners else np.empty(0, np.uint32)).tobytes())
+        self._shares = _shares(positions[order], np.frombuffer(self._owners, np.uint32), len(self.workers))
 
     def __len__(self) -> int:
         return len(self.workers)
@@ -63,22 +67,23 @@ class HashRing:
                     return
 
     def share(self, worker: str) -> float:
-        """The part of the key space (0 to 1) that is `worker`'s."""
-        if worker not in self.weights:
-            return 0.0
-        positions = np.frombuffer(self._positions, np.uint64)
-        gaps = np.diff(positions, prepend=positions[-1:])  # modulo 2**64, so the first wraps around right
-        mine = np.frombuffer(self._owners, np.uint32) == self.workers.index(worker)
-        return float(gaps[mine].astype(np.float64).sum() / 2.0**64)
+        """The part of the key space (0 to 1) that is `worker`'s; 0 for one that is not on the ring."""
+        return self._shares[self.workers.index(worker)] if worker in self.weights else 0.0
 
 
-def _points(worker: str, weight: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _points(worker: str, weight: int) -> Positions:
     seed = int.from_bytes(blake2b(worker.encode(), digest_size=8, person=b"kvcache-node").digest(), "little")
     count = max(1, POINTS_PER_WORKER * weight // UNIT_WEIGHT)
     z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def _shares(positions: Positions, owners: np.ndarray[tuple[int], np.dtype[np.uint32]], num_workers: int) -> list[float]:
+    gaps = np.diff(positions, prepend=positions[-1:])  # modulo 2**64, so the first wraps around right
+    totals: list[float] = (np.bincount(owners, gaps.astype(np.float64), num_workers) / 2.0**64).tolist()
+    return totals
 
 
 def _epoch(weights: Mapping[str, int]) -> str:

@@ -1,7 +1,7 @@
 """Who is there: clients and workers by the link they speak on, workers also by id, and the ring of the live ones.
 
-Plain state with one owner, the broker core. A link is a routing id that libzmq made up; it is never an
-identity. `user_id` is who a peer counts as by its socket's security, `tenant` follows from it.
+Plain state, written by the broker's core only. A link is a routing id that libzmq made up; it is never an
+identity. `user_id` is who a peer counts as by its socket's security; it is the tenant of what it asks.
 """
 
 from __future__ import annotations
@@ -10,25 +10,50 @@ from dataclasses import dataclass, field
 
 from bus.messages import WorkerBeat, WorkerHello, WorkerState
 from bus.stats import WorkerStats, WorkerView
-from kvcache.ring import HashRing
+from kvcache.ring import UNIT_WEIGHT, HashRing
 from kvcache.routing.policies import Load
 
 GARBAGE_PER_S = 100
 
 
 @dataclass(slots=True)
+class Garbage:
+    """Counts a session's messages that could not be read, second by second."""
+
+    count: int = 0
+    since: float = float("-inf")
+
+    def add(self, now: float) -> int:
+        """Count one more; how many there were in this second so far."""
+        if now - self.since > 1.0:
+            self.count, self.since = 0, now
+        self.count += 1
+        return self.count
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """A topic that a client may subscribe to. `call` is the generation that it carries, None until there is one."""
+
+    id: bytes
+    client: Client
+    expires_at: float
+    call: Call | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Call:
-    """One dispatched request. `stream_id` is empty unless it generates."""
+    """One dispatched request. `stream` is None unless it generates."""
 
     id: int
     client: Client
     worker: Worker
     req_id: bytes
     deadline: float
-    stream_id: bytes = b""
+    stream: Stream | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Client:
     """A client's session. calls: by the request id the client chose, which only means something within it.
     ended: streams that ended a moment ago and may still be asked for lost tokens."""
@@ -41,21 +66,13 @@ class Client:
     bulk_link: bytes = b""
     calls: dict[bytes, Call] = field(default_factory=dict)
     ended: dict[bytes, Call] = field(default_factory=dict)
-    streams: set[bytes] = field(default_factory=set)
-    garbage: int = 0
-    garbage_since: float = 0.0
-
-    def counts_as_flood(self, now: float) -> bool:
-        """Count one message that could not be read; True once there were 100 within a second."""
-        if now - self.garbage_since > 1.0:
-            self.garbage, self.garbage_since = 0, now
-        self.garbage += 1
-        return self.garbage >= GARBAGE_PER_S
+    streams: dict[bytes, Stream] = field(default_factory=dict)
+    garbage: Garbage = field(default_factory=Garbage)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
-    """A worker's session. `calls`: what it has of ours to answer."""
+    """A worker's session. calls: what it has of ours to answer. turn: see `kvcache.routing.policies.Load`."""
 
     link: bytes
     session: bytes
@@ -68,8 +85,10 @@ class Worker:
     calls: dict[int, Call] = field(default_factory=dict)
     ended: dict[int, Call] = field(default_factory=dict)
     dispatched: int = 0
+    turn: float = 0.0
     beat: WorkerBeat | None = None
     stats: WorkerStats | None = None
+    garbage: Garbage = field(default_factory=Garbage)
 
     @property
     def id(self) -> str:
@@ -85,6 +104,7 @@ class Workers:
         self.ring = HashRing({})
         self._suspect_s = suspect_s
         self._max_inflight = max_inflight
+        self._turn = 0.0
 
     def add(self, worker: Worker) -> None:
         self.by_link[worker.link] = worker
@@ -93,8 +113,7 @@ class Workers:
 
     def remove(self, worker: Worker) -> None:
         self.by_link.pop(worker.link, None)
-        if self.by_id.get(worker.id) is worker:
-            del self.by_id[worker.id]
+        self.by_id.pop(worker.id, None)
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -103,11 +122,18 @@ class Workers:
         if weights != self.ring.weights:
             self.ring = HashRing(weights)
 
+    def count_dispatch(self, worker: Worker) -> None:
+        """One more request went to `worker`. Its next turn lies 1/weight ahead, never in the past of the others."""
+        worker.dispatched += 1
+        self._turn = max(self._turn, worker.turn)
+        worker.turn = self._turn + UNIT_WEIGHT / worker.hello.weight
+
     def loads(self, now: float) -> dict[str, Load]:
         """What policies may know of each worker on the ring."""
         return {name: self._load(self.by_id[name], now) for name in self.ring.workers}
 
     def view(self, worker: Worker, now: float, *, full: bool) -> WorkerView:
+        """What is told of a worker; `full`: with the figures it reports itself."""
         beat = worker.beat
         return WorkerView(
             worker_id=worker.id,
@@ -126,12 +152,16 @@ class Workers:
             stats=worker.stats if full else None,
         )
 
+    def can_serve(self, now: float) -> bool:
+        """Whether any worker takes requests and was heard of lately."""
+        return any(not self._is_suspect(self.by_id[name], now) for name in self.ring.workers)
+
     def is_full(self, worker: Worker) -> bool:
         return len(worker.calls) >= self._max_inflight
 
     def _load(self, worker: Worker, now: float) -> Load:
         available = not self._is_suspect(worker, now) and not self.is_full(worker)
-        return Load(len(worker.calls), worker.hello.weight, worker.dispatched, available)
+        return Load(len(worker.calls), worker.hello.weight, worker.turn, available)
 
     def _is_suspect(self, worker: Worker, now: float) -> bool:
         return now - worker.heard_at > self._suspect_s

@@ -16,7 +16,8 @@ from bus.endpoints import endpoints
 from bus.messages import SubAck
 from bus.security import SecurityConfig
 from bus.sockets import Message, Router, Sent, StreamHub, Subscriber
-from kvcache.broker.core import BrokerCore, Port, Send
+from kvcache.broker.core import BrokerCore
+from kvcache.broker.sends import Port, Send
 from kvcache.config import BrokerConfig
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Broker:
 
     def __init__(self, config: BrokerConfig) -> None:
         self._config = config
-        self._security = SecurityConfig()
+        self._security = SecurityConfig(mode=config.security)
         self.core = BrokerCore(config, incarnation=time.time_ns(), now=time.monotonic())
         self.core.gauges.pid = os.getpid()
         self._routers: dict[Port, Router] = {}
@@ -53,7 +54,7 @@ class Broker:
                 (Port.WORKER, sockets.CONTROL, at.worker_control, self.core.on_worker),
                 (Port.WORKER_BULK, sockets.BULK, at.worker_bulk, self.core.on_worker_bulk),
             ):
-                router = stack.enter_context(Router(context, lane, self._security, self._receiver(handler)))
+                router = stack.enter_context(Router(context, lane, self._security, self._receiver(port, handler)))
                 router.bind(address)
                 self._routers[port] = router
             hub.bind(at.streams)
@@ -77,6 +78,8 @@ class Broker:
             self._update_gauges(process, now - due)
             due = now + TICK_S
             self._perform(self.core.tick(now))
+            for news in self.core.take_news():
+                log.log(logging.WARNING if news.is_bad else logging.INFO, "%s", news.text)
             if stop.is_set() and drain_until is None:
                 log.info("draining: %d requests in flight", self.core.inflight)
                 self.core.drain()
@@ -93,8 +96,8 @@ class Broker:
         gauges.dropped_sends = sum(router.dropped for router in self._routers.values())
         gauges.queued_messages = sum(router.queued for router in self._routers.values())
 
-    def _receiver(self, handler: Handler) -> Callable[[list[Message]], None]:
-        """The callback of one socket. One bad message never stops the ones behind it."""
+    def _receiver(self, port: Port, handler: Handler) -> Callable[[list[Message]], None]:
+        """The callback of one socket. A bug that one message brings out never stops the messages behind it."""
         user_id = self._security.user_id
 
         def receive(batch: list[Message]) -> None:
@@ -103,7 +106,9 @@ class Broker:
                 try:
                     self._perform(handler(bytes(link), frames, now, user_id))
                 except Exception:
-                    log.exception("a message could not be handled")
+                    log.exception("a message of a %s could not be handled", port.value)
+                    if port is Port.CLIENT:
+                        self._perform(self.core.on_fault(bytes(link), frames))
 
         return receive
 

@@ -17,6 +17,7 @@ HALF_LIFE_S = 60.0
 MIN_EVIDENCE = 16.0
 MAX_NODES = 20_000
 FIRST_DEPTH = 2
+MAX_WORTH = 2.0**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,50 +38,59 @@ def sequence_key(tenant: str, seq_id: str) -> RoutingKey:
 
 
 class PrefixKeys:
-    """Chooses the depth at which a digest chain is cut, from what arrived lately."""
+    """Chooses the depth at which a digest chain is cut, from what arrived lately.
+
+    Old arrivals do not lose worth, new ones gain it (forward decay: Cormode, Shkapenyuk, Srivastava, Xu 2009,
+    section 3), so that counting one is an addition and only the ratio to an arrival's worth now means anything.
+    """
 
     def __init__(self) -> None:
-        self._counts: OrderedDict[bytes, tuple[float, float]] = OrderedDict()
-        self._total = (0.0, 0.0)
+        self._counts: OrderedDict[bytes, float] = OrderedDict()
+        self._total = 0.0
+        self._epoch: float | None = None
 
     def key(self, tenant: str, chain: Sequence[bytes], num_workers: int, now: float) -> RoutingKey:
         """The key for `chain`, counting this arrival.
 
         Descends from the second node on while a node's share of recent arrivals is above 1/(2 * num_workers)
-        and rests on at least 16 of them (fewer say nothing).
+        and rests on more than 16 of them (fewer say nothing).
         """
         if not chain:
             return NO_KEY
-        self._total = (_decayed(self._total, now) + 1.0, now)
-        counts = [self._count(node, now) for node in chain]
-        depth = self._depth(counts, num_workers)
-        node = chain[depth - 1]
-        return RoutingKey(b"p\x00" + tenant.encode() + b"\x00" + node, f"prefix node {depth}/{len(chain)} {node.hex()}")
+        worth = self._worth(now)
+        if worth > MAX_WORTH:
+            worth = self._rescale(worth, now)
+        self._total += worth
+        counts = self._counts
+        for node in chain:
+            counts[node] = counts.get(node, 0.0) + worth
+            counts.move_to_end(node)
+        while len(counts) > MAX_NODES:
+            counts.popitem(last=False)
+        return self._cut(tenant, chain, num_workers, worth)
 
     def peek(self, tenant: str, chain: Sequence[bytes], num_workers: int, now: float) -> RoutingKey:
-        """The key that `key` would give now, without counting an arrival."""
-        if not chain:
-            return NO_KEY
-        depth = self._depth([_decayed(self._counts.get(node, (0.0, now)), now) for node in chain], num_workers)
+        """The key that `chain` has now, without counting an arrival."""
+        return self._cut(tenant, chain, num_workers, self._worth(now)) if chain else NO_KEY
+
+    def _cut(self, tenant: str, chain: Sequence[bytes], num_workers: int, worth: float) -> RoutingKey:
+        hot = max(MIN_EVIDENCE * worth, self._total / (2 * max(1, num_workers)))
+        depth = min(FIRST_DEPTH, len(chain))
+        while depth < len(chain) and self._counts.get(chain[depth - 1], 0.0) > hot:
+            depth += 1
         node = chain[depth - 1]
         return RoutingKey(b"p\x00" + tenant.encode() + b"\x00" + node, f"prefix node {depth}/{len(chain)} {node.hex()}")
 
-    def _depth(self, counts: Sequence[float], num_workers: int) -> int:
-        hot = max(MIN_EVIDENCE, self._total[0] / (2 * max(1, num_workers)))
-        depth = min(FIRST_DEPTH, len(counts))
-        while depth < len(counts) and counts[depth - 1] > hot:
-            depth += 1
-        return depth
+    def _worth(self, now: float) -> float:
+        """What an arrival counts now: twice as much with every half-life."""
+        if self._epoch is None:
+            self._epoch = now
+        return float(2.0 ** min((now - self._epoch) / HALF_LIFE_S, 1000.0))
 
-    def _count(self, node: bytes, now: float) -> float:
-        count = _decayed(self._counts.get(node, (0.0, now)), now) + 1.0
-        self._counts[node] = (count, now)
-        self._counts.move_to_end(node)
-        if len(self._counts) > MAX_NODES:
-            self._counts.popitem(last=False)
-        return count
-
-
-def _decayed(entry: tuple[float, float], now: float) -> float:
-    count, at = entry
-    return count * 0.5 ** ((now - at) / HALF_LIFE_S) if count else 0.0
+    def _rescale(self, worth: float, now: float) -> float:
+        """Make an arrival count 1 again, before the numbers outgrow a float."""
+        for node in self._counts:
+            self._counts[node] /= worth
+        self._total /= worth
+        self._epoch = now
+        return 1.0

@@ -20,11 +20,15 @@ LOAD_BOUND = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the broker knows of one worker. inflight: dispatched and not ended; turn: how many it ever got."""
+    """What the broker knows of one worker. inflight: dispatched and not ended.
+
+    turn: its virtual time, in requests for each 100 of weight. The broker starts a worker that is new or was away
+    at the time of the others (start-time fair queueing, Goyal, Vin, Cheng 1996, section 2), so it need not catch up.
+    """
 
     inflight: int
     weight: int
-    turn: int
+    turn: float
     is_available: bool
 
     @property
@@ -74,20 +78,20 @@ def load_limit(available: Mapping[str, Load], worker: str) -> float:
 
 
 def least_loaded(key: RoutingKey, ring: HashRing, loads: Mapping[str, Load]) -> Choice | None:
-    """The worker with the fewest requests for its weight; among equals the one that got the fewest so far."""
+    """The worker with the fewest requests in flight for its weight; among equals the one whose turn it is."""
     available = [worker for worker in ring.workers if loads[worker].is_available]
     if not available:
         return None
-    worker = min(available, key=lambda name: (loads[name].per_weight, loads[name].turn / loads[name].weight))
+    worker = min(available, key=lambda name: (loads[name].per_weight, loads[name].turn))
     return Choice(worker, f"least_loaded: {loads[worker].inflight} in flight")
 
 
 def round_robin(key: RoutingKey, ring: HashRing, loads: Mapping[str, Load]) -> Choice | None:
-    """The worker that got the fewest requests for its weight."""
+    """The worker whose turn it is: each gets as many as its weight says."""
     available = [worker for worker in ring.workers if loads[worker].is_available]
     if not available:
         return None
-    return Choice(min(available, key=lambda name: loads[name].turn / loads[name].weight), "round_robin: its turn")
+    return Choice(min(available, key=lambda name: loads[name].turn), "round_robin: its turn")
 
 
 POLICIES: dict[str, Policy] = {

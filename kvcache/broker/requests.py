@@ -1,0 +1,207 @@
+"""Requests from their arrival to their one end: dispatched, followed up, answered, failed.
+
+Invariant: every request that a client sent is answered exactly once, by its worker's final reply or by a
+`Failed` from here (its worker is lost, its time is up, it cannot be dispatched), unless the client left.
+Within a generation that ended well, its worker may still repair the tail of the stream.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from bus import messages as m
+from bus import wire
+from bus.errors import (
+    Conflict,
+    ConnectionLost,
+    DeadlineExceeded,
+    Draining,
+    KVCacheError,
+    NoWorkers,
+    Overloaded,
+    WorkerLost,
+)
+from bus.stats import pack
+from bus.wire import Buffer
+from kvcache.broker.calls import Calls
+from kvcache.broker.members import Call, Client, Stream, Worker, Workers
+from kvcache.broker.placement import RETRY_AFTER_MS, Placement
+from kvcache.broker.sends import Port, Send, to_client, to_worker
+from kvcache.broker.streams import Streams
+from kvcache.routing.policies import Choice
+
+MAX_CALLS_PER_CLIENT = 4096
+
+
+class Requests:
+    """`serves_from`: when those workers have had time to join that knew an earlier broker, monotonic seconds."""
+
+    def __init__(self, policy: str, workers: Workers, *, serves_from: float, new_id: Callable[[], bytes]) -> None:
+        self.calls = Calls()
+        self.streams = Streams(new_id)
+        self.placement = Placement(policy, workers)
+        self.is_draining = False
+        self.arrived = 0
+        self.failed: Counter[str] = Counter()
+        self._workers = workers
+        self._serves_from = serves_from
+
+    # --- from clients ----------------------------------------------------------------------------
+
+    def submit(self, client: Client, message: m.Dispatched, frames: Sequence[Buffer], now: float) -> list[Send]:
+        """Dispatch a request to its worker, or answer at once why not."""
+        self.arrived += 1
+        explanation: list[Send] = []
+        try:
+            stream = self._admit(client, message, now)
+            choice, worker = self.placement.place(client.user_id, message, now)
+            if isinstance(message, m.Generate) and message.explain:
+                explanation.append(self._explanation(client, message, choice, now))
+        except KVCacheError as error:
+            return [self._refuse_request(client, message, error)]
+        call = self.calls.begin(client, worker, message.req_id, now + message.deadline_ms / 1000, stream)
+        if stream is not None:
+            self.streams.use(stream, call)
+        self._workers.count_dispatch(worker)
+        envelope = m.Assign(
+            call=call.id,
+            tenant=client.user_id,
+            client=client.instance,
+            deadline_ms=message.deadline_ms,
+            reason=choice.reason,
+        )
+        return [*explanation, Send(Port.WORKER, worker.link, [wire.encode(envelope), *frames], call)]
+
+    def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
+        """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
+        call = self.calls.of_client(client, req_id)
+        if call is None:
+            return []
+        link = call.worker.link if port is Port.WORKER else call.worker.bulk_link
+        if not link:
+            return self.fail(call, WorkerLost(f"worker {call.worker.id} has no connection for bulk data"))
+        return [Send(port, link, [wire.encode(m.Forward(call=call.id)), *frames], call)]
+
+    def open_stream(self, client: Client, message: m.OpenStream, now: float) -> list[Send]:
+        try:
+            self._check_serving(now)
+            stream = self.streams.open(client, now)
+        except KVCacheError as error:
+            return [self.refuse(client, message.req_id, error)]
+        return [to_client(client, m.StreamOpened(req_id=message.req_id, stream_id=stream.id))]
+
+    def route(self, client: Client, message: m.Route, now: float) -> list[Send]:
+        """Say where a request would go now, and why."""
+        try:
+            choice, _ = self.placement.place(client.user_id, message, now)
+        except KVCacheError as error:
+            return [self.refuse(client, message.req_id, error)]
+        return [self._explanation(client, message, choice, now)]
+
+    # --- from workers ----------------------------------------------------------------------------
+
+    def reply(self, worker: Worker, reply: m.Reply, frames: Sequence[Buffer], port: Port, now: float) -> list[Send]:
+        """A worker's answer within a call of its own; of one that ended here first, nobody wants to know."""
+        call = self.calls.of_worker(worker, reply.call)
+        if call is None:
+            return []
+        link = call.client.link if port is Port.CLIENT else call.client.bulk_link
+        if not link:
+            return self.fail(call, ConnectionLost("this client has no connection for bulk data"))
+        if reply.final and call in self.calls:
+            self._end(call)
+            if call.stream is not None:
+                self.calls.linger(call, now)
+        elif reply.final:  # what was asked for after the end cannot be had
+            self.calls.forget(call)
+        return [Send(port, link, frames[1:], call)]
+
+    # --- ends ------------------------------------------------------------------------------------
+
+    def fail(self, call: Call, error: KVCacheError) -> list[Send]:
+        """End a call from here: its client hears why, its worker that nobody waits. Nothing, if it has ended."""
+        if call not in self.calls:
+            return []
+        self._end(call)
+        return [self.refuse(call.client, call.req_id, error), _release(call)]
+
+    def fail_by_id(self, client: Client, req_id: bytes, error: KVCacheError) -> list[Send]:
+        """End what the client calls `req_id`, whether or not it was dispatched."""
+        call = client.calls.get(req_id)
+        return [self.refuse(client, req_id, error)] if call is None else self.fail(call, error)
+
+    def end_overdue(self, now: float) -> list[Send]:
+        """Fail the calls whose time is up; let go of what has lingered or idled for long enough."""
+        error = DeadlineExceeded("the deadline passed before the worker was done")
+        sends = [send for call in self.calls.overdue(now) for send in self.fail(call, error)]
+        self.calls.forget_ended(now)
+        self.streams.expire(now)
+        return sends
+
+    def drop_client(self, client: Client) -> list[Send]:
+        """The client is gone: its workers stop, and nobody is told."""
+        calls = list(client.calls.values())
+        for call in calls:
+            self._end(call)
+        for stream in list(client.streams.values()):
+            self.streams.close(stream)
+        return [_release(call) for call in calls]
+
+    def drop_worker(self, worker: Worker, why: str) -> list[Send]:
+        """The worker is gone: whoever waited for it hears that another may serve them."""
+        error = WorkerLost(f"worker {worker.id} was lost: {why}")
+        calls = list(worker.calls.values())
+        for call in calls:
+            self._end(call)
+        return [self.refuse(call.client, call.req_id, error) for call in calls]
+
+    def refuse(self, client: Client, req_id: bytes, error: KVCacheError) -> Send:
+        self.failed[error.code.name] += 1
+        return to_client(client, wire.failed(req_id, error))
+
+    # --- details ---------------------------------------------------------------------------------
+
+    def _admit(self, client: Client, message: m.Dispatched, now: float) -> Stream | None:
+        """The stream that the request brings along, if it generates. Raises what speaks against taking it."""
+        self._check_serving(now)
+        if message.deadline_ms == 0:
+            raise DeadlineExceeded("the deadline had passed when the request reached the broker")
+        if message.req_id in client.calls:
+            raise Conflict("a request with this id is in flight")
+        if len(client.calls) >= MAX_CALLS_PER_CLIENT:
+            raise Overloaded(
+                f"this client has {MAX_CALLS_PER_CLIENT} requests in flight", retry_after_ms=RETRY_AFTER_MS
+            )
+        return self.streams.unused(client, message.stream_id) if isinstance(message, m.Generate) else None
+
+    def _check_serving(self, now: float) -> None:
+        if self.is_draining:
+            raise Draining("the broker is shutting down and takes no new requests", retry_after_ms=RETRY_AFTER_MS)
+        if now < self._serves_from:
+            wait_ms = 1 + int((self._serves_from - now) * 1000)
+            raise NoWorkers("the broker has just started and waits for its workers", retry_after_ms=wait_ms)
+
+    def _refuse_request(self, client: Client, message: m.Dispatched, error: KVCacheError) -> Send:
+        """Say no, and close the stream that was opened for it: another attempt opens another."""
+        if isinstance(message, m.Generate):
+            stream = client.streams.get(message.stream_id)
+            if stream is not None and stream.call is None:
+                self.streams.close(stream)
+        return self.refuse(client, message.req_id, error)
+
+    def _explanation(self, client: Client, message: m.Generate | m.Route, choice: Choice, now: float) -> Send:
+        payload = pack(self.placement.explain(client.user_id, message, choice, now))
+        routed = m.Routed(
+            req_id=message.req_id, worker_id=choice.worker_id, reason=choice.reason, payload=wire.describe([payload])
+        )
+        return to_client(client, routed, payload)
+
+    def _end(self, call: Call) -> None:
+        self.calls.end(call)
+        if call.stream is not None:
+            self.streams.close(call.stream)
+
+
+def _release(call: Call) -> Send:
+    return to_worker(call.worker, m.Release(call=call.id))
