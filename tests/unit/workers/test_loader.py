@@ -81,6 +81,13 @@ def test_generation_config_decides_what_ends_a_text(folder: Path) -> None:
     assert load_model(source_of(folder), dtype="float32").eos_ids == {3, 5}
 
 
+def test_model_that_names_no_end_of_text_has_none(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    edit_json(folder / "config.json", eos_token_id=None)
+    edit_json(folder / "tokenizer_config.json", eos_token=None)
+    assert load_model(source_of(folder), dtype="float32").eos_ids == frozenset()
+
+
 def test_max_model_len_past_the_trained_positions_is_refused(folder: Path) -> None:
     with pytest.raises(ModelUnavailable, match=r"129 is not in 1\.\.128"):
         load_model(source_of(folder), dtype="float32", max_model_len=129)
@@ -191,6 +198,11 @@ def deep_json(folder: Path) -> None:
     (folder / "config.json").write_text('{"a":' + "[" * 100_000 + "]" * 100_000 + "}")
 
 
+def huge_json(folder: Path) -> None:
+    with (folder / "config.json").open("wb") as file:
+        file.truncate((64 << 20) + 1)
+
+
 SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (remove_weights, "there is no model.safetensors$"),
     "pickles only": (only_pickles, "pytorch_model.bin may run code"),
@@ -198,6 +210,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "config not json": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not readable"),
     "config not an object": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list"),
     "config of binary": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json"),
+    "config of 64 MiB": (huge_json, "more than 67108864 bytes"),
     "config nested deep": (deep_json, "config.json is not readable"),
     "tokenizer with code": (
         lambda folder: edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}),

@@ -104,6 +104,7 @@ def test_stop_string_across_tokens_is_held_back_and_left_out() -> None:
     assert "".join(piece.text for piece in pieces) == "ab EN "
     assert [piece.text for piece in pieces][3:6] == ["", "", "EN "]
     assert [piece.is_stopped for piece in pieces] == [False] * 8 + [True] * 2
+    assert stream.is_stopped
     assert stream.finish().text == ""
 
 
