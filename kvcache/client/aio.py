@@ -107,9 +107,7 @@ class AsyncClient:
             explain=bool(explain),
         )
         call = GenerateCall(new_id(), self._link.deadline(deadline), wanted, time.monotonic())
-        generation = AsyncGeneration(call.key, self._link)
-        self._link.submit(call, generation)
-        return generation
+        return AsyncGeneration(call, self._link)
 
     async def route(
         self,

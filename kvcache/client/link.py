@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 import time
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from bus.errors import BadArgument, Cancelled, KVCacheError
@@ -56,6 +57,7 @@ class Link:
     def __init__(self, config: ClientConfig) -> None:
         self.config = config
         self._connection: Connection | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._is_closed = False
         self._sinks: dict[bytes, Sink] = {}
 
@@ -72,6 +74,7 @@ class Link:
                 jitter=random.random,
                 now=time.monotonic(),
             )
+            self._loop = asyncio.get_running_loop()
             self._connection = Connection(core, self.config.endpoints, SecurityConfig(), self._deliver)
         return self._connection
 
@@ -101,6 +104,13 @@ class Link:
         """Nobody waits for this call any more; nothing happens if it has ended."""
         if self._sinks.pop(key, None) is not None and self._connection is not None:
             self._connection.abandon(key)
+
+    def forget(self, key: bytes) -> None:
+        """As `abandon`, from any thread and at any time: the garbage collector calls it."""
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            with suppress(RuntimeError):  # it was closed in between
+                loop.call_soon_threadsafe(self.abandon, key)
 
     def consume(self, key: bytes, upto: int) -> None:
         """The reader of a generation has used its tokens below `upto`."""

@@ -288,8 +288,8 @@ class KV:
 class Generation:
     """One generation: iterate over its `Start`, `Token`s and `Done`, or take `text()` or `result()`.
 
-    As a context manager it is cancelled when left before its end. A reader that falls behind makes the worker
-    pause, so read it or cancel it. One reader at a time; `cancel` may be called by another thread.
+    As a context manager it is cancelled when left before its end, and so it is when nobody holds it any more. A
+    reader that falls behind makes the worker pause. One reader at a time; `cancel` may be called by another thread.
     """
 
     def __init__(self, thread: LoopThread, generation: AsyncGeneration) -> None:

@@ -23,8 +23,9 @@ from bus.errors import (
     WorkerLost,
 )
 from bus.stats import BrokerStats, ClusterStats, Explanation, SequenceInfo, SequencePage, WorkerView, pack
+from bus.streams import StreamLog
 from bus.tensors import DType, TensorMeta
-from kvcache import AsyncClient, Done, Start, Token
+from kvcache import AsyncClient, Done, Event, Start, Token
 from kvcache.client import AsyncGeneration
 from tests.unit.kvcache.scripted_broker import (
     ScriptedBroker,
@@ -174,6 +175,39 @@ async def test_leaving_a_generation_early_cancels_it(broker: ScriptedBroker, cli
     with pytest.raises(Cancelled):
         await generation.text()
     await generation.cancel()
+
+
+async def test_a_generation_that_nobody_holds_is_cancelled(broker: ScriptedBroker, client: AsyncClient) -> None:
+    async def read_one() -> Event:
+        async for event in client.generate("hello"):
+            return event
+        raise AssertionError("nothing came")
+
+    reading = asyncio.create_task(read_one())
+    asked, _ = await broker.expect(m.Generate)
+    broker.reply(started(asked))
+    assert isinstance(await reading, Start)
+    cancel, _ = await broker.expect(m.Cancel)
+    assert cancel.req_id == asked.req_id
+
+
+async def test_a_stream_whose_publishing_never_arrives_is_pulled(broker: ScriptedBroker, client: AsyncClient) -> None:
+    tokens = list(range(1000))
+    broker.confirms = False
+    reading = asyncio.ensure_future(client.generate("hello").text())
+    asked, _ = await broker.expect(m.Generate)
+    log = StreamLog(asked.req_id, asked.epoch, time.monotonic())
+    broker.reply(started(asked))
+    while log.next_seq < len(tokens):
+        part = tokens[log.next_seq : log.next_seq + 100]
+        log.append(part, [f"{token} " for token in part], time.monotonic())  # what it publishes is lost
+        question, _ = await broker.expect(m.Resume)
+        for replay in log.resume(question, time.monotonic()):
+            broker.reply(replay)
+    broker.reply(ended(asked, tokens))
+    log.end(time.monotonic())
+    assert log.is_pulled
+    assert await reading == "".join(f"{token} " for token in tokens)
 
 
 async def test_a_reader_that_falls_behind_is_not_acknowledged(broker: ScriptedBroker, client: AsyncClient) -> None:
