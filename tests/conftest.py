@@ -1,4 +1,4 @@
-"""Settings for every test: the order of the rings, and no GPU test where there is no GPU."""
+"""Settings for every test: the order of the rings, no GPU test where there is no GPU, no wall-clock deadlines."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# An example that takes 200 ms on a busy machine has found nothing; pytest-timeout ends what hangs.
+settings.register_profile("kvcache", deadline=None)
+settings.load_profile("kvcache")
 
 RINGS = ("unit", "zmq_semantics", "system", "faults")  # then the suites named for the whole project
 
