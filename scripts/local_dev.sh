@@ -6,7 +6,7 @@ source "$root/scripts/services.sh"
 
 port="${KVCACHE_PORT:-5555}"
 model="${KVCACHE_MODEL:-smollm2}"
-ready_s="${KVCACHE_READY_S:-60}"
+ready_s="${KVCACHE_READY_S:-120}"
 default_workers=2
 export KVCACHE_URL="tcp://127.0.0.1:$port"
 
@@ -24,7 +24,7 @@ usage: scripts/local_dev.sh COMMAND
   test [ARG...]   every test, inner rings first; arguments go to pytest
   clean           stop, then remove the logs and the caches of the tools; the environment and the models stay
 
-Environment: KVCACHE_PORT (first of a block of six ports, now $port), KVCACHE_MODEL (now $model),
+Environment: KVCACHE_PORT (first of a block of six ports, now $port), KVCACHE_MODEL (a name, folder or hub id, now $model),
 KVCACHE_KV_BYTES (each worker's KV memory, default 1GiB), KVCACHE_GRACE_S ($grace_s), KVCACHE_READY_S ($ready_s),
 KVCACHE_RUN_DIR. The Python environment is the active one, else .venv at the root, made on first use; or that of
 KVCACHE_PYTHON, where nothing is installed.
@@ -50,7 +50,9 @@ for port in range(int(sys.argv[1]), int(sys.argv[1]) + 6):
 PYTHON
 }
 
-need_model() { kvcache models pull "$model" || fail "the model $model could not be fetched; see the message above"; }
+need_model() {
+    [[ -d $model ]] || kvcache models pull "$model" || fail "the model $model could not be fetched; see the message above"
+}
 
 running_workers() { running_services | grep '^worker-' || true; }
 

@@ -12,7 +12,7 @@ import pytest
 
 from kvcache.local import free_url
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,14 +20,14 @@ ROOT = Path(__file__).parents[2]
 class LocalDev:
     """The script with a run folder and ports of its own."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, model: Path) -> None:
         self.run_dir = run_dir
         self.env = os.environ | {
             "KVCACHE_RUN_DIR": str(run_dir),
             "KVCACHE_PORT": free_url().rpartition(":")[2],
             "KVCACHE_PYTHON": sys.executable,
             "KVCACHE_KV_BYTES": "64MiB",
-            "KVCACHE_PRELOAD": "false",
+            "KVCACHE_MODEL": str(model),
         }
 
     def __call__(self, *arguments: str, code: int = 0, **env: str) -> str:
@@ -45,13 +45,13 @@ class LocalDev:
 
 
 @pytest.fixture
-def local_dev(tmp_path: Path) -> LocalDev:
-    return LocalDev(tmp_path / "run")
+def local_dev(tmp_path: Path, tiny_model: Path) -> LocalDev:
+    return LocalDev(tmp_path / "run", tiny_model)
 
 
 def test_start_scale_restart_and_stop(local_dev: LocalDev) -> None:
     try:
-        assert "1 workers serve smollm2" in local_dev("start", "1")
+        assert "1 workers serve" in local_dev("start", "1")
         pids = {file.stem: file.read_text() for file in local_dev.run_dir.glob("*.pid")}
         assert "started" not in local_dev("start", "1"), "what runs is not started again"
 

@@ -10,13 +10,14 @@ import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvcache.local import free_url
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
 
 class Up:
@@ -30,7 +31,7 @@ class Up:
     async def read_until(self, condition: Callable[[str], bool]) -> str:
         """The next line of which `condition` holds."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(100):
             async for raw in self.process.stdout:
                 self.lines.append(raw.decode().rstrip())
                 if condition(self.lines[-1]):
@@ -53,9 +54,10 @@ async def run(*arguments: str) -> tuple[int | None, str, str]:
 
 
 @asynccontextmanager
-async def running_up(*flags: str) -> AsyncIterator[Up]:
+async def running_up(model: Path) -> AsyncIterator[Up]:
     url = free_url()
-    arguments = ["-m", "kvcache.cli", "up", "--url", url, "--workers", "1", "--kv-cache-memory-bytes", "64MiB", *flags]
+    arguments = ["-m", "kvcache.cli", "up", "--url", url, "--workers", "1", "--model", str(model)]
+    arguments += ["--kv-cache-memory-bytes", "64MiB"]
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=PIPE, stderr=STDOUT)
     up = Up(process, url)
     try:
@@ -66,8 +68,8 @@ async def running_up(*flags: str) -> AsyncIterator[Up]:
         await process.wait()
 
 
-async def test_up_serves_restarts_a_killed_worker_and_stops_in_order() -> None:
-    async with running_up("--", "--no-preload") as up:
+async def test_up_serves_restarts_a_killed_worker_and_stops_in_order(tiny_model: Path) -> None:
+    async with running_up(tiny_model) as up:
         await up.read_until(lambda line: "1 workers serve at" in line)
         (worker,) = await up.workers()
         assert (worker["worker_id"], worker["status"]) == ("worker-1", "ready")
@@ -84,11 +86,20 @@ async def test_up_serves_restarts_a_killed_worker_and_stops_in_order() -> None:
         assert ends == ["[worker-1] stopped, exit code 0", "[broker] stopped, exit code 0"]
 
 
-async def test_up_on_a_port_in_use_fails_with_the_reason() -> None:
-    async with running_up("--", "--no-preload") as up:
+async def test_up_on_a_port_in_use_fails_with_the_reason(tiny_model: Path) -> None:
+    async with running_up(tiny_model) as up:
         await up.read_until(lambda line: "1 workers serve at" in line)
         second = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "kvcache.cli", "up", "--url", up.url, stdout=PIPE, stderr=PIPE
+            sys.executable,
+            "-m",
+            "kvcache.cli",
+            "up",
+            "--url",
+            up.url,
+            "--model",
+            str(tiny_model),
+            stdout=PIPE,
+            stderr=PIPE,
         )
         async with asyncio.timeout(30):
             out, err = await second.communicate()
