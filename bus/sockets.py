@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import errno
+import socket as stdlib_socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ class Socket:
         """Raises Forbidden for an address the security mode does not allow, ConnectionLost if it is taken."""
         self._security.check_bind(endpoint)
         self._allow_ipv6(endpoint)
+        if _is_served(endpoint):
+            raise ConnectionLost(f"cannot bind {endpoint}: another process serves it")
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -421,6 +424,19 @@ def _view(frame: zmq.Frame) -> Buffer:
     if len(frame) <= MAX_FRAME_BYTES:
         return frame.bytes
     return frame.buffer.toreadonly()
+
+
+def _is_served(endpoint: str) -> bool:
+    """Whether an ipc path has a listener: libzmq would take the path from under it without a word."""
+    scheme, _, path = endpoint.partition("://")
+    if scheme != "ipc":
+        return False
+    with stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 def _open(context: Context, kind: int, lane: Lane) -> zmq.Socket[bytes]:
