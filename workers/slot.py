@@ -77,11 +77,13 @@ class Model(Protocol):
 
 @dataclass(slots=True)
 class _Output:
-    """A generation's side that the scheduler does not know: how it is drawn, and its text."""
+    """A generation's side that the scheduler does not know: how it is drawn, its text, and whether its client has
+    heard that it was admitted."""
 
     sampling: Sampling
     text: TextStream
     num_tokens: int
+    is_admitted: bool = False
 
 
 class Slot:
@@ -254,8 +256,7 @@ class Slot:
         for position, event in enumerate(events):
             match event:
                 case tasks.Started():
-                    name = self.model.facts.name
-                    out.append(Admitted(RunId(event.key), name, event.prompt_tokens, event.cached_tokens))
+                    out.append(self._admitted(event.key, event.prompt_tokens, event.cached_tokens))
                 case tasks.Sampled():
                     follower = events[position + 1] if position + 1 < len(events) else None
                     is_last = isinstance(follower, tasks.Finished) and follower.key == event.key
@@ -286,19 +287,27 @@ class Slot:
             produced += self._translate(self._scheduler.finish(run, FinishReason.STOP, now), now)
         return produced
 
+    def _admitted(self, key: bytes, prompt_tokens: int, cached_tokens: int) -> Event:
+        self._outputs[RunId(key)].is_admitted = True
+        return Admitted(RunId(key), self.model.facts.name, prompt_tokens, cached_tokens)
+
     def _finished(self, event: tasks.Finished) -> list[Event]:
-        output = self._outputs.pop(RunId(event.key))
-        usage = event.usage
+        """One that resumes with all its tokens ends without a turn; its client hears where, like any other."""
+        run, usage = RunId(event.key), event.usage
+        output = self._outputs[run]
+        begun = [] if output.is_admitted else [self._admitted(run, usage.prompt_tokens, usage.cached_tokens)]
+        del self._outputs[run]
         return [
+            *begun,
             Ended(
-                run=RunId(event.key),
+                run=run,
                 finish_reason=FinishReason.STOP if output.text.is_stopped else event.reason,
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 queue_ms=usage.queued_s * 1000,
                 prefill_ms=usage.prefill_s * 1000,
                 decode_ms=usage.decode_s * 1000,
-            )
+            ),
         ]
 
     def _check_layer(self, layer: int) -> None:

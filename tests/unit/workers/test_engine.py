@@ -281,6 +281,7 @@ def test_a_resumed_generation_goes_on_with_the_same_tokens_and_text(bench: Bench
     texts = [text for e in whole if isinstance(e, Produced) for text in e.texts]
     assert text_of(rest, 2) == "".join(texts[num_had:])
     assert only(rest, Ended).finish_reason is FinishReason.LENGTH
+    assert rest.index(only(rest, Admitted)) < rest.index(only(rest, Ended)), "even if nothing was left to compute"
 
 
 def test_seeded_sampling_resumes_with_the_tokens_it_would_have_drawn(bench: Bench) -> None:
@@ -304,6 +305,7 @@ def test_a_stop_string_ends_the_output_before_it(bench: Bench) -> None:
     bench.tell(start(3, sampling=Sampling(max_tokens=40, temperature=0.0, ignore_eos=True, stop=(stop,)), resume=had))
     again = bench.run()
     assert tokens_of(again, 3) == []
+    assert only(again, Admitted).prompt_tokens == len(PROMPT)
     assert only(again, Ended).finish_reason is FinishReason.STOP
 
 
