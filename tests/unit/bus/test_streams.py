@@ -203,6 +203,7 @@ def test_more_tokens_than_the_end_admits_break_the_stream() -> None:
     [action] = receiver.handle(end_of([1]), 0.0)
     assert isinstance(action, Broken)
     assert isinstance(action.error, StreamGap)
+    assert action.error.message == "the stream ended at token 1, after 2 had arrived"
 
 
 def test_tokens_without_their_texts_break_the_stream() -> None:

@@ -334,6 +334,16 @@ def test_a_thousand_calls_are_sent_a_few_hundred_at_a_time_in_their_order() -> N
     assert asked == [call.key for call in calls[:-1]]
 
 
+def test_calls_that_wait_to_be_tried_again_take_nobodys_turn() -> None:
+    client = core()
+    for _ in range(10):
+        call = length_call()
+        client.submit(call, 0.0)
+        client.on_message(failed(call.key, Overloaded("x", retry_after_ms=500)), (), 0.0)
+    began = [call for call in (length_call() for _ in range(MAX_OUT)) if sent(client.submit(call, 0.1), m.Length)]
+    assert len(began) == MAX_OUT
+
+
 def test_what_waits_for_its_turn_ends_at_its_deadline_too() -> None:
     client = core()
     for _ in range(MAX_OUT):

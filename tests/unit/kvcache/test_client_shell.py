@@ -432,6 +432,26 @@ async def test_a_retried_put_begins_its_chunks_again(broker: ScriptedBroker, cli
         await put
 
 
+async def test_a_put_that_has_failed_sends_no_more(broker: ScriptedBroker, client: AsyncClient) -> None:
+    broker.chunk_bytes = 1 << 20
+    k = np.zeros((40, 1024, 1024), np.uint8)
+    put = asyncio.create_task(client.kv.put("s", 0, k, k[:, :, :1]))
+    asked, _ = await broker.expect(m.Put)
+    broker.reply(m.Credit(req_id=asked.req_id, chunks=40))
+    broker.reply(wire.failed(asked.req_id, NoSpace("too much")))
+    with pytest.raises(NoSpace):
+        await put
+    put = asyncio.create_task(client.kv.put("t", 0, k[:1], k[:1]))
+    again, _ = await broker.expect(m.Put)
+    broker.reply(m.Credit(req_id=again.req_id, chunks=1))
+    sent = 0  # on one lane, so that what follows the last chunk of the first put shows how many it sent
+    while (await broker.expect(m.Chunk))[0].req_id != again.req_id:
+        sent += 1
+    assert 0 < sent < 40
+    broker.reply(m.KvDone(req_id=again.req_id, length=1))
+    assert (await put).length == 1
+
+
 async def test_a_large_get_is_received_in_chunks_and_grants_credit(broker: ScriptedBroker, client: AsyncClient) -> None:
     k = np.random.default_rng(2).integers(0, 255, (1500, 2, 4)).astype(np.uint8)
     data = k.tobytes() + (255 - k).tobytes()
