@@ -14,6 +14,7 @@ from typing import IO
 
 from bus.endpoints import NUM_PORTS, endpoints
 from kvcache.client import Client
+from kvcache.threads import threads_per_worker
 
 
 def free_url() -> str:
@@ -48,6 +49,7 @@ def cluster(
         logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvcache-"))
         workers = {}
         serve = ["--no-preload"] if model is None else ["--model", model]
+        serve += ["--threads", str(threads_per_worker(num_workers))]
         for number in range(1, num_workers + 1):
             command = [sys.executable, "-m", "workers", "--broker", url, "--worker-id", f"worker-{number}"]
             log = stack.enter_context(Path(logs, f"worker-{number}.log").open("wb"))

