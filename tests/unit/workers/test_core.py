@@ -153,6 +153,12 @@ def test_without_a_lease_writes_are_refused_and_change_nothing(bench: CoreBench)
     assert bench.store.stats(bench.now).sequences == 0
 
 
+def test_a_new_session_brings_no_lease_until_a_beat_of_its_own_is_answered(bench: CoreBench) -> None:
+    bench.control(welcome(b"T" * 16))
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert bench.has_failed(actions).code == ErrorCode.WORKER_LOST
+
+
 def test_reads_need_no_lease(bench: CoreBench) -> None:
     bench.assign(put(bench), DATA, DATA)
     bench.pass_time(2.0, answering=False)

@@ -158,9 +158,13 @@ def test_a_quiet_stream_beats_so_that_the_loss_of_its_last_message_shows(bench: 
 
 def test_nothing_is_published_without_a_lease_and_all_of_it_can_be_had_later(bench: CoreBench) -> None:
     call, start = bench.start()
-    bench.pass_time(2.0, answering=False)
+    bench.pass_time(1.0)
+    bench.core.on_control(0, [], bench.now)  # a sign of life, but no lease
+    bench.pass_time(1.25, answering=False)
+    bench.core.on_control(0, [], bench.now)
+    bench.pass_time(1.0, answering=False)
     assert published(bench.engine(produced(start.run, 1))) == []
-    assert published(bench.tick()) == []
+    assert published(bench.pass_time(0.75, answering=False)) == []
     (said,) = answers(bench.forward(call, Resume(req_id=bytes(16), epoch=0, from_seq=0)))
     assert said.message.tokens == (1,)
 
