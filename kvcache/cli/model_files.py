@@ -28,16 +28,21 @@ def pull(
 
 
 def fetch(registry: ModelRegistry, name: str) -> ModelSource:
-    """The model, pulled with a progress bar on stderr unless it is here."""
+    """The model, pulled unless it is here; on stderr a progress bar, or a line for each stage if it is no terminal."""
     source = registry.find(name)
     if source.is_present:
         return source
+    terminal = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True)) as progress:
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as progress:
         bar = progress.add_task("starting", total=None)
+        told: set[str] = set()
 
         def report(step: PullProgress) -> None:
             progress.update(bar, description=step.stage, completed=step.done, total=step.total or None)
+            if progress.disable and step.stage not in told:
+                told.add(step.stage)
+                note(f"{name}: {step.stage}")
 
         return pull_model(registry, name, report)
 

@@ -28,6 +28,8 @@ from kvcache.cli import main
 from kvcache.cli.kv_files import read_layers
 from kvcache.client.arrays import kv_pair, kv_tensors
 from kvcache.client.results import Done, Event, KvAck, Start, Timings, Token, Usage
+from kvcache.models import ModelRegistry, ModelSource
+from kvcache.pull import PullProgress, Report
 
 EXPLANATION = Explanation(
     policy="consistent_hash",
@@ -309,3 +311,28 @@ def test_length_delete_and_list(clients: list[FakeClient], capsys: pytest.Captur
     _, _, row = capsys.readouterr().out.splitlines()
     assert row.split() == ["paris", "stored", "2", "4", "4.0", "KiB"]
     assert calls_named(clients, "list") == [(("par", 5), {})]
+
+
+def test_pull_tells_each_stage_once_where_there_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pull(registry: ModelRegistry, name: str, report: Report) -> ModelSource:
+        for done in (1, 2, 3):
+            report(PullProgress(stage="downloading", done=done, total=3))
+        report(PullProgress(stage="ready"))
+        return registry.find(name)
+
+    monkeypatch.setattr("kvcache.cli.model_files.pull_model", pull)
+    assert main(["models", "pull", "smollm2", "--home", str(tmp_path)]) == 0
+    stages = capsys.readouterr().err.splitlines()
+    assert stages[:2] == ["smollm2: downloading", "smollm2: ready"]
+    assert stages[2].startswith("smollm2 is ready: ")
+
+
+def test_models_that_are_not_here_are_listed_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "list", "--home", str(tmp_path)]) == 0
+    assert "not fetched" in capsys.readouterr().out
+    assert main(["models", "list", "--home", str(tmp_path), "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert (model["name"], model["present"], model["bytes"]) == ("smollm2", False, 0)
+    assert main(["models", "pull", "no such model", "--home", str(tmp_path)]) == 2
