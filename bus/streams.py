@@ -42,7 +42,6 @@ TAIL_GRACE_S = 0.05
 PULL_PAUSE_S = 0.05
 PULL_RESUMES = 3
 PULL_WITHIN_S = 1.0
-KEEP_ENDED_S = 60.0
 
 _DIGEST_BYTES = 32
 _MESSAGE_BUDGET = MAX_HEADER_BYTES - 256  # leaves room for the other fields of the message
@@ -284,7 +283,6 @@ class StreamLog:
     ) -> None:
         self.epoch = epoch
         self.is_pulled = False
-        self.num_replays = 0
         self._req_id = req_id
         self._window = window
         self._digest = blake2b(token_bytes(resume_tokens), digest_size=_DIGEST_BYTES)
@@ -292,7 +290,6 @@ class StreamLog:
         self._kept: deque[tuple[int, str]] = deque()
         self._resumed_at: deque[float] = deque(maxlen=PULL_RESUMES)
         self._spoke_at = now
-        self._ended_at: float | None = None
 
     @property
     def next_seq(self) -> int:
@@ -330,7 +327,7 @@ class StreamLog:
 
     def beat(self, now: float) -> StreamBeat | None:
         """The beat to publish, if one is due: it shows the client what it may have missed. None otherwise."""
-        if self.is_pulled or self._ended_at is not None or now - self._spoke_at < BEAT_S:
+        if self.is_pulled or now - self._spoke_at < BEAT_S:
             return None
         self._spoke_at = now
         return StreamBeat(epoch=self.epoch, next_seq=self.next_seq)
@@ -359,7 +356,6 @@ class StreamLog:
         self._resumed_at.append(now)
         if len(self._resumed_at) == PULL_RESUMES and now - self._resumed_at[0] <= PULL_WITHIN_S:
             self.is_pulled = True
-        self.num_replays += 1
         seq = min(message.from_seq, self.next_seq)
         replays = [self._replay(*part) for part in self._cut(seq, MAX_REPLAYED_TOKENS)]
         return replays[: 1 if self.is_pulled else None] or [self._replay(seq, (), ())]
@@ -368,16 +364,6 @@ class StreamLog:
         """All that is not acknowledged, to be sent on the reliable lane just before the end: whoever gets the
         end then has every token, and nobody need ask a worker again about a stream that is over."""
         return [self._replay(*part) for part in self._cut(self._base, MAX_REPLAYED_TOKENS)]
-
-    def end(self, now: float) -> None:
-        """No more tokens come; what is kept stays for replays until `is_expired`."""
-        self._ended_at = now
-
-    def is_expired(self, now: float) -> bool:
-        """Whether the log may be dropped: the stream has ended, and all arrived or time is up."""
-        if self._ended_at is None:
-            return False
-        return not self._kept or now - self._ended_at >= KEEP_ENDED_S
 
     def _replay(self, seq: int, tokens: tuple[int, ...], texts: tuple[str, ...]) -> Replay:
         return Replay(req_id=self._req_id, epoch=self.epoch, seq=seq, tokens=tokens, texts=texts, pull=self.is_pulled)
