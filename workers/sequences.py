@@ -155,8 +155,14 @@ class SequenceTable:
         retained = self._retained.get(key)
         if retained is None:
             raise NotFound(f"no KV is kept for sequence {key.seq_id!r}; it may have been evicted")
-        self._retained.move_to_end(key)
         return retained
+
+    def use(self, key: SequenceKey) -> Sequence:
+        """As `find`, and it counts as used just now, which looking at a list of sequences does not."""
+        found = self.find(key)
+        if key in self._retained:
+            self._retained.move_to_end(key)
+        return found
 
     def delete(self, key: SequenceKey) -> None:
         """Forget a retained sequence, pinned or not. Raises NotFound, or Conflict while it is being generated."""

@@ -160,7 +160,7 @@ class Slot:
 
     def read(self, sequence: SequenceKey, layer: int, start: int, stop: int | None) -> ReadResult:
         """Raises NotFound, or BadArgument for a layer or range that is not there."""
-        found = self._scheduler.sequences.find(sequence)
+        found = self._scheduler.sequences.use(sequence)
         self._check_layer(layer)
         length = found.num_computed
         end = length if stop is None else stop

@@ -172,7 +172,8 @@ def test_what_it_will_not_reuse_makes_room_for_its_own_admission(table: Sequence
 def test_retained_sequences_are_evicted_whole_least_recent_first(table: SequenceTable) -> None:
     for start, key in ((0, S), (100, T), (200, U)):
         keep(table, tokens(start, start + 6), key)
-    table.find(S)
+    table.use(S)
+    table.find(T)  # only looked at
     long = run(table, tokens(300, 316))
     with pytest.raises(NotFound, match="may have been evicted"):
         table.find(T)
