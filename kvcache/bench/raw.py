@@ -65,11 +65,12 @@ def keep(
     endpoint: str,
     put: Callable[[list[memoryview]], T],
     get: Callable[[T], Sequence[bytes | memoryview]],
+    connect: bool = False,
 ) -> None:
     """A server that keeps one thing: what `put` makes of the frames that came, given out as `get` makes it."""
-    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.ROUTER)
+    socket: zmq.Socket[bytes] = zmq.Context().socket(zmq.DEALER if connect else zmq.ROUTER)
     _limits(socket)
-    socket.bind(endpoint)
+    (socket.connect if connect else socket.bind)(endpoint)
     pipe.send("ready")
     kept: T | None = None
     while True:
@@ -81,9 +82,9 @@ def keep(
             socket.send_multipart([peer.bytes, *get(kept)], copy=False)
 
 
-def keep_frames(pipe: Connection, endpoint: str) -> None:
-    """Keeps what libzmq received, without looking at it."""
-    keep(pipe, endpoint, lambda frames: frames, lambda kept: kept)
+def keep_frames(pipe: Connection, endpoint: str, connect: bool) -> None:
+    """Keeps what libzmq received, without looking at it. `connect`: behind a forwarder."""
+    keep(pipe, endpoint, lambda frames: frames, lambda kept: kept, connect)
 
 
 def exchange(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> list[memoryview]:

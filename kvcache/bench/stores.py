@@ -83,8 +83,19 @@ class HttpStore:
 @contextmanager
 def raw_store() -> Iterator[RawStore]:
     endpoint = endpoints(free_url()).control
-    with raw.process(raw.keep_frames, endpoint):
+    with raw.process(raw.keep_frames, endpoint, False):
         yield RawStore(endpoint)
+
+
+@contextmanager
+def forwarded_store() -> Iterator[RawStore]:
+    """Raw frames over two hops, as ours go: `zmq.proxy`, in C, stands where our broker does."""
+    at = endpoints(free_url())
+    with (
+        raw.process(raw.request_forwarder, at.control, at.worker_control),
+        raw.process(raw.keep_frames, at.worker_control, True),
+    ):
+        yield RawStore(at.control)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """`kvcache bench tensors`: put and get of K and V through the broker, against other ways to move a tensor.
 
 Ours crosses two hops (client, broker, worker), is checked at both ends (crc32c) and is copied into the
-worker's pool; the references go straight from process to process. All over TCP loopback, one request at
-a time, on the same arrays in turn.
+worker's pool; the references go straight from process to process, but for the raw frames that `zmq.proxy`
+forwards, which show what the second hop costs by itself. All over TCP loopback, one request at a time, on the
+same arrays in turn.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from crc32c import crc32c
 
 from kvcache.bench.report import Report, Row, report, row
-from kvcache.bench.stores import Array, Store, http_store, raw_store, safetensors_store
+from kvcache.bench.stores import Array, Store, forwarded_store, http_store, raw_store, safetensors_store
 from kvcache.client import Client
 from kvcache.local import cluster
 
@@ -25,7 +26,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 GOAL_SIZES = (MIB, 4 * MIB, 16 * MIB)
 GOAL = 0.5
-OTHERS = ("safetensors", "base64 JSON over HTTP")
+OTHERS = ("raw through zmq.proxy", "safetensors", "base64 JSON over HTTP")
 
 
 class OurStore:
@@ -73,7 +74,7 @@ def _rows(size: int, figures: dict[tuple[str, str], list[float]]) -> Iterator[Ro
 
 @contextmanager
 def _stores(progress: Callable[[str], None]) -> Iterator[dict[str, Store]]:
-    progress("starting a broker, a worker and three reference servers")
+    progress("starting a broker, a worker and the reference servers")
     with ExitStack() as stack:
         # A put replaces what was there when it commits, so for a while both need room.
         url = stack.enter_context(
@@ -82,8 +83,9 @@ def _stores(progress: Callable[[str], None]) -> Iterator[dict[str, Store]]:
         yield {
             "raw": stack.enter_context(raw_store()),
             "ours": OurStore(stack.enter_context(Client(url, timeout=60.0))),
-            OTHERS[0]: stack.enter_context(safetensors_store()),
-            OTHERS[1]: stack.enter_context(http_store()),
+            OTHERS[0]: stack.enter_context(forwarded_store()),
+            OTHERS[1]: stack.enter_context(safetensors_store()),
+            OTHERS[2]: stack.enter_context(http_store()),
         }
 
 
