@@ -243,7 +243,7 @@ class Socket:
         """Only the first part can be refused: libzmq sends a message whole or not at all."""
         try:
             if self.lane.zero_copy:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._socket.send_multipart([_part(frame) for frame in frames], zmq.NOBLOCK, copy=False)
             else:
                 for frame in frames[:-1]:
                     _send(self._socket, frame, _SEND_MORE)
@@ -437,6 +437,13 @@ def _is_served(endpoint: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def _part(frame: Buffer) -> Buffer | zmq.Frame:
+    """What libzmq received and nobody changed goes out as it is, counted by reference; the rest by its address."""
+    if isinstance(frame, memoryview) and isinstance(frame.obj, zmq.Frame) and frame.nbytes == len(frame.obj):
+        return frame.obj
+    return frame
 
 
 def _open(context: Context, kind: int, lane: Lane) -> zmq.Socket[bytes]:
