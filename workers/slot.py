@@ -272,9 +272,7 @@ class Slot:
 
     def _sampled(self, event: tasks.Sampled, is_last: bool, now: float) -> list[Event]:
         run = RunId(event.key)
-        output = self._outputs.get(run)
-        if output is None:  # it ended on an earlier token of this step
-            return []
+        output = self._outputs[run]
         output.num_tokens += 1
         try:
             text = output.text.push(event.token_id).text

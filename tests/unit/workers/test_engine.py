@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,11 +264,22 @@ def test_without_shared_prefixes_nothing_is_found(make: Callable[[], TorchModel]
     assert only(bench.run(), Admitted).cached_tokens == 0
 
 
-def test_tenants_do_not_share_prefixes(bench: Bench) -> None:
+def test_neither_tenants_nor_salts_share_prefixes(bench: Bench) -> None:
     bench.tell(start(1, tenant="a"))
     bench.run()
     bench.tell(start(2, tenant="b"))
     assert only(bench.run(), Admitted).cached_tokens == 0
+    bench.tell(replace(start(3, tenant="a"), cache_salt="mine"))
+    assert only(bench.run(), Admitted).cached_tokens == 0
+    bench.tell(replace(start(4, tenant="a"), cache_salt="mine"))
+    assert only(bench.run(), Admitted).cached_tokens == 8
+
+
+def test_a_salt_that_is_wrong_breaks_its_own_request(bench: Bench) -> None:
+    bench.tell(replace(start(1), cache_salt="a\nb"), start(2))
+    events = bench.run()
+    assert isinstance(only(events, Broke).error, BadArgument)
+    assert len(tokens_of(events, 2)) == 6
 
 
 @pytest.mark.parametrize("num_had", [1, 3, 5, 6])
@@ -307,6 +319,16 @@ def test_a_stop_string_ends_the_output_before_it(bench: Bench) -> None:
     assert tokens_of(again, 3) == []
     assert only(again, Admitted).prompt_tokens == len(PROMPT)
     assert only(again, Ended).finish_reason is FinishReason.STOP
+
+
+def test_text_that_might_have_become_a_stop_string_comes_with_the_last_token(bench: Bench) -> None:
+    bench.tell(start(1))
+    text = text_of(bench.run(), 1)
+    held = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True, stop=(text[-2:] + "never",))
+    bench.tell(start(2, sampling=held))
+    events = bench.run()
+    assert text_of(events, 2) == text
+    assert only(events, Ended).finish_reason is FinishReason.LENGTH
 
 
 def test_the_end_of_text_may_not_come_before_min_tokens(bench: Bench, family: Family) -> None:
@@ -363,8 +385,18 @@ def test_stop_takes_effect_before_the_next_step(bench: Bench) -> None:
 
 def test_stop_reaches_a_request_whose_model_is_still_loading(bench: Bench) -> None:
     bench.tell(start(1), Stop(run_id(1)))
+    bench.host.handle(bench.jobs.pop()(), bench.now)
+    assert bench.jobs == []  # its prompt is not even encoded
     assert bench.run() == []
     assert bench.host.figures().engine.waiting == 0
+
+
+def test_stop_reaches_a_request_whose_prompt_is_being_encoded(bench: Bench) -> None:
+    bench.tell(Load("tiny"))
+    bench.work()
+    bench.tell(start(1), Stop(run_id(1)))
+    assert bench.run() == []
+    assert bench.host.figures().engine.cancelled == 0
 
 
 def test_a_held_generation_computes_nothing_until_it_may_proceed(bench: Bench) -> None:

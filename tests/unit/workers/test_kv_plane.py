@@ -273,6 +273,19 @@ def test_a_download_reads_what_was_there_when_it_began(bench: CoreBench) -> None
     assert bench.store.stats(bench.now).used_bytes < CHUNK_BYTES
 
 
+def test_chunks_still_to_be_sent_are_not_changed_by_what_is_stored_after_them() -> None:
+    num_bytes = 2 * CHUNK_BYTES
+    bench = CoreBench(nbytes=2 * num_bytes)  # no room for two, so the second value takes the pages of the first
+    bench.join()
+    k, v = stored(bench, num_bytes // 64)
+    _, actions = bench.assign(get(bench, credit=100))
+    bench.assign(delete(bench))
+    call, _ = bench.assign(put(bench, num_bytes // 64))
+    upload(bench, call, data(num_bytes, 3), data(num_bytes, 4))
+    chunks = [one.payload[0] for one in answers(actions) if isinstance(one.message, Chunk)]
+    assert b"".join(bytes(chunk) for chunk in chunks) == k + v
+
+
 def test_a_download_that_is_given_up_holds_nothing(bench: CoreBench) -> None:
     stored(bench, 4 * CHUNK_BYTES // 64)
     call, _ = bench.assign(get(bench, credit=1))
