@@ -279,7 +279,9 @@ class Slot:
             if is_last:
                 text += output.text.finish().text
         except KVCacheError as error:
-            return self._translate(self._scheduler.fail(run, error, now), now)
+            self._scheduler.fail(run, error, now)
+            del self._outputs[run]  # so that an end which the scheduler saw with this token does not count
+            return [Broke(run, error)]
         produced: list[Event] = [Produced(run, (event.token_id,), (text,))]
         if output.text.is_stopped and not is_last:
             produced += self._translate(self._scheduler.finish(run, FinishReason.STOP, now), now)
@@ -292,7 +294,9 @@ class Slot:
     def _finished(self, event: tasks.Finished) -> list[Event]:
         """One that resumes with all its tokens ends without a turn; its client hears where, like any other."""
         run, usage = RunId(event.key), event.usage
-        output = self._outputs[run]
+        output = self._outputs.get(run)
+        if output is None:
+            return []
         begun = [] if output.is_admitted else [self._admitted(run, usage.prompt_tokens, usage.cached_tokens)]
         del self._outputs[run]
         return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,11 @@ class TorchModel:
         )
         self._kv = kv
         self._runner = TorchRunner(loaded, kv)
-        self._tokenizer = Tokenizer(loaded.tokenizer, vocab_size=shape.vocab_size, max_prompt_bytes=MAX_PROMPT_BYTES)
+        # Two threads, two tokenizers: some calls of the fast ones change settings, and fail while another runs.
+        self._tokenizer, self._decoder = (
+            Tokenizer(inner, vocab_size=shape.vocab_size, max_prompt_bytes=MAX_PROMPT_BYTES)
+            for inner in (loaded.tokenizer, deepcopy(loaded.tokenizer))
+        )
         self._dtype = dtype_by_name(self.facts.dtype)
 
     def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
@@ -86,7 +91,7 @@ class TorchModel:
         return tuple(self._tokenizer.encode_chat([msgspec.structs.asdict(message) for message in messages]))
 
     def open_text(self, stops: Sequence[str]) -> TextStream:
-        return TextStream(self._tokenizer, stops)
+        return TextStream(self._decoder, stops)
 
     @torch.inference_mode()
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bus.errors import BadArgument, Conflict, InternalError, KVCacheError, ModelNotFound, ModelUnavailable, NotFound
+from bus.errors import (
+    BadArgument,
+    Conflict,
+    InternalError,
+    KVCacheError,
+    ModelNotFound,
+    ModelUnavailable,
+    NotFound,
+    TokenizerError,
+)
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.streams import token_bytes
 from tests.unit.workers.conftest import EOS_ID, Family
@@ -47,6 +57,7 @@ from workers.host import Host, Job
 from workers.keys import SequenceKey
 from workers.shelf import RETRY_LOAD_S
 from workers.slot import Draw, Model
+from workers.text import TextStream
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
 
 PROMPT = (5, 9, 2, 7, 11, 3, 8, 1, 4, 6)
@@ -436,6 +447,55 @@ def test_a_step_that_raises_fails_its_own_generation_and_the_engine_lives_on(
     assert len(tokens_of(events, 2)) == 6
 
 
+@pytest.mark.parametrize("position", [2, 5])
+def test_a_token_that_cannot_be_decoded_fails_its_own_generation_even_if_it_is_the_last(
+    make: Callable[[], TorchModel], family: Family, position: int
+) -> None:
+    bad = family.plain_greedy(PROMPT, 6)[: position + 1]
+
+    class Undecodable:
+        def decode(self, token_ids: Sequence[int]) -> str:
+            if list(token_ids) == bad:
+                raise TokenizerError("not text")
+            return ""
+
+    class Mute(TorchModel):
+        def open_text(self, stops: Sequence[str]) -> TextStream:
+            return TextStream(Undecodable(), stops)
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Mute
+        return model
+
+    bench = Bench(FakeModels(tiny=load))
+    bench.tell(start(1))
+    events = bench.run()
+    assert tokens_of(events, 1) == bad[:-1]
+    assert isinstance(only(events, Broke).error, TokenizerError)
+    assert [event for event in events if isinstance(event, Ended)] == []
+    assert bench.host.figures().models[0].pool.held_blocks == 0
+
+
+def test_a_resumed_output_that_cannot_be_decoded_fails_at_once(make: Callable[[], TorchModel]) -> None:
+    class Undecodable:
+        def decode(self, token_ids: Sequence[int]) -> str:
+            raise TokenizerError("not text")
+
+    class Mute(TorchModel):
+        def open_text(self, stops: Sequence[str]) -> TextStream:
+            return TextStream(Undecodable(), stops)
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Mute
+        return model
+
+    bench = Bench(FakeModels(tiny=load))
+    bench.tell(start(1, resume=(1, 2)))
+    assert isinstance(only(bench.run(), Broke).error, TokenizerError)
+
+
 def test_a_named_sequence_can_be_read_measured_listed_pinned_and_dropped(bench: Bench, family: Family) -> None:
     key = SequenceKey("t", "chat")
     bench.tell(start(1, seq_id="chat"))
@@ -557,6 +617,16 @@ def test_named_models_share_the_memory_and_exclude_all_others(model_dirs: dict[s
         models.check("smollm2")
     sizes = [facts.num_blocks * facts.block_bytes for facts in (models.load("llama").facts, models.load("gpt2").facts)]
     assert all(1 << 18 < size <= 1 << 19 for size in sizes)
+
+
+def test_models_nobody_named_take_half_of_what_is_left(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+    for name in ("gpt2", "llama"):
+        shutil.copytree(model_dirs[name], tmp_path / "models" / name)
+    models = TorchModels(tmp_path, [], 1 << 20, OPTIONS)
+    assert (models.default, models.names()) == ("gpt2", ["gpt2", "llama"])
+    sizes = [facts.num_blocks * facts.block_bytes for facts in (models.load("gpt2").facts, models.load("llama").facts)]
+    assert (1 << 19) - 8192 < sizes[0] <= 1 << 19
+    assert (1 << 18) - 8192 < sizes[1] <= ((1 << 20) - sizes[0]) // 2
 
 
 def test_a_pool_too_small_for_a_block_is_a_model_that_is_unavailable(
