@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Literal
+from typing import Literal, TypeAlias, cast
 
 from bus.endpoints import NUM_PORTS
 from kvcache.local import free_url
@@ -19,27 +20,24 @@ from kvcache.local import free_url
 Direction = Literal["up", "down"]  # towards the broker, and away from it
 LANES = ("control", "bulk", "streams", "worker_control", "worker_bulk", "tokens")
 DIRECTIONS: tuple[Direction, ...] = ("up", "down")
+Line: TypeAlias = tuple[asyncio.StreamWriter, asyncio.StreamWriter]  # to the peer, to the broker
+Pieces: TypeAlias = asyncio.Queue[tuple[float, bytes]]  # when they are due, and their bytes; none is the end
 READ_BYTES = 65_536
+MAX_PIECES = 64
+CLOSE_S = 5.0
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: close with RST
 
 
 class Lane:
-    """One port. Counts what it forwards; `delay_s` holds up every piece that passes."""
+    """One port. `delay_s` is the latency it adds each way."""
 
     def __init__(self, upstream: tuple[str, int]) -> None:
         self.delay_s = 0.0
-        self.num_bytes: dict[Direction, int] = dict.fromkeys(DIRECTIONS, 0)
-        self.num_accepted = 0
         self._upstream = upstream
         self._open = {direction: asyncio.Event() for direction in DIRECTIONS}
         self._flip_in: dict[Direction, int | None] = dict.fromkeys(DIRECTIONS, None)
-        self._lines: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._lines: dict[Line, asyncio.Task[None]] = {}
         self.heal()
-
-    @property
-    def num_lines(self) -> int:
-        """How many connections there are now."""
-        return len(self._lines)
 
     def blackhole(self, *directions: Direction) -> None:
         """Let nothing through (none named: both ways), with every connection left open."""
@@ -67,40 +65,63 @@ class Lane:
     def reset(self) -> None:
         """Cut every connection with RST, at both ends."""
         for line in self._lines:
-            for writer in line:
+            for writer in [each for each in line if not each.is_closing()]:
                 raw: socket.socket = writer.get_extra_info("socket")
                 raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                 writer.transport.abort()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Carry one connection until an end closes it."""
-        self.num_accepted += 1
         try:
             up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         except OSError:
             writer.transport.abort()
             return
         line = (writer, up_writer)
-        self._lines.add(line)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump("up", reader, up_writer))
-                group.create_task(self._pump("down", up_reader, writer))
+                self._lines[line] = group.create_task(self._carry(line, reader, up_reader))
         finally:
-            self._lines.discard(line)
+            del self._lines[line]
+
+    async def close(self) -> None:
+        """Cut every connection and wait until nothing runs for it."""
+        self.heal()
+        self.reset()
+        if self._lines:
+            await asyncio.wait(self._lines.values(), timeout=CLOSE_S)
+
+    async def _carry(self, line: Line, reader: asyncio.StreamReader, up_reader: asyncio.StreamReader) -> None:
+        writer, up_writer = line
+        try:
+            async with asyncio.TaskGroup() as group:
+                for direction, source, target in (("up", reader, up_writer), ("down", up_reader, writer)):
+                    pieces: Pieces = asyncio.Queue(MAX_PIECES)
+                    group.create_task(self._take(source, pieces))
+                    group.create_task(self._pass_on(cast("Direction", direction), pieces, target))
+        finally:
             for each in line:
                 each.transport.abort()
 
-    async def _pump(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _take(self, reader: asyncio.StreamReader, pieces: Pieces) -> None:
         with suppress(OSError):
             while data := await reader.read(READ_BYTES):
-                await asyncio.sleep(self.delay_s)
-                await self._open[direction].wait()
-                self.num_bytes[direction] += len(data)
-                writer.write(self._damaged(direction, data))
-                await writer.drain()
+                await pieces.put((time.monotonic() + self.delay_s, data))
+        await pieces.put((0.0, b""))
+
+    async def _pass_on(self, direction: Direction, pieces: Pieces, writer: asyncio.StreamWriter) -> None:
+        """Also what is read behind the end of the other side is taken, or its reader would wait for ever."""
+        due, data = await pieces.get()
+        while data:
+            await asyncio.sleep(due - time.monotonic())
+            await self._open[direction].wait()
             if not writer.is_closing():
-                writer.write_eof()
+                with suppress(OSError):
+                    writer.write(self._damaged(direction, data))
+                    await writer.drain()
+            due, data = await pieces.get()
+        if not writer.is_closing():
+            writer.write_eof()
 
     def _damaged(self, direction: Direction, data: bytes) -> bytes:
         offset = self._flip_in[direction]
@@ -130,7 +151,7 @@ class FaultProxy:
         assert len(self._lanes) == NUM_PORTS
         for index, lane in enumerate(self._lanes.values()):
             server = await asyncio.start_server(lane.serve, "127.0.0.1", base + index)
-            stack.callback(lane.reset)
+            stack.push_async_callback(lane.close)
             stack.callback(server.close)
 
     def blackhole(self, *directions: Direction) -> None:

@@ -167,6 +167,11 @@ def put(req_id: bytes, seq_id: str, k: TensorMeta, v: TensorMeta, payload: Seque
     )
 
 
+def send_chunk(peer: RawPeer, req_id: bytes, offset: int, data: bytes) -> None:
+    """One piece of an upload."""
+    peer.send_bulk(m.Chunk(req_id=req_id, offset=offset, payload=wire.describe([data])), data)
+
+
 def append(
     req_id: bytes, seq_id: str, k: TensorMeta, v: TensorMeta, payload: Sequence[Buffer] = (), at: int | None = None
 ) -> m.Append:

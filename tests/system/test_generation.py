@@ -10,6 +10,7 @@ import torch
 
 from bus.errors import Conflict, NotFound
 from kvcache import AsyncClient, Done, Start, Token
+from tests.harness.generations import greedy
 from tests.harness.models import NUM_LAYERS, Reference
 from tests.harness.placement import owned_by
 from tests.harness.prompts import PROMPT, token_prompt
@@ -18,19 +19,6 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 BLOCK_SIZE = 32
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-async def greedy(client: AsyncClient, prompt: list[int], num_tokens: int, **how: object) -> tuple[list[int], Done]:
-    """The tokens of one greedy generation of exactly this length."""
-    generation = client.generate(
-        token_ids=prompt,
-        max_tokens=num_tokens,
-        temperature=0.0,
-        ignore_eos=True,
-        **how,  # type: ignore[arg-type]
-    )
-    tokens = [event.token_id async for event in generation if isinstance(event, Token)]
-    return tokens, await generation.result()
 
 
 async def test_greedy_tokens_are_those_of_transformers(client: AsyncClient, reference: Reference) -> None:
