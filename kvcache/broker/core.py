@@ -234,6 +234,12 @@ class BrokerCore:
         sends = [send for call in self._requests.calls for send in self._requests.fail(call, error)]
         return [*sends, *self._sessions.say_goodbye()]
 
+    def check(self) -> None:
+        """Assert that the books agree with each other."""
+        self._requests.calls.check()
+        self._requests.streams.check()
+        self._sessions.check()
+
     # --- garbage ---------------------------------------------------------------------------------
 
     def _garbage(self, link: bytes, frames: Sequence[Buffer], error: ProtocolError, now: float) -> list[Send]:

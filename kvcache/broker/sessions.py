@@ -165,6 +165,19 @@ class Sessions:
         sends = [to_client(client, goodbye) for client in self.clients.values()]
         return [*sends, *(to_worker(worker, goodbye) for worker in self.workers.by_id.values())]
 
+    def check(self) -> None:
+        """Assert that each session is known by its link, its secret and its bulk link, and nobody else is."""
+        workers = self.workers.by_id.values()
+        peers: list[Client | Worker] = [*self.clients.values(), *workers]
+        assert {id(peer) for peer in self._by_secret.values()} == set(map(id, peers))
+        assert all(self._by_secret[peer.session] is peer for peer in peers)
+        assert all(self.clients[client.link] is client for client in self.clients.values())
+        assert {id(worker) for worker in self.workers.by_link.values()} == set(map(id, workers))
+        assert all(self.workers.by_link[worker.link] is worker for worker in workers)
+        attached = {peer.bulk_link: id(peer) for peer in peers if peer.bulk_link}
+        assert {link: id(peer) for link, peer in self._by_bulk_link.items()} == attached
+        assert set(self.workers.ring.workers) == {w.id for w in workers if w.state is m.WorkerState.READY}
+
     # --- details ---------------------------------------------------------------------------------
 
     def _part(self, worker: Worker, why: str) -> list[Send]:

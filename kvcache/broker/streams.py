@@ -63,3 +63,17 @@ class Streams:
         """Close those that were opened and not used."""
         for stream in self._idle.due(now):
             self.close(stream)
+
+    def check(self) -> None:
+        """Assert that a stream is its client's, and either idle or carries a call that is in flight."""
+        idle = 0
+        for stream_id, stream in self._open.items():
+            assert stream.id == stream_id
+            assert stream.client.streams.get(stream_id) is stream
+            assert all(stream_id in self for stream_id in stream.client.streams)
+            if stream.call is None:
+                idle += 1
+            else:
+                assert stream.call.stream is stream
+                assert stream.client.calls.get(stream.call.req_id) is stream.call
+        assert len(self._idle) == idle
