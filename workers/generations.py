@@ -155,9 +155,7 @@ class Generations:
 
     def orphan(self, call: Call, now: float) -> list[Action]:
         """The session of its call is gone. The engine keeps it a while, for the client that asks again."""
-        run = self._runs.by_call.get(call.id)
-        if run is None:
-            return []
+        run = self._runs.by_call[call.id]
         self._runs.leave_call(run)
         run.orphaned_at = now
         return [Tell(Hold(run.id))]

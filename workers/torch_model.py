@@ -24,13 +24,12 @@ from kvcache.models import MAX_NAME_CHARS, ModelRegistry
 from workers import sampling
 from workers.batch import Batch, BlockId
 from workers.engine_api import ReadResult
+from workers.generations import MAX_PROMPT_BYTES
 from workers.loader import DTypeName, LoadedModel, load_model
 from workers.paged_kv import PagedKV, plan_pages
 from workers.runner import TorchRunner
 from workers.slot import Draw, ModelFacts
 from workers.text import TextStream, Tokenizer
-
-MAX_PROMPT_BYTES = 1 << 20
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -314,6 +314,21 @@ def test_our_own_fault_in_one_request_is_answered_and_harms_no_other(
     assert isinstance(answers(actions)[0].message, KvDone)
 
 
+def test_our_own_fault_while_a_request_goes_on_ends_that_request(
+    bench: CoreBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    call, actions = bench.assign(put(bench))
+    assert not answers(actions)[0].final
+    monkeypatch.setattr(bench.store, "write", explode)
+    actions = bench.forward(call, Chunk(req_id=bytes(16), offset=0, payload=()), b"x", bulk=True)
+    assert bench.has_failed(actions).code == ErrorCode.INTERNAL
+    assert "ZeroDivisionError" in caplog.text
+    assert bench.store.stats(bench.now).used_bytes == 0
+
+
 def test_a_bulk_lane_that_is_full_ends_its_call_as_overload(bench: CoreBench) -> None:
     call, _ = bench.start()
     send = Send(0, Channel.BULK, [b""], CallId(0, call))

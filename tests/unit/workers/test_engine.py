@@ -571,6 +571,45 @@ def test_a_name_means_one_sequence_whichever_model_wrote_it(make: Callable[[], T
     assert info.seq_id == "s"
 
 
+def test_a_name_that_another_model_is_writing_is_a_conflict(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(one=make, two=make))
+    bench.tell(start(1, model="one", seq_id="s"))
+    bench.work()
+    bench.step()
+    bench.host.take_events()
+    bench.tell(start(2, model="two", seq_id="s"))
+    events = bench.run()
+    assert isinstance(only(events, Broke).error, Conflict)
+    assert len(tokens_of(events, 1)) == 6
+
+
+def test_preloading_what_is_unknown_is_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    assert bench.tell(Load("nothing")) == []
+    assert "no model named 'nothing'" in caplog.text
+
+
+def test_an_encoder_that_raises_anything_breaks_its_own_request(
+    make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fragile(TorchModel):
+        def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+            if prompt == b"boom":
+                raise ZeroDivisionError("in foreign code")
+            return super().encode(kind, prompt)
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Fragile
+        return model
+
+    bench = Bench(FakeModels(tiny=load))
+    bench.tell(start(1, kind=PromptKind.TEXT, data=b"boom"), start(2))
+    events = bench.run()
+    assert isinstance(only(events, Broke).error, InternalError)
+    assert "ZeroDivisionError" in caplog.text
+    assert len(tokens_of(events, 2)) == 6
+
+
 async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: Callable[[], TorchModel]) -> None:
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     events: list[Event] = []

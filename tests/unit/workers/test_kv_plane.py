@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bus.errors import ErrorCode, NotFound
 from bus.messages import (
+    Ack,
     Append,
     Chunk,
     Credit,
@@ -293,6 +294,18 @@ def test_a_download_that_is_given_up_holds_nothing(bench: CoreBench) -> None:
     assert bench.store.stats(bench.now).used_bytes > 0
     bench.control(Release(call=call))
     assert bench.store.stats(bench.now).used_bytes == 0
+
+
+def test_an_empty_put_needs_no_chunks(bench: CoreBench) -> None:
+    _, actions = bench.assign(put(bench, 0))
+    said = only(answers(actions))
+    assert (said.final, said.message.length) == (True, 0)
+
+
+def test_an_acknowledgement_means_nothing_to_a_transfer(bench: CoreBench) -> None:
+    call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
+    assert bench.forward(call, Ack(req_id=bytes(16), epoch=0, upto=1)) == []
+    assert len(upload(bench, call, data(CHUNK_BYTES), data(CHUNK_BYTES))) == 1
 
 
 def test_chunks_and_credit_have_no_place_in_the_other_direction(bench: CoreBench) -> None:
