@@ -26,6 +26,7 @@ S = TypeVar("S", bound=sockets.Socket)
 SECURITY = SecurityConfig()
 ANSWER_S = 20.0
 BEAT_S = 0.5
+HELLO_S = 0.25
 ANY_BYTES = 1 << 40
 
 
@@ -94,7 +95,7 @@ class RawPeer:
 
 
 class RawClient(RawPeer):
-    """A client that has joined. `instance` scopes its request ids; beats are sent by `keep_alive` alone."""
+    """A client that has joined. `instance` scopes its request ids; it beats once `keep_alive` was called."""
 
     def __init__(self, context: Context, url: str, instance: bytes | None = None) -> None:
         at = endpoints(url)
@@ -105,17 +106,19 @@ class RawClient(RawPeer):
         self._streams = self._connect(Subscriber(context, sockets.TOKENS, SECURITY, self._on_published), at.streams)
 
     async def join(self) -> Self:
-        self.send(m.Hello(instance=self.instance, major=wire.MAJOR, minor=wire.MINOR, software="test"))
+        """Say hello until welcomed, as one that was sent into a connection about to break is lost."""
+        hello = asyncio.create_task(self._say_hello())
         welcome, _ = await self.expect(m.Welcome)
+        hello.cancel()
         self.session = welcome.session
         self.send_bulk(m.AttachBulk(session=self.session))
         return self
 
-    async def keep_alive(self) -> None:
-        """Beat until cancelled."""
-        for beat in range(1 << 30):
-            self.send(m.Beat(beat=beat))
-            await asyncio.sleep(BEAT_S)
+    def keep_alive(self) -> None:
+        """Beat, now and until closed."""
+        self.send(m.Beat(beat=0))
+        timer = asyncio.get_running_loop().call_later(BEAT_S, self.keep_alive)
+        self._resources.callback(timer.cancel)
 
     def subscribe(self, topic: bytes) -> None:
         self._streams.subscribe(topic)
@@ -138,6 +141,11 @@ class RawClient(RawPeer):
         while (await self.published())[0] != topic_of(opened.stream_id):
             pass
         return opened.stream_id
+
+    async def _say_hello(self) -> None:
+        while True:
+            self.send(m.Hello(instance=self.instance, major=wire.MAJOR, minor=wire.MINOR, software="test"))
+            await asyncio.sleep(HELLO_S)
 
     def _on_published(self, batch: list[sockets.Message]) -> None:
         for frames in batch:
@@ -222,10 +230,8 @@ async def raw_client(url: str, instance: bytes | None = None) -> AsyncIterator[R
         client = RawClient(context, url, instance)
         try:
             await client.join()
-            async with asyncio.TaskGroup() as group:
-                beats = group.create_task(client.keep_alive())
-                yield client
-                beats.cancel()
+            client.keep_alive()
+            yield client
         finally:
             client.close()
 
