@@ -582,7 +582,7 @@ FollowUp = Cancel | Resume | Ack | Credit | Chunk
 
 ToBroker = Hello | AttachBulk | Beat | Goodbye | OpenStream | Query | Route | Dispatched | FollowUp
 WorkerToBroker = WorkerHello | AttachBulk | WorkerBeat | WorkerStatus | Goodbye | Reply
-ToWorker = Welcome | BrokerBeat | Goodbye | Assign | Forward | Release
+ToWorker = Welcome | BrokerBeat | Goodbye | Assign | Forward | Release | Failed
 ToClient = (
     Welcome
     | BrokerBeat
