@@ -8,8 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from bus.errors import ConnectionLost, DeadlineExceeded
+from bus import messages as m
+from bus.errors import ConnectionLost, DeadlineExceeded, ErrorCode
 from kvcache import AsyncClient
+from tests.harness import raw
 from tests.harness.cluster import Cluster
 from tests.harness.generations import Crowd, greedy
 from tests.harness.models import Reference
@@ -97,3 +99,40 @@ async def test_broker_told_to_stop_lets_streams_end_and_its_successor_takes_the_
     cluster.start_broker()
     tokens, _ = await late
     assert tokens == reference.greedy(token_prompt(41, 30), 20)
+
+
+async def test_attempt_that_is_not_newer_is_refused_by_the_worker_that_still_runs_it(cluster: Cluster) -> None:
+    req_id, instance = raw.new_id(), raw.new_id()
+    sampling = m.Sampling(max_tokens=10_000, temperature=0.0, ignore_eos=True)
+
+    async def ask(peer: raw.RawClient, epoch: int) -> None:
+        message, payload = raw.generate(
+            req_id, await peer.open_stream(), b"hello", sampling, epoch=epoch, seq_id="not-newer"
+        )
+        peer.send(message, *payload)
+
+    async with raw.raw_client(cluster.url, instance) as peer:
+        await ask(peer, 0)
+        await peer.expect(m.Started)
+    cluster.broker.kill9()
+    cluster.start_broker()
+    await asyncio.to_thread(cluster.wait_ready)
+    async with raw.raw_client(cluster.url, instance) as peer:
+        await until_settled(peer)
+        await ask(peer, 0)
+        assert (await peer.failure(req_id)).code == ErrorCode.STALE_EPOCH
+        await ask(peer, 1)
+        assert (await peer.expect(m.Started))[0].epoch == 1
+        peer.send(m.Cancel(req_id=req_id))
+        assert (await peer.failure(req_id)).code == ErrorCode.CANCELLED
+
+
+async def until_settled(peer: raw.RawClient) -> None:
+    """A broker that has just started takes no requests for a second."""
+
+    async def takes_requests() -> bool:
+        req_id = raw.new_id()
+        peer.send(m.Length(req_id=req_id, attempt=0, deadline_ms=5000, seq_id="not-there", layer=0))
+        return (await peer.failure(req_id)).code == ErrorCode.NOT_FOUND
+
+    await until(takes_requests, "the broker has settled")
