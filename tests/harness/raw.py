@@ -105,13 +105,14 @@ class RawClient(RawPeer):
         self._published: asyncio.Queue[list[bytes]] = asyncio.Queue()
         self._streams = self._connect(Subscriber(context, sockets.TOKENS, SECURITY, self._on_published), at.streams)
 
-    async def join(self) -> Self:
+    async def join(self, *, attaches: bool = True) -> Self:
         """Say hello until welcomed, as one that was sent into a connection about to break is lost."""
         hello = asyncio.create_task(self._say_hello())
         welcome, _ = await self.expect(m.Welcome)
         hello.cancel()
         self.session = welcome.session
-        self.send_bulk(m.AttachBulk(session=self.session))
+        if attaches:
+            self.send_bulk(m.AttachBulk(session=self.session))
         return self
 
     def keep_alive(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from bus import messages as m
 from bus.errors import BadArgument, BadTensor, ErrorCode, KVCacheError, ModelNotFound, TooLarge
+from bus.sockets import Context
 from bus.tensors import DType, TensorMeta
 from kvcache import AsyncClient
 from tests.harness import raw
@@ -107,6 +108,22 @@ async def test_payload_that_changed_on_its_way_is_corrupt_and_may_be_sent_again(
         assert (failed.code, failed.retryable) == (ErrorCode.CORRUPT, True)
         peer.send(raw.put(req_id, "flipped", GOOD, GOOD, [GOOD_BYTES] * 2), GOOD_BYTES, GOOD_BYTES)
         assert isinstance(await peer.final(req_id), m.KvDone)
+
+
+async def test_large_value_for_a_client_without_a_bulk_lane_fails_as_retryable(
+    cluster: Cluster, client: AsyncClient
+) -> None:
+    await client.kv.put("no-lane", 0, ones(MIB // 64, 2, 8), ones(MIB // 64, 2, 8))
+    with Context() as context:
+        peer = raw.RawClient(context, cluster.url)
+        try:
+            await peer.join(attaches=False)
+            get = m.Get(req_id=raw.new_id(), attempt=0, deadline_ms=10_000, seq_id="no-lane", layer=0)
+            peer.send(get)
+            failed = await peer.failure(get.req_id)
+            assert (failed.code, failed.retryable) == (ErrorCode.CONNECTION_LOST, True)
+        finally:
+            peer.close()
 
 
 CHUNK_LIES: dict[str, list[tuple[int, int]]] = {
