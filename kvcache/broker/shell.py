@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.05
 LINGER_MS = 500
+LAST_WORDS_S = 0.1
+"""Between the last words and the close: a peer's DEALER drops what it has not read when its connection ends."""
 
 Handler = Callable[[bytes, Message, float, str], list[Send]]
 
@@ -64,6 +66,7 @@ class Broker:
                 socket.start()
             on_ready()
             await self._serve(stop)
+            await asyncio.sleep(LAST_WORDS_S)
             for socket in (*self._routers.values(), hub):
                 socket.close(LINGER_MS)
 

@@ -4,6 +4,7 @@ looked at again: it is named in each test."""
 from __future__ import annotations
 
 import errno
+import time
 
 import pytest
 import zmq
@@ -86,6 +87,21 @@ def test_a_dealer_without_a_peer_refuses_at_once_if_it_is_immediate(sockets: Soc
     prompt = sockets.connected(zmq.DEALER, SNDHWM=5, IMMEDIATE=1)
     assert error_of(lambda: lazy.send(b"x", zmq.NOBLOCK)) is None
     assert error_of(lambda: prompt.send(b"x", zmq.NOBLOCK)) == errno.EAGAIN
+
+
+@pytest.mark.parametrize("immediate", [0, 1])
+def test_an_immediate_dealer_loses_what_it_has_not_read_when_its_connection_ends(
+    sockets: Sockets, immediate: int
+) -> None:
+    """Why a broker waits a moment between its last words and the close."""
+    router = sockets.bound(zmq.ROUTER)
+    dealer = sockets.connected(zmq.DEALER, IMMEDIATE=immediate)
+    until(lambda: error_of(lambda: dealer.send(b"hello", zmq.NOBLOCK)) is None)
+    link, _ = receive(router)
+    router.send_multipart([link, b"last words"])
+    router.close(500)
+    time.sleep(0.1)  # both have arrived by now: the words, and the end of the connection
+    assert drain(dealer) == ([] if immediate else [[b"last words"]])
 
 
 def test_the_first_of_two_peers_with_one_routing_id_leaves_the_second_unheard(sockets: Sockets) -> None:
