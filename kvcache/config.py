@@ -29,7 +29,7 @@ class BrokerConfig:
     policy: str = DEFAULT_POLICY
     security: Mode = "none"
     heartbeat_ms: int = 250
-    lease_ms: int = 2000
+    lease_ms: int = 1000
     worker_lost_ms: int = 1000
     client_lost_ms: int = 3000
     settle_ms: int = 1000
@@ -46,6 +46,11 @@ class BrokerConfig:
         _check_range("max_inflight", self.max_inflight, 1, 1_000_000)
         for name in ("lease_ms", "worker_lost_ms", "client_lost_ms"):
             _check_range(name, getattr(self, name), 3 * self.heartbeat_ms, MAX_MILLIS, "three heartbeats, ")
+        if self.lease_ms > self.worker_lost_ms:
+            raise BadArgument(
+                f"lease_ms {self.lease_ms} must not be above worker_lost_ms {self.worker_lost_ms}: a worker that the"
+                " broker has given up must not think that it still owns anything"
+            )
         for name in ("settle_ms", "drain_ms"):
             _check_range(name, getattr(self, name), 0, MAX_MILLIS)
         if self.log_format not in {"text", "json"}:

@@ -1,4 +1,4 @@
-"""The book of calls: every request between its dispatch and its one end, and generations that ended a moment ago.
+"""The book of calls: every request between its dispatch and its one end.
 
 Invariant (`check`): a call in flight is in its client's `calls`, its worker's `calls` and a deadline
 bucket, and one that has ended is in none of them. Only this file moves a call in or out of them.
@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from kvcache.broker.deadlines import Deadlines
 from kvcache.broker.members import Call, Client, Stream, Worker
 
-LINGER_S = 60.0
-
 
 class Calls:
     """Calls by the broker's own number, which is never used twice."""
@@ -21,7 +19,6 @@ class Calls:
     def __init__(self) -> None:
         self._open: dict[int, Call] = {}
         self._deadlines: Deadlines[Call] = Deadlines()
-        self._lingering: Deadlines[Call] = Deadlines()
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -46,33 +43,9 @@ class Calls:
         del self._open[call.id], call.worker.calls[call.id], call.client.calls[call.req_id]
         self._deadlines.discard(call, call.deadline)
 
-    def linger(self, call: Call, now: float) -> None:
-        """A stream's last tokens may be on their way still, or lost: who asks for them must find its worker."""
-        call.client.ended[call.req_id] = call.worker.ended[call.id] = call
-        self._lingering.add(call, now + LINGER_S)
-
-    def of_client(self, client: Client, req_id: bytes) -> Call | None:
-        """The client's call with this request id, in flight or lingering; None if there is neither."""
-        return client.calls.get(req_id) or client.ended.get(req_id)
-
-    def of_worker(self, worker: Worker, number: int) -> Call | None:
-        """The worker's call with this number, in flight or lingering; None if there is neither."""
-        return worker.calls.get(number) or worker.ended.get(number)
-
     def overdue(self, now: float) -> list[Call]:
         """Calls in flight whose time is up. They are still to be ended."""
         return list(self._deadlines.due(now))
-
-    def forget_ended(self, now: float) -> None:
-        """Let go of what has lingered for long enough."""
-        for call in self._lingering.due(now):
-            self.forget(call)
-
-    def forget(self, call: Call) -> None:
-        """Nothing more can be said within this ended call."""
-        call.worker.ended.pop(call.id, None)
-        if call.client.ended.get(call.req_id) is call:  # and not that of a later attempt
-            del call.client.ended[call.req_id]
 
     def check(self) -> None:
         """Assert the invariant."""

@@ -129,7 +129,7 @@ class BrokerCore:
             worker.heard_at = now
             match message:
                 case m.Reply():
-                    return self._requests.reply(worker, message, frames, Port.CLIENT, now)
+                    return self._requests.reply(worker, message, frames, Port.CLIENT)
                 case m.WorkerBeat():
                     return self._sessions.renew(worker, message, now)
                 case m.WorkerStatus():
@@ -169,7 +169,7 @@ class BrokerCore:
         owner = self._sessions.of_bulk_link(link)
         if isinstance(owner, Worker) and isinstance(message, m.Reply):
             owner.heard_at = now
-            return self._requests.reply(owner, message, frames, Port.CLIENT_BULK, now)
+            return self._requests.reply(owner, message, frames, Port.CLIENT_BULK)
         if not isinstance(message, m.AttachBulk) or not self._sessions.attach(link, message, Worker, user_id):
             self._unwelcome += 1
         return []

@@ -55,8 +55,7 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client's session. calls: by the request id the client chose, which only means something within it.
-    ended: streams that ended a moment ago and may still be asked for lost tokens."""
+    """A client's session. calls: by the request id the client chose, which only means something within it."""
 
     link: bytes
     session: bytes
@@ -65,7 +64,6 @@ class Client:
     heard_at: float
     bulk_link: bytes = b""
     calls: dict[bytes, Call] = field(default_factory=dict)
-    ended: dict[bytes, Call] = field(default_factory=dict)
     streams: dict[bytes, Stream] = field(default_factory=dict)
     garbage: Garbage = field(default_factory=Garbage)
 
@@ -83,7 +81,6 @@ class Worker:
     state: WorkerState
     bulk_link: bytes = b""
     calls: dict[int, Call] = field(default_factory=dict)
-    ended: dict[int, Call] = field(default_factory=dict)
     dispatched: int = 0
     turn: float = 0.0
     beat: WorkerBeat | None = None

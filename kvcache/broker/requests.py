@@ -2,7 +2,6 @@
 
 Invariant: every request that a client sent is answered exactly once, by its worker's final reply or by a
 `Failed` from here (its worker is lost, its time is up, it cannot be dispatched), unless the client left.
-Within a generation that ended well, its worker may still repair the tail of the stream.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class Requests:
 
     def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
-        call = self.calls.of_client(client, req_id)
+        call = client.calls.get(req_id)
         if call is None:
             return []
         link = call.worker.link if port is Port.WORKER else call.worker.bulk_link
@@ -101,20 +100,16 @@ class Requests:
 
     # --- from workers ----------------------------------------------------------------------------
 
-    def reply(self, worker: Worker, reply: m.Reply, frames: Sequence[Buffer], port: Port, now: float) -> list[Send]:
+    def reply(self, worker: Worker, reply: m.Reply, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """A worker's answer within a call of its own; of one that ended here first, nobody wants to know."""
-        call = self.calls.of_worker(worker, reply.call)
+        call = worker.calls.get(reply.call)
         if call is None:
             return []
         link = call.client.link if port is Port.CLIENT else call.client.bulk_link
         if not link:
             return self.fail(call, ConnectionLost("this client has no connection for bulk data"))
-        if reply.final and call in self.calls:
+        if reply.final:
             self._end(call)
-            if call.stream is not None:
-                self.calls.linger(call, now)
-        elif reply.final:  # what was asked for after the end cannot be had
-            self.calls.forget(call)
         return [Send(port, link, frames[1:], call)]
 
     # --- ends ------------------------------------------------------------------------------------
@@ -132,10 +127,9 @@ class Requests:
         return [self.refuse(client, req_id, error)] if call is None else self.fail(call, error)
 
     def end_overdue(self, now: float) -> list[Send]:
-        """Fail the calls whose time is up; let go of what has lingered or idled for long enough."""
+        """Fail the calls whose time is up; let go of streams that have idled for long enough."""
         error = DeadlineExceeded("the deadline passed before the worker was done")
         sends = [send for call in self.calls.overdue(now) for send in self.fail(call, error)]
-        self.calls.forget_ended(now)
         self.streams.expire(now)
         return sends
 

@@ -28,6 +28,7 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default() -> None:
         (["--max-inflight", "0"], {}, "max_inflight must be from 1 to"),
         (["--heartbeat-ms", "0"], {}, "heartbeat_ms must be from 1"),
         (["--settle-ms", "-1"], {}, "settle_ms must be from 0"),
+        (["--lease-ms", "1001"], {}, "lease_ms 1001 must not be above worker_lost_ms 1000"),
         (["--lease-ms", "700"], {}, "lease_ms must be from three heartbeats, 750"),
         (["--worker-lost-ms", "749"], {}, "worker_lost_ms must be from three heartbeats, 750"),
         (["--client-lost-ms", "10"], {}, "client_lost_ms must be from three heartbeats, 750"),

@@ -48,7 +48,7 @@ def test_a_client_is_welcomed_with_the_limits(driver: Driver) -> None:
         major=1,
         minor=0,
         heartbeat_ms=250,
-        lease_ms=2000,
+        lease_ms=1000,
         max_inline_bytes=256 * 1024,
         max_prompt_bytes=1 << 20,
         max_tensor_bytes=4 << 30,
@@ -121,7 +121,7 @@ def test_another_instance_on_the_same_link_ends_the_one_before(driver: Driver) -
 
 def test_a_beat_is_answered_with_its_number(driver: Driver) -> None:
     joined(driver)
-    assert driver.client(b"c1", m.Beat(beat=9)) == [Heard(Port.CLIENT, b"c1", m.BrokerBeat(beat=9, lease_ms=2000))]
+    assert driver.client(b"c1", m.Beat(beat=9)) == [Heard(Port.CLIENT, b"c1", m.BrokerBeat(beat=9, lease_ms=1000))]
 
 
 def test_a_client_that_leaves_stops_its_work(driver: Driver) -> None:
@@ -261,9 +261,9 @@ def test_a_workers_beat_renews_its_lease(driver: Driver) -> None:
     driver.join_worker(b"w1", "w")
     driver.tick(0.5)
     (heard,) = driver.worker(b"w1", beat(7, running=3))
-    assert heard == Heard(Port.WORKER, b"w1", m.BrokerBeat(beat=7, lease_ms=2000))
+    assert heard == Heard(Port.WORKER, b"w1", m.BrokerBeat(beat=7, lease_ms=1000))
     (view,) = driver.core.cluster_stats(driver.now, m.QueryKind.WORKERS).workers
-    assert (view.running, view.lease_s, view.last_heard_s) == (3, 2.0, 0.0)
+    assert (view.running, view.lease_s, view.last_heard_s) == (3, 1.0, 0.0)
 
 
 def test_a_worker_id_that_another_user_has_is_refused(driver: Driver) -> None:

@@ -143,7 +143,7 @@ async def until(is_so: Callable[[], bool]) -> None:
 
 
 async def test_a_silent_worker_is_noticed_by_the_clock() -> None:
-    async with world(heartbeat_ms=20, worker_lost_ms=100) as w:
+    async with world(heartbeat_ms=20, lease_ms=100, worker_lost_ms=100) as w:
         await w.worker()
         client = await w.client()
         client.say(length(deadline_ms=60_000))
