@@ -1,94 +1,124 @@
 """Attention over the block pool, plugged into transformers at its attention interface.
 
 transformers' own model code computes queries, keys and values and calls `paged_attention` instead of its
-cache and kernel. All tokens of a step's slices come in one flat row of the batch, `[1, heads, num_tokens,
-head_dim]`; the step's plan, handed through the model as the keyword `paged_step`, says which are whose
-and where each lies in the pool. No state is kept here between calls.
+cache and kernel, with what the layer is special in: a sliding window, a cap on its scores. All tokens of a
+step's slices come in one flat row of the batch, `[1, heads, num_tokens, head_dim]`; the step's plan, handed
+through the model as the keyword `paged_step`, says which are whose and where each lies in the pool.
 
 Within one slice, with the new tokens already written to the pool (Kwon et al. 2023, section 4.3):
 
         0                      start            stop = context length
         |-- keys from earlier --|-- new keys ----|
-                                 query at position p sees keys 0 .. p
+                      |---------|------- query at position p sees keys 0 .. p, or with a window
+                                         (Beltagy et al. 2020) only p - window + 1 .. p
 
 Three cases, cheapest first: a single query sees everything and needs no mask, and its query heads are
 laid beside each other as rows of their shared KV head (Ainslie et al. 2023, GQA), so nothing is repeated;
-a slice from position 0 has its keys in hand and reads nothing back; the rest gathers the context.
+a slice from position 0 has its keys in hand and reads nothing back; the rest gathers the context, or of it
+the blocks that its first query's window begins in and all after them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from workers.batch import Batch
 from workers.paged_kv import PagedKV, block_rows, gather_kv, token_rows, write_kv
 
 if TYPE_CHECKING:
-    from workers.batch import Batch, Slice
+    from workers.batch import Slice
 
 ATTENTION_NAME = "kvcache_paged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlicePlan:
-    """One slice's place in the flat step and in the pool.
+    """One slice's place in the flat step and in the pool, for layers that see equally far.
 
-    begin, end: its tokens in the flat row. context_len: keys its last token sees, itself among them.
-    context_rows: block rows of those keys, or None if all of them are computed by this step.
-    mask: [end - begin, context_len] in the model's dtype, 0 or -inf; None where none is needed.
+    begin, end: its tokens in the flat row. context_rows: block rows of the keys it sees, or None if all of
+    them are computed by this step. gathered_len: tokens to take from those rows; the first `unseen_len` of
+    them only share a block with what is seen. mask: [end - begin, gathered_len - unseen_len] in the model's
+    dtype, 0 or -inf; None where every query sees all, or plainly all before it.
     """
 
     begin: int
     end: int
-    context_len: int
     context_rows: torch.Tensor | None
+    gathered_len: int
+    unseen_len: int
     mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """What every layer of one forward pass needs to know, computed once for all of them."""
+    """What the layers of one forward pass need to know, computed once for all that see equally far."""
 
+    batch: Batch
     kv: PagedKV
     new_rows: torch.Tensor
-    slices: tuple[SlicePlan, ...]
+    _plans: dict[tuple[int | None, bool], tuple[SlicePlan, ...]] = field(default_factory=dict)
+
+    def slices(self, window: int | None, *, with_masks: bool) -> tuple[SlicePlan, ...]:
+        """The slices as a layer with this window sees them; None, or one that no slice outgrows, is no window.
+
+        with_masks: spell out as a mask even the plain causal one of a slice from position 0.
+        """
+        longest = max(piece.start + len(piece.token_ids) for piece in self.batch)
+        wanted = (window if window is not None and window < longest else None, with_masks)
+        if wanted not in self._plans:
+            self._plans[wanted] = self._plan(*wanted)
+        return self._plans[wanted]
+
+    def _plan(self, window: int | None, with_masks: bool) -> tuple[SlicePlan, ...]:
+        plans: list[SlicePlan] = []
+        begin = 0
+        for piece in self.batch:
+            plans.append(_plan_slice(piece, begin, self.kv, window, with_masks))
+            begin += len(piece.token_ids)
+        return tuple(plans)
 
 
 def plan_step(batch: Batch, kv: PagedKV) -> StepPlan:
     """Lay the slices of a step end to end and find their blocks. Index tensors are on the pool's device."""
-    plans: list[SlicePlan] = []
-    per_head: list[torch.Tensor] = []
-    begin = 0
-    for piece in batch:
-        stop = piece.start + len(piece.token_ids)
-        rows = token_rows(kv.plan, piece.block_table, piece.start, stop, kv.device)
-        per_head.append(rows.view(kv.plan.num_kv_heads, -1))
-        plans.append(_plan_slice(piece, begin, kv))
-        begin += len(piece.token_ids)
-    return StepPlan(kv=kv, new_rows=torch.cat(per_head, dim=1).reshape(-1), slices=tuple(plans))
+    per_head = [
+        token_rows(kv.plan, piece.block_table, piece.start, piece.start + len(piece.token_ids), kv.device).view(
+            kv.plan.num_kv_heads, -1
+        )
+        for piece in batch
+    ]
+    return StepPlan(batch=batch, kv=kv, new_rows=torch.cat(per_head, dim=1).reshape(-1))
 
 
-def _plan_slice(piece: Slice, begin: int, kv: PagedKV) -> SlicePlan:
+def _plan_slice(piece: Slice, begin: int, kv: PagedKV, window: int | None, with_masks: bool) -> SlicePlan:
     num_tokens = len(piece.token_ids)
     stop = piece.start + num_tokens
     from_pool = piece.start > 0
+    first_seen = 0 if window is None else max(0, piece.start - window + 1)
+    first_block = first_seen // kv.plan.block_size
+    gathered_len = stop - first_block * kv.plan.block_size
+    rows = block_rows(kv.plan, piece.block_table[first_block:], gathered_len, kv.device) if from_pool else None
+    is_plain = not from_pool and (window is None or stop <= window) and not with_masks
     return SlicePlan(
         begin=begin,
         end=begin + num_tokens,
-        context_len=stop,
-        context_rows=block_rows(kv.plan, piece.block_table, stop, kv.device) if from_pool else None,
-        mask=_late_causal_mask(num_tokens, stop, kv) if from_pool and num_tokens > 1 else None,
+        context_rows=rows,
+        gathered_len=gathered_len,
+        unseen_len=first_seen - first_block * kv.plan.block_size,
+        mask=None if num_tokens == 1 or is_plain else _mask(num_tokens, stop - first_seen, window, kv),
     )
 
 
-def _late_causal_mask(num_tokens: int, context_len: int, kv: PagedKV) -> torch.Tensor:
-    """Causal mask for the last `num_tokens` of `context_len` positions, aligned at the lower right."""
-    mask = torch.full((num_tokens, context_len), float("-inf"), dtype=kv.dtype, device=kv.device)
-    return mask.triu_(context_len - num_tokens + 1)
+def _mask(num_tokens: int, context_len: int, window: int | None, kv: PagedKV) -> torch.Tensor:
+    """Causal mask, within a window if there is one, for the last `num_tokens` of `context_len` positions."""
+    before = context_len - num_tokens
+    hidden = torch.full((num_tokens, context_len), float("-inf"), dtype=kv.dtype, device=kv.device)
+    mask = hidden.triu(before + 1)
+    return mask if window is None else mask + hidden.tril(before - window)
 
 
 def paged_attention(
@@ -100,11 +130,14 @@ def paged_attention(
     *,
     scaling: float,
     paged_step: StepPlan,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_unused: object,
 ) -> tuple[torch.Tensor, None]:
     """One layer's attention for all slices of a step; writes their keys and values into the pool first.
 
     query: [1, num_heads, num_tokens, head_dim]; key, value: [1, num_kv_heads, num_tokens, head_dim].
+    sliding_window: how many keys a query sees, its own among them. softcap: the bound of a score.
     `module.layer_idx` names the layer; every mask is in the plan.
     Returns [1, num_tokens, num_heads, head_dim], and no weights.
     """
@@ -118,28 +151,36 @@ def paged_attention(
             query[:, :, plan.begin : plan.end],
             _context(keys, key, plan),
             _context(values, value, plan),
-            plan,
+            plan.mask,
             scaling,
+            softcap,
         )
-        for plan in paged_step.slices
+        for plan in paged_step.slices(sliding_window, with_masks=softcap is not None)
     ]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return joined.transpose(1, 2), None
 
 
 def _context(cache: torch.Tensor, new: torch.Tensor, plan: SlicePlan) -> torch.Tensor:
-    """All keys or values the slice sees: [1, num_kv_heads, context_len, head_dim]."""
+    """All keys or values that the slice sees: [1, num_kv_heads, gathered_len - unseen_len, head_dim]."""
     if plan.context_rows is None:
         return new[:, :, plan.begin : plan.end]
-    return gather_kv(cache, plan.context_rows, plan.context_len).unsqueeze(0)
+    return gather_kv(cache, plan.context_rows, plan.gathered_len)[:, plan.unseen_len :].unsqueeze(0)
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, plan: SlicePlan, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """[1, num_heads, num_tokens, head_dim] for one slice."""
     _, num_heads, num_tokens, head_dim = query.shape
     num_kv_heads = keys.shape[1]
+    if softcap is not None:
+        return _attend_capped(query, keys, values, mask, scaling, softcap)
     if num_tokens == 1:
         rows = query.reshape(1, num_kv_heads, num_heads // num_kv_heads, head_dim)
         return scaled_dot_product_attention(rows, keys, values, scale=scaling).reshape(query.shape)
@@ -147,11 +188,33 @@ def _attend(
         query,
         keys,
         values,
-        attn_mask=plan.mask,
-        is_causal=plan.mask is None,
+        attn_mask=mask,
+        is_causal=mask is None,
         scale=scaling,
         enable_gqa=num_heads != num_kv_heads,
     )
+
+
+def _attend_capped(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention with scores bent to `softcap * tanh(score / softcap)` (Bello et al. 2016, logit clipping).
+
+    torch's fused kernels cannot do that; the order of rounding is that of transformers' Gemma 2.
+    """
+    _, num_heads, num_tokens, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    rows = query.reshape(1, num_kv_heads, num_heads // num_kv_heads * num_tokens, head_dim)
+    scores = torch.tanh(rows @ keys.transpose(-1, -2) * scaling / softcap) * softcap
+    if mask is not None:
+        scores.view(1, num_kv_heads, -1, num_tokens, keys.shape[2]).add_(mask)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ values).reshape(query.shape)
 
 
 def register() -> None:

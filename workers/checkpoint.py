@@ -3,11 +3,12 @@
 What is refused, each with its reason: weights other than safetensors (pickles run code), code that comes
 with a model (`auto_map`), files that are missing, cut off or lie about themselves, configs that describe
 a model larger than the weights beside them, and architectures whose attention this worker does not
-compute. Nothing of the folder is imported or executed.
+compute. Which ones it does is `FAMILIES`, and nowhere else. Nothing of the folder is imported or executed.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,45 @@ from workers.safetensors_header import TensorEntry, read_header
 MAX_JSON_BYTES = 64 << 20
 """Of a config or a shard index; real ones have kilobytes."""
 MAX_DIMENSION = 1 << 24
-FAMILIES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+
+
+class Special(enum.Enum):
+    """What a config may ask of attention beyond a plain causal softmax. The value is what people call it."""
+
+    WINDOWS = "sliding-window attention"
+    SOFT_CAPS = "soft-capped logits"
+    ALIBI = "ALiBi"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """How a model family is served. All in the table equal `generate` token for token in float32.
+
+    architecture: transformers' class. specials: what its configs may ask for; asked of another family it is
+    refused, since that family's code would not do it. has_own_attention: its code attends by itself, and is
+    given the pool as its cache (`workers.pool_cache`) instead of our attention (`workers.attention`).
+    """
+
+    architecture: str
+    specials: frozenset[Special] = frozenset()
+    has_own_attention: bool = False
+
+
+_WINDOWS = frozenset({Special.WINDOWS})
+FAMILIES = {
+    "llama": Family(architecture="LlamaForCausalLM"),
+    "mistral": Family(architecture="MistralForCausalLM", specials=_WINDOWS),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", specials=_WINDOWS),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", specials=_WINDOWS),
+    "gemma2": Family(architecture="Gemma2ForCausalLM", specials=_WINDOWS | {Special.SOFT_CAPS}),
+    "gpt2": Family(architecture="GPT2LMHeadModel"),
+    "gpt_neox": Family(architecture="GPTNeoXForCausalLM"),
+    "opt": Family(architecture="OPTForCausalLM"),
+    "phi": Family(architecture="PhiForCausalLM"),
+    "falcon": Family(architecture="FalconForCausalLM", specials=frozenset({Special.ALIBI}), has_own_attention=True),
+    "bloom": Family(architecture="BloomForCausalLM", specials=frozenset({Special.ALIBI}), has_own_attention=True),
+}
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 SOUND_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 """Those that turn a position by an angle of its own. `dynamic` and `longrope` turn it by the length of the
 sequence too, so a cached key would be wrong once the sequence has grown."""
@@ -29,6 +68,8 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 DIMENSIONS = (
     "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads",
     "head_dim", "vocab_size", "intermediate_size", "n_inner", "max_position_embeddings", "n_positions",
+    "ffn_dim", "word_embed_proj_dim", "query_pre_attn_scalar", "sliding_window", "num_kv_heads", "ffn_hidden_size",
+    "n_embed", "seq_length",
 )  # fmt: skip
 
 
@@ -37,7 +78,7 @@ class Checkpoint:
     """A folder that passed. `tensors` are those of all shards together."""
 
     path: Path
-    model_type: str
+    family: Family
     weight_files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
 
@@ -52,7 +93,7 @@ def inspect(path: Path) -> Checkpoint:
     Raises ModelUnavailable with the first reason found against it.
     """
     config = _read_json(path / "config.json")
-    model_type = _check_config(config)
+    family = _check_config(config)
     for name in ("tokenizer_config.json", "processor_config.json"):
         if (path / name).exists():
             _refuse_code(_read_json(path / name), name)
@@ -62,7 +103,7 @@ def inspect(path: Path) -> Checkpoint:
     num_layers = config.get("num_hidden_layers") or config.get("n_layer") or 1
     if num_layers > len(tensors):
         raise ModelUnavailable(f"config.json names {num_layers} layers, the weights have {len(tensors)} tensors in all")
-    return Checkpoint(path=path, model_type=model_type, weight_files=weight_files, tensors=tensors)
+    return Checkpoint(path=path, family=family, weight_files=weight_files, tensors=tensors)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -83,21 +124,22 @@ def _file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _check_config(config: dict[str, Any]) -> str:
+def _check_config(config: dict[str, Any]) -> Family:
     _refuse_code(config, "config.json")
     model_type, architectures = config.get("model_type"), config.get("architectures")
-    _refuse_attention(config)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelUnavailable(f"model_type {model_type!r:.80} is not served; served are: {', '.join(FAMILIES)}")
-    if architectures is not None and architectures != [FAMILIES[model_type]]:
-        raise ModelUnavailable(f"architectures {architectures!r:.80} is not {FAMILIES[model_type]}, a causal model")
+    family = FAMILIES[model_type]
+    if architectures is not None and architectures != [family.architecture]:
+        raise ModelUnavailable(f"architectures {architectures!r:.80} is not {family.architecture}, a causal model")
+    _refuse_attention(config, family)
     if config.get("quantization_config") is not None:
         raise ModelUnavailable("quantised weights are not served; use the checkpoint they were made from")
     for name in DIMENSIONS:
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value <= MAX_DIMENSION):
             raise ModelUnavailable(f"config.json has {name} = {value!r:.80}; it must be an int in 1..{MAX_DIMENSION}")
-    return model_type
+    return family
 
 
 def _refuse_code(config: dict[str, Any], name: str) -> None:
@@ -105,24 +147,36 @@ def _refuse_code(config: dict[str, Any], name: str) -> None:
         raise ModelUnavailable(f"{name} asks for code of its own (auto_map), and a model's code is never run")
 
 
-def _refuse_attention(config: dict[str, Any]) -> None:
-    """Attention that the pool's plain causal softmax would get wrong, by the name people know it by."""
-    layer_types = config.get("layer_types") or ["full_attention"]
+def _refuse_attention(config: dict[str, Any], family: Family) -> None:
+    """Attention that the family's code, or ours beneath it, would get wrong, by the name people know it by."""
+    layer_types = config.get("layer_types") or []
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(layer_types, list) or not isinstance(rope, dict):
         raise ModelUnavailable("config.json: layer_types must be a list and rope_parameters an object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    reasons = {
-        "sliding-window attention": config.get("sliding_window") is not None and config.get("use_sliding_window", True),
-        "attention other than full_attention in layer_types": any(kind != "full_attention" for kind in layer_types),
-        "soft-capped logits": bool(config.get("attn_logit_softcapping") or config.get("final_logit_softcapping")),
-        "ALiBi": bool(config.get("alibi")) or config.get("position_embedding_type") == "alibi",
+    reasons = {special.value: special not in family.specials for special in _specials_of(config, layer_types)}
+    reasons |= {
+        f"layer_types other than {', '.join(sorted(LAYER_TYPES))}": any(
+            not isinstance(kind, str) or kind not in LAYER_TYPES for kind in layer_types
+        ),
+        "attention to later tokens": bool(config.get("use_bidirectional_attention")),
         "cross-attention": bool(config.get("add_cross_attention") or config.get("is_encoder_decoder")),
+        "products cut in slices (slow_but_exact)": bool(config.get("slow_but_exact")),
         f"rope type {rope_type!r:.40}": rope_type not in SOUND_ROPE_TYPES,
     }
     for reason, applies in reasons.items():
         if applies:
             raise ModelUnavailable(f"the model uses {reason}, which this worker does not compute")
+
+
+def _specials_of(config: dict[str, Any], layer_types: list[Any]) -> set[Special]:
+    asked = {
+        Special.WINDOWS: (config.get("sliding_window") is not None and config.get("use_sliding_window", True))
+        or "sliding_attention" in layer_types,
+        Special.SOFT_CAPS: config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"),
+        Special.ALIBI: config.get("alibi") or config.get("position_embedding_type") == "alibi",
+    }
+    return {special for special, is_asked in asked.items() if is_asked}
 
 
 def _read_weights(path: Path) -> tuple[tuple[Path, ...], dict[str, TensorEntry]]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvcache.models import ModelSource
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+BLOOM_TRAINED_LEN = 2048
+"""Le Scao et al. 2022, table 3: of every size of Bloom."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,10 +43,12 @@ class LoadedModel:
     """A model ready to run, in evaluation mode, with our attention in it.
 
     eos_ids: the token ids that end a generation. fingerprint: see `workers.checkpoint.fingerprint`.
+    has_own_attention: the model attends in its own code instead, see `workers.checkpoint.Family`.
     """
 
     name: str
     model: PreTrainedModel
+    has_own_attention: bool
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
     fingerprint: str
@@ -95,6 +99,7 @@ def _load(source: ModelSource, dtype_name: str, device: torch.device, max_model_
     return LoadedModel(
         name=source.name,
         model=model,
+        has_own_attention=found.family.has_own_attention,
         tokenizer=tokenizer,
         eos_ids=_eos_ids(model, tokenizer, shape.vocab_size),
         fingerprint=checkpoint.fingerprint(found),
@@ -139,7 +144,7 @@ def _load_weights(found: checkpoint.Checkpoint, config: Any, dtype: torch.dtype)
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
-        attn_implementation=attention.ATTENTION_NAME,
+        attn_implementation=None if found.family.has_own_attention else attention.ATTENTION_NAME,
         output_loading_info=True,
     )
     model, report = loaded
@@ -151,7 +156,7 @@ def _load_weights(found: checkpoint.Checkpoint, config: Any, dtype: torch.dtype)
 
 
 def _shape_of(config: Any, max_model_len: int | None) -> ModelShape:  # noqa: ANN401
-    own_len = int(config.max_position_embeddings)
+    own_len = _own_len(config)
     if max_model_len is not None and not 0 < max_model_len <= own_len:
         raise ModelUnavailable(
             f"max_model_len {max_model_len} is not in 1..{own_len}, the positions it was trained for"
@@ -160,11 +165,26 @@ def _shape_of(config: Any, max_model_len: int | None) -> ModelShape:  # noqa: AN
     return ModelShape(
         num_layers=int(config.num_hidden_layers),
         num_heads=num_heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+        num_kv_heads=_num_kv_heads(config, num_heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // num_heads),
         vocab_size=int(config.vocab_size),
         max_model_len=max_model_len or own_len,
     )
+
+
+def _own_len(config: Any) -> int:  # noqa: ANN401
+    """In tokens. Bloom has no field for it, since ALiBi needs none; its files say how long it was trained."""
+    for name in ("max_position_embeddings", "seq_length"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    return BLOOM_TRAINED_LEN
+
+
+def _num_kv_heads(config: Any, num_heads: int) -> int:  # noqa: ANN401
+    """Of what goes to the cache: Falcon has one KV head, or else repeats them for every head before that."""
+    if config.model_type == "falcon":
+        return 1 if config.multi_query and not config.new_decoder_architecture else num_heads
+    return int(getattr(config, "num_key_value_heads", None) or num_heads)
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> frozenset[int]:

@@ -1,17 +1,21 @@
 """Run a batch through a model, with its keys and values in the pool: the reference runner, any torch device.
 
 All slices go through in one pass as one flat row of tokens with their positions; attention takes them
-apart again (`workers.attention`). The vocabulary projection is done only for the rows that ask for it.
+apart again (`workers.attention`). Families that attend in code of their own get a pass for every number of
+tokens that slices have, all decodes in one, over a cache that is the pool (`workers.pool_cache`). The
+vocabulary projection, and what a family does to its logits, is done only for the rows that ask for it.
 The runner owns no sequence and no block: what a batch says is in the pool must be there.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from workers.attention import plan_step
+from workers.pool_cache import PoolCache
 
 if TYPE_CHECKING:
     from workers.batch import Batch
@@ -35,12 +39,13 @@ class TorchRunner:
             )
         self.kv = kv
         self._max_len = shape.max_model_len
-        self._body = loaded.model.base_model
-        self._head = cast("torch.nn.Module", loaded.model.get_output_embeddings())  # type: ignore[no-untyped-call]
+        self._vocab_size = shape.vocab_size
+        self._model = loaded.model
+        self._run = self._run_by_length if loaded.has_own_attention else self._run_flat
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        """One forward pass over every slice of the batch.
+        """One forward pass over every slice of the batch, or a few if the family attends in its own code.
 
         Returns logits `[num_wanting_logits, vocab_size]` float32 on the model's device: one row for the last
         token of each slice that wants them, in the batch's order. Writes the keys and values of all its tokens
@@ -48,19 +53,45 @@ class TorchRunner:
         model's length or its own block table, before anything is written.
         """
         self._check(batch)
+        return self._run(batch).float()
+
+    def _run_flat(self, batch: Batch) -> torch.Tensor:
         device = self.kv.device
         token_ids = torch.tensor([token for piece in batch for token in piece.token_ids], device=device)
         positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.token_ids)) for piece in batch])
-        step = plan_step(batch, self.kv)
-        output = self._body(
+        ends = accumulate(len(piece.token_ids) for piece in batch)
+        wanted = [end - 1 for end, piece in zip(ends, batch, strict=True) if piece.wants_logits]
+        output = self._model(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.to(device).unsqueeze(0),
             use_cache=False,
-            paged_step=step,
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
+            paged_step=plan_step(batch, self.kv),
         )
-        wanted = [plan.end - 1 for plan, piece in zip(step.slices, batch, strict=True) if piece.wants_logits]
-        hidden = cast("torch.Tensor", output.last_hidden_state)[0, wanted]
-        return cast("torch.Tensor", self._head(hidden)).float()
+        return cast("torch.Tensor", output.logits[0])
+
+    def _run_by_length(self, batch: Batch) -> torch.Tensor:
+        def num_tokens(index: int) -> int:
+            return len(batch[index].token_ids)
+
+        logits = torch.empty((len(batch), self._vocab_size), dtype=self.kv.dtype, device=self.kv.device)
+        for _, same in groupby(sorted(range(len(batch)), key=num_tokens), num_tokens):
+            rows = list(same)
+            logits[rows] = self._run_equal([batch[row] for row in rows])
+        return logits[[row for row, piece in enumerate(batch) if piece.wants_logits]]
+
+    def _run_equal(self, batch: Batch) -> torch.Tensor:
+        """One pass over slices with the same number of tokens; the logits of each one's last."""
+        cache = PoolCache(batch, self.kv)
+        output = self._model(
+            input_ids=torch.tensor([list(piece.token_ids) for piece in batch], device=self.kv.device),
+            position_ids=cache.position_ids,
+            attention_mask=cache.attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return cast("torch.Tensor", output.logits[:, -1])
 
     def _check(self, batch: Batch) -> None:
         if not batch:
