@@ -35,7 +35,7 @@ LENGTHS = (29, 5, 17)
 
 
 def prompt_of(length: int) -> tuple[int, ...]:
-    return tuple(random.Random(length).randrange(VOCAB_SIZE - 1) for _ in range(length))
+    return tuple(random.Random(length).choices(range(VOCAB_SIZE - 1), k=length))
 
 
 @dataclass

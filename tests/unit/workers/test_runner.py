@@ -24,7 +24,7 @@ TOLERANCE = 2e-5
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return [random.Random(f"{seed}/{length}").randrange(VOCAB_SIZE - 1) for _ in range(length)]
+    return random.Random(f"{seed}/{length}").choices(range(VOCAB_SIZE - 1), k=length)
 
 
 def prefill(
