@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """float32 logits of magnitude about 5, summed in another order over a few layers."""
+BFLOAT16_TOLERANCE = 0.07
+"""Four steps of bfloat16 at magnitude 4. Logits in float32 are up to 0.12 away from theirs and ours alike."""
 NUM_NEW = 8
 LENGTHS = (29, 5, 17)
 """Of prompts, in tokens: two outgrow the window, one does so only while it is continued."""
@@ -195,3 +197,38 @@ def test_what_lies_in_the_pool_beyond_a_sequence_is_never_seen(family: Family, w
     for walk in walks:
         prefill(runner, walk, 10)
     decode(runner, walks)
+
+
+def test_decodes_share_a_pass_also_with_a_prefill_between_them(family: Family, walks: list[Walk]) -> None:
+    """One pass for everything, or where the family attends in its own code, one for each length of slices."""
+    runner = family.make_runner()
+    lay_out(walks, seed=7)
+    for walk in (walks[0], walks[2]):
+        prefill(runner, walk, 64)
+    passes: list[None] = []
+    hook = family.loaded.model.register_forward_hook(lambda *_: passes.append(None))
+    logits = runner.run([walks[0].slice_at(1), make_slice(walks[1].prompt, 0, walks[1].table), walks[2].slice_at(1)])
+    hook.remove()
+    assert len(passes) == (2 if family.loaded.has_own_attention else 1)
+    for walk, step, row in zip(walks, (1, 0, 1), logits, strict=True):
+        walk.judge(step, row)
+
+
+def test_in_bfloat16_logits_are_those_of_transformers_in_bfloat16(family: Family, walks: list[Walk]) -> None:
+    plain: Any = AutoModelForCausalLM.from_pretrained(family.path, dtype=torch.bfloat16)
+    plain.eval()
+    ours = Family(family.name, family.path, load_model(source_of(family.path), dtype="bfloat16"), plain)
+    runner = ours.make_runner()
+    lay_out(walks, seed=8)
+    long, short, other = walks
+    runner.run([make_slice(long.prompt[:13], 0, long.table, wants_logits=False)])
+    logits = runner.run(
+        [
+            make_slice(long.prompt[13:], 13, long.table),
+            make_slice(short.prompt, 0, short.table),
+            make_slice(other.prompt, 0, other.table),
+        ]
+    )
+    with torch.inference_mode():
+        theirs = torch.stack([plain(torch.tensor([walk.prompt])).logits[0, -1].float() for walk in walks])
+    torch.testing.assert_close(logits, theirs, atol=BFLOAT16_TOLERANCE, rtol=0)
