@@ -14,7 +14,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bus.errors import ModelUnavailable
 from workers.safetensors_header import TensorEntry, read_header
@@ -37,16 +37,18 @@ class Family:
     """How a model family is served. All in the table equal `generate` token for token in float32.
 
     architecture: transformers' class. specials: what its configs may ask for; asked of another family it is
-    refused, since that family's code would not do it. has_own_attention: its code attends by itself, and is
-    given the pool as its cache (`workers.pool_cache`) instead of our attention (`workers.attention`).
+    refused, since that family's code would not do it. own_attention: its code attends by itself, in this
+    implementation of transformers', and is given the pool as its cache (`workers.pool_cache`); None where it
+    calls our attention (`workers.attention`).
     """
 
     architecture: str
     specials: frozenset[Special] = frozenset()
-    has_own_attention: bool = False
+    own_attention: Literal["eager", "sdpa"] | None = None
 
 
 _WINDOWS = frozenset({Special.WINDOWS})
+_ALIBI = frozenset({Special.ALIBI})
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM"),
     "mistral": Family(architecture="MistralForCausalLM", specials=_WINDOWS),
@@ -57,8 +59,9 @@ FAMILIES = {
     "gpt_neox": Family(architecture="GPTNeoXForCausalLM"),
     "opt": Family(architecture="OPTForCausalLM"),
     "phi": Family(architecture="PhiForCausalLM"),
-    "falcon": Family(architecture="FalconForCausalLM", specials=frozenset({Special.ALIBI}), has_own_attention=True),
-    "bloom": Family(architecture="BloomForCausalLM", specials=frozenset({Special.ALIBI}), has_own_attention=True),
+    # Not eager: that adds Falcon's ALiBi twice, as a bias and in the mask (transformers 5.23).
+    "falcon": Family(architecture="FalconForCausalLM", specials=_ALIBI, own_attention="sdpa"),
+    "bloom": Family(architecture="BloomForCausalLM", specials=_ALIBI, own_attention="eager"),
 }
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 SOUND_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})

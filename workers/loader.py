@@ -99,7 +99,7 @@ def _load(source: ModelSource, dtype_name: str, device: torch.device, max_model_
     return LoadedModel(
         name=source.name,
         model=model,
-        has_own_attention=found.family.has_own_attention,
+        has_own_attention=found.family.own_attention is not None,
         tokenizer=tokenizer,
         eos_ids=_eos_ids(model, tokenizer, shape.vocab_size),
         fingerprint=checkpoint.fingerprint(found),
@@ -144,7 +144,7 @@ def _load_weights(found: checkpoint.Checkpoint, config: Any, dtype: torch.dtype)
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
-        attn_implementation=None if found.family.has_own_attention else attention.ATTENTION_NAME,
+        attn_implementation=found.family.own_attention or attention.ATTENTION_NAME,
         output_loading_info=True,
     )
     model, report = loaded
