@@ -118,21 +118,9 @@ async def test_attempt_that_is_not_newer_is_refused_by_the_worker_that_still_run
     cluster.start_broker()
     await asyncio.to_thread(cluster.wait_ready)
     async with raw.raw_client(cluster.url, instance) as peer:
-        await until_settled(peer)
         await ask(peer, 0)
         assert (await peer.failure(req_id)).code == ErrorCode.STALE_EPOCH
         await ask(peer, 1)
         assert (await peer.expect(m.Started))[0].epoch == 1
         peer.send(m.Cancel(req_id=req_id))
         assert (await peer.failure(req_id)).code == ErrorCode.CANCELLED
-
-
-async def until_settled(peer: raw.RawClient) -> None:
-    """A broker that has just started takes no requests for a second."""
-
-    async def takes_requests() -> bool:
-        req_id = raw.new_id()
-        peer.send(m.Length(req_id=req_id, attempt=0, deadline_ms=5000, seq_id="not-there", layer=0))
-        return (await peer.failure(req_id)).code == ErrorCode.NOT_FOUND
-
-    await until(takes_requests, "the broker has settled")

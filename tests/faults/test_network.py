@@ -154,6 +154,13 @@ async def test_half_open_worker_link_moves_its_streams_and_comes_back(
         await until(far_serves, "the far worker has joined again")
         tokens, done = await greedy(client, prompt, 20, seq_id=name)
         assert (tokens, done.worker_id) == (reference.greedy(prompt, 20), "far")
+
+        async def far_is_gone() -> bool:
+            return all(view.worker_id != "far" for view in await client.workers())
+
+        proxy.blackhole()  # while it is idle, so that nothing fails that could tell
+        await until(far_is_gone, "its silence alone ends its membership")
+        proxy.heal()
     finally:
         cluster.drop_worker("far")
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bus.endpoints import endpoints
-from bus.errors import KVCacheError
+from bus.errors import KVCacheError, NotFound
 from bus.stats import WorkerView
 from kvcache import Client
 from kvcache.local import free_url, wait_for_port
@@ -197,8 +197,12 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
 
 
 def _ready(client: Client) -> set[str]:
+    """The workers that are ready at a broker that takes requests, which one that has just started does not."""
     try:
         views: tuple[WorkerView, ...] = client.workers()
+        client.kv.length("nobody", 0)
+    except NotFound:
+        return {view.worker_id for view in views if view.status == "ready"}
     except KVCacheError:
         return set()
-    return {view.worker_id for view in views if view.status == "ready"}
+    raise AssertionError("a sequence that nobody put is there")
