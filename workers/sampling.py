@@ -11,7 +11,7 @@ changing either changes what a seed means.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,23 +42,39 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | InternalEr
 
     logits: [num_draws, vocab_size] float32, any device; rows with banned ids are changed in place.
     A row with a NaN or an infinity gives InternalError, since any token drawn from it would be noise.
+    Rows of like parameters are drawn together; that changes no draw.
     """
     if logits.shape[0] != len(draws):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(draws)} draws")
-    finite = torch.isfinite(logits).all(dim=1).tolist()
+    # A NaN passes through both ends and an infinity is one of them; `isfinite` of all would take ten times as long.
+    lowest, highest = logits.amin(dim=1), logits.amax(dim=1)
+    finite = (lowest.isfinite() & highest.isfinite()).tolist()
     for row, draw in enumerate(draws):
         if draw.banned_ids:
             logits[row, list(draw.banned_ids)] = float("-inf")
-    likeliest = logits.argmax(dim=1).tolist()
-    tokens: list[int | InternalError] = []
-    for row, draw in enumerate(draws):
-        if not finite[row]:
-            tokens.append(InternalError(f"non-finite logits at position {draw.position}"))
-        elif draw.sampling.temperature == 0.0:
-            tokens.append(likeliest[row])
+    tokens: list[int | InternalError] = [
+        InternalError(f"non-finite logits at position {draw.position}") for draw in draws
+    ]
+    for sampling, rows in _alike(draws, finite):
+        chosen = logits if len(rows) == len(draws) else logits[rows]
+        if sampling.temperature == 0.0:
+            drawn = chosen.max(dim=1).indices.tolist()
         else:
-            tokens.append(_draw_one(logits[row], draw))
+            drawn = _draw(chosen.to("cpu"), sampling, [draws[row] for row in rows])
+        for row, token in zip(rows, drawn, strict=True):
+            tokens[row] = token
     return tokens
+
+
+def _alike(draws: Sequence[Draw], finite: Sequence[bool]) -> Iterator[tuple[Sampling, list[int]]]:
+    """The rows with numbers in them, by what shapes their distribution; with one of the samplings of each."""
+    groups: dict[tuple[float, int, float], list[int]] = {}
+    for row, draw in enumerate(draws):
+        if finite[row]:
+            greedy, sampling = draw.sampling.temperature == 0.0, draw.sampling
+            key = (0.0, 0, 1.0) if greedy else (sampling.temperature, sampling.top_k, sampling.top_p)
+            groups.setdefault(key, []).append(row)
+    return ((draws[rows[0]].sampling, rows) for rows in groups.values())
 
 
 def uniform(seed: int, position: int) -> float:
@@ -70,31 +86,53 @@ def uniform(seed: int, position: int) -> float:
     return float(int(word) >> 11) * 2.0**-53
 
 
-def _draw_one(row: torch.Tensor, draw: Draw) -> int:
-    sampling = draw.sampling
+def _draw(logits: torch.Tensor, sampling: Sampling, draws: Sequence[Draw]) -> list[int]:
+    """A token for each row, all of which have the temperature, top_k and top_p of `sampling`."""
+    if 0 < sampling.top_k < logits.shape[1]:
+        tokens: list[int] = []
+        for row, ids, draw in zip(logits, _top_k_ids(logits, sampling.top_k), draws, strict=True):
+            tokens += _walk(row[ids].unsqueeze(0), sampling, [draw], ids)
+        return tokens
+    return _walk(logits, sampling, draws, torch.arange(logits.shape[1]))
+
+
+def _walk(logits: torch.Tensor, sampling: Sampling, draws: Sequence[Draw], ids: torch.Tensor) -> list[int]:
+    """Draw from the tokens `ids`, whose logits are the columns, after cutting at top_p."""
     # float64 on the CPU from here on, so that the walk over 50,000 tokens adds up, and the same everywhere.
-    scaled = row.to("cpu", torch.float64) / sampling.temperature
-    ids, scaled = _keep_top_k(scaled, sampling.top_k)
-    probabilities = torch.softmax(scaled, dim=0)
-    if sampling.top_p < 1.0:
-        kept = _nucleus(probabilities, sampling.top_p)
-        ids, probabilities = ids[kept], probabilities[kept]
-    cumulative = torch.cumsum(probabilities, dim=0)
-    target = uniform(sampling.seed, draw.position) * float(cumulative[-1])
-    at = int(torch.searchsorted(cumulative, target, right=True))
+    probabilities = torch.softmax(logits.to(torch.float64) / sampling.temperature, dim=1)
+    if sampling.top_p >= 1.0:
+        return _use_up(probabilities, draws, ids)
+    tokens: list[int] = []
+    for row, draw in zip(probabilities, draws, strict=True):
+        kept = _nucleus(row, sampling.top_p)
+        tokens += _use_up(row[kept].unsqueeze(0), [draw], ids[kept])
+    return tokens
+
+
+def _use_up(probabilities: torch.Tensor, draws: Sequence[Draw], ids: torch.Tensor) -> list[int]:
+    """Walk each row in order of token id until its uniform number is used up."""
+    cumulative = torch.cumsum(probabilities, dim=1)
+    numbers = torch.tensor([uniform(draw.sampling.seed, draw.position) for draw in draws], dtype=torch.float64)
+    targets = numbers * cumulative[:, -1]
+    at = torch.searchsorted(cumulative, targets.unsqueeze(1), right=True).squeeze(1)
     # `right` skips tokens of probability 0; the last sum may round below a target that is all but 1.
-    return int(ids[min(at, len(ids) - 1)])
+    drawn: list[int] = ids[at.clamp_(max=len(ids) - 1)].tolist()
+    return drawn
 
 
-def _keep_top_k(scaled: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and logits of the `top_k` likeliest (0: of all), ties at the edge to the lower id, in order of id."""
-    ids = torch.arange(scaled.shape[0])
-    if not 0 < top_k < scaled.shape[0]:
-        return ids, scaled
-    edge = torch.topk(scaled, top_k).values[-1]
-    above, tied = ids[scaled > edge], ids[scaled == edge]
-    kept = torch.cat((above, tied[: top_k - len(above)])).sort().values
-    return kept, scaled[kept]
+def _top_k_ids(logits: torch.Tensor, top_k: int) -> list[torch.Tensor]:
+    """Per row the ids of its `top_k` likeliest, ties at the edge to the lower id, in order of id."""
+    edges = torch.topk(logits, top_k, dim=1).values[:, -1:]
+    return [_cut(row, edge, top_k) for row, edge in zip(logits, edges, strict=True)]
+
+
+def _cut(row: torch.Tensor, edge: torch.Tensor, top_k: int) -> torch.Tensor:
+    candidates = torch.nonzero(row >= edge).squeeze(1)
+    if len(candidates) == top_k:
+        return candidates
+    is_above = row[candidates] > edge
+    above, tied = candidates[is_above], candidates[~is_above]
+    return torch.cat((above, tied[: top_k - len(above)])).sort().values
 
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -41,6 +41,26 @@ def test_same_seed_and_position_draw_the_same_token_in_any_batch() -> None:
     assert together == apart[::-1]
 
 
+def test_rows_drawn_together_are_drawn_as_if_apart_whatever_their_parameters() -> None:
+    torch.manual_seed(1)
+    rows = torch.randn(60, 3000).mul(4).round()  # rounded, for ties at every edge
+    rows[7, 5] = math.nan
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 40},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.3, "top_k": 40, "top_p": 0.8},
+    ]
+    draws = [
+        draw_of(n, (3, n) if n % 4 == 0 else (), seed=n % 7, **ways[n % 3 if n < 30 else n % 5]) for n in range(60)
+    ]
+    together = sample(rows.clone(), draws)
+    apart = [sample(rows[n : n + 1].clone(), draws[n : n + 1])[0] for n in range(60)]
+    assert [str(token) for token in together] == [str(token) for token in apart]
+    assert sum(isinstance(token, InternalError) for token in together) == 1
+
+
 def test_seed_means_what_it_always_meant() -> None:
     """Changing these numbers changes what a user's seed gives: a new major version."""
     assert [uniform(0, 0), uniform(1, 0), uniform(0, 1), uniform(2**63 - 1, 10**6)] == pytest.approx(VECTORS, abs=0)
