@@ -12,15 +12,18 @@ Within one slice, with the new tokens already written to the pool (Kwon et al. 2
                       |---------|------- query at position p sees keys 0 .. p, or with a window
                                          (Beltagy et al. 2020) only p - window + 1 .. p
 
-Three cases, cheapest first: a single query sees everything and needs no mask, and its query heads are
-laid beside each other as rows of their shared KV head (Ainslie et al. 2023, GQA), so nothing is repeated;
-a slice from position 0 has its keys in hand and reads nothing back; the rest gathers the context, or of it
-the blocks that its first query's window begins in and all after them.
+Decodes of like length go together, in layers that see all and have no cap (`workers.decode_attention`). The rest
+are attended to slice by slice, the plain path that the other one is held to. Three cases, cheapest first: a single
+query sees everything and needs no mask, and its query heads are laid beside each other as rows of their shared KV
+head (Ainslie et al. 2023, GQA), so nothing is repeated; a slice from position 0 has its keys in hand and reads
+nothing back; the rest gathers the context, or of it the blocks that its first query's window begins in and all
+after them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +31,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from workers.batch import Batch
-from workers.paged_kv import PagedKV, block_rows, gather_kv, token_rows, write_kv
+from workers.decode_attention import DecodeGroup, attend_group, group_decodes, plan_group
+from workers.paged_kv import PagedKV, batch_rows, block_rows, gather_kv, write_kv
 
 if TYPE_CHECKING:
     from workers.batch import Slice
@@ -55,18 +59,26 @@ class SlicePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerPlan:
+    """Who is attended to together, and who one by one: each slice of the batch is in one of the two."""
+
+    groups: tuple[DecodeGroup, ...]
+    slices: tuple[SlicePlan, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """What the layers of one forward pass need to know, computed once for all that see equally far."""
 
     batch: Batch
     kv: PagedKV
     new_rows: torch.Tensor
-    _plans: dict[tuple[int | None, bool], tuple[SlicePlan, ...]] = field(default_factory=dict)
+    _plans: dict[tuple[int | None, bool], LayerPlan] = field(default_factory=dict)
 
-    def slices(self, window: int | None, *, with_masks: bool) -> tuple[SlicePlan, ...]:
+    def for_layer(self, window: int | None, *, with_masks: bool) -> LayerPlan:
         """The slices as a layer with this window sees them; None, or one that no slice outgrows, is no window.
 
-        with_masks: spell out as a mask even the plain causal one of a slice from position 0.
+        with_masks: one by one, and spell out as a mask even the plain causal one of a slice from position 0.
         """
         longest = max(piece.start + len(piece.token_ids) for piece in self.batch)
         wanted = (window if window is not None and window < longest else None, with_masks)
@@ -74,24 +86,24 @@ class StepPlan:
             self._plans[wanted] = self._plan(*wanted)
         return self._plans[wanted]
 
-    def _plan(self, window: int | None, with_masks: bool) -> tuple[SlicePlan, ...]:
-        plans: list[SlicePlan] = []
-        begin = 0
-        for piece in self.batch:
-            plans.append(_plan_slice(piece, begin, self.kv, window, with_masks))
-            begin += len(piece.token_ids)
-        return tuple(plans)
+    def _plan(self, window: int | None, with_masks: bool) -> LayerPlan:
+        batch, kv = self.batch, self.kv
+        ends = list(accumulate(len(piece.token_ids) for piece in batch))
+        groups = [] if with_masks or window is not None else group_decodes(batch, kv)
+        grouped = set(chain.from_iterable(groups))
+        return LayerPlan(
+            groups=tuple(plan_group([batch[i] for i in group], [ends[i] - 1 for i in group], kv) for group in groups),
+            slices=tuple(
+                _plan_slice(piece, ends[i] - len(piece.token_ids), kv, window, with_masks)
+                for i, piece in enumerate(batch)
+                if i not in grouped
+            ),
+        )
 
 
 def plan_step(batch: Batch, kv: PagedKV) -> StepPlan:
     """Lay the slices of a step end to end and find their blocks. Index tensors are on the pool's device."""
-    per_head = [
-        token_rows(kv.plan, piece.block_table, piece.start, piece.start + len(piece.token_ids), kv.device).view(
-            kv.plan.num_kv_heads, -1
-        )
-        for piece in batch
-    ]
-    return StepPlan(batch=batch, kv=kv, new_rows=torch.cat(per_head, dim=1).reshape(-1))
+    return StepPlan(batch=batch, kv=kv, new_rows=batch_rows(kv.plan, batch, kv.device))
 
 
 def _plan_slice(piece: Slice, begin: int, kv: PagedKV, window: int | None, with_masks: bool) -> SlicePlan:
@@ -146,8 +158,12 @@ def paged_attention(
     keys, values = paged_step.kv.keys[layer], paged_step.kv.values[layer]
     write_kv(keys, key[0], paged_step.new_rows)
     write_kv(values, value[0], paged_step.new_rows)
-    outputs = [
-        _attend(
+    layer_plan = paged_step.for_layer(sliding_window, with_masks=softcap is not None)
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for group in layer_plan.groups:
+        output.index_copy_(0, group.places, attend_group(query, keys, values, group, scaling))
+    for plan in layer_plan.slices:
+        attended = _attend(
             query[:, :, plan.begin : plan.end],
             _context(keys, key, plan),
             _context(values, value, plan),
@@ -155,10 +171,8 @@ def paged_attention(
             scaling,
             softcap,
         )
-        for plan in paged_step.slices(sliding_window, with_masks=softcap is not None)
-    ]
-    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return joined.transpose(1, 2), None
+        output[plan.begin : plan.end] = attended[0].transpose(0, 1)
+    return output.unsqueeze(0), None
 
 
 def _context(cache: torch.Tensor, new: torch.Tensor, plan: SlicePlan) -> torch.Tensor:

@@ -18,6 +18,7 @@ blocks and transposing takes 59 us.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +28,7 @@ from bus.errors import BadArgument, BadTensor, NoSpace
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workers.batch import BlockId
+    from workers.batch import Batch, BlockId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +148,20 @@ def token_rows(
     first = start // plan.block_size
     last = -(-stop // plan.block_size)
     blocks = torch.tensor(block_table[first:last], dtype=torch.int64)
-    of_token = blocks[positions // plan.block_size - first] * (plan.num_kv_heads * plan.block_size)
+    return _rows(plan, blocks[positions // plan.block_size - first], positions, device)
+
+
+def batch_rows(plan: PagePlan, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Token rows of all tokens that a batch computes: `[num_kv_heads * num_tokens]` int64, head-major, distinct."""
+    positions = [range(piece.start, piece.start + len(piece.token_ids)) for piece in batch]
+    blocks = [piece.block_table[p // plan.block_size] for piece, of in zip(batch, positions, strict=True) for p in of]
+    return _rows(plan, torch.tensor(blocks), torch.tensor(list(chain.from_iterable(positions))), device)
+
+
+def _rows(plan: PagePlan, blocks: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
+    of_token = blocks * (plan.num_kv_heads * plan.block_size) + positions % plan.block_size
     of_head = torch.arange(plan.num_kv_heads) * plan.block_size
-    return (of_head[:, None] + (of_token + positions % plan.block_size)[None, :]).reshape(-1).to(device)
+    return (of_head[:, None] + of_token[None, :]).reshape(-1).to(device)
 
 
 def block_rows(plan: PagePlan, block_table: Sequence[BlockId], stop: int, device: torch.device) -> torch.Tensor:

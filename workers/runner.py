@@ -58,12 +58,12 @@ class TorchRunner:
     def _run_flat(self, batch: Batch) -> torch.Tensor:
         device = self.kv.device
         token_ids = torch.tensor([token for piece in batch for token in piece.token_ids], device=device)
-        positions = torch.cat([torch.arange(piece.start, piece.start + len(piece.token_ids)) for piece in batch])
+        positions = [p for piece in batch for p in range(piece.start, piece.start + len(piece.token_ids))]
         ends = accumulate(len(piece.token_ids) for piece in batch)
         wanted = [end - 1 for end, piece in zip(ends, batch, strict=True) if piece.wants_logits]
         output = self._model(
             input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.to(device).unsqueeze(0),
+            position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
             paged_step=plan_step(batch, self.kv),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from workers.attention import paged_attention, plan_step
 from workers.batch import BlockId, Slice
+from workers.decode_attention import GROUP_BYTES, MAX_CONTEXT, group_decodes
 from workers.paged_kv import PagedKV, plan_pages
 
 BLOCKS, BLOCK_SIZE, HEAD_DIM = 40, 4, 8
@@ -146,9 +147,9 @@ def test_stale_contents_after_the_context_are_never_seen(start: int, rule: Rule)
 def test_layers_that_see_equally_far_share_one_plan_and_a_window_none_outgrows_is_no_window() -> None:
     kv, table = make_kv(2), [BlockId(9), BlockId(4), BlockId(7)]
     step = plan_step([Slice(token_ids=[0] * 4, start=5, block_table=table, wants_logits=True)], kv)
-    full = step.slices(None, with_masks=False)
-    assert step.slices(9, with_masks=False) is full
-    assert step.slices(8, with_masks=False) is not full
+    full = step.for_layer(None, with_masks=False)
+    assert step.for_layer(9, with_masks=False) is full
+    assert step.for_layer(8, with_masks=False) is not full
 
 
 def test_blocks_that_a_window_has_left_behind_are_not_read() -> None:
@@ -161,3 +162,85 @@ def test_blocks_that_a_window_has_left_behind_are_not_read() -> None:
     batch = [Slice(token_ids=[0, 0], start=12, block_table=table, wants_logits=True)]
     assert attend(kv, batch, [states], Rule(window=4)).isfinite().all()
     assert not attend(kv, batch, [states], Rule(window=6)).isfinite().all()
+
+
+# --- decodes that are attended to together ---
+
+
+def decode(start: int, table: list[BlockId]) -> Slice:
+    return Slice(token_ids=[0], start=start, block_table=table, wants_logits=True)
+
+
+def tables_for(starts: list[int], seed: int = 0) -> list[list[BlockId]]:
+    blocks = iter(random.Random(seed).sample(range(BLOCKS), BLOCKS))
+    return [[BlockId(next(blocks)) for _ in range(start // BLOCK_SIZE + 1)] for start in starts]
+
+
+def random_states(
+    num_tokens: int, num_heads: int, num_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keys, values = torch.randn(2, num_tokens, num_kv_heads, HEAD_DIM)
+    return torch.randn(num_tokens, num_heads, HEAD_DIM), keys, values
+
+
+@given(st.lists(st.integers(1, 15), min_size=2, max_size=9), st.sampled_from([(4, 4), (6, 2)]), st.integers(0, 99))
+def test_decodes_together_get_what_each_gets_alone(starts: list[int], heads: tuple[int, int], seed: int) -> None:
+    torch.manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    kv = make_kv(num_kv_heads)
+    for tensor in (*kv.keys, *kv.values):
+        tensor.fill_(random.Random(seed).choice([math.nan, math.inf, 3e38]))  # what a last owner may leave behind
+    batch = [decode(start, table) for start, table in zip(starts, tables_for(starts, seed), strict=True)]
+    states = [random_states(1, num_heads, num_kv_heads) for _ in batch]
+    for piece in batch:
+        kv.write(1, piece.block_table, 0, *torch.randn(2, piece.start, num_kv_heads, HEAD_DIM).unbind())
+    together = attend(kv, batch, states)
+    apart = torch.cat([attend(kv, [piece], [state]) for piece, state in zip(batch, states, strict=True)])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def test_decodes_of_like_length_are_grouped_and_prefills_and_odd_ones_are_not() -> None:
+    kv = make_kv(2)
+    starts = [2, 40, 41, 35, 17, 16, MAX_CONTEXT, MAX_CONTEXT + 1]
+    batch = [decode(start, [BlockId(0)] * (start // BLOCK_SIZE + 1)) for start in starts]
+    batch.append(Slice(token_ids=[0, 0], start=40, block_table=[BlockId(0)] * 11, wants_logits=True))
+    batch.append(Slice(token_ids=[0], start=0, block_table=[BlockId(0)], wants_logits=True))
+    assert [sorted(group) for group in group_decodes(batch, kv)] == [[1, 2, 3], [4, 5]]
+
+
+def test_a_group_is_no_larger_than_its_memory_allows() -> None:
+    kv = make_kv(2)
+    padded = 2 * 2 * (MAX_CONTEXT // BLOCK_SIZE) * BLOCK_SIZE * HEAD_DIM * 4
+    most = GROUP_BYTES // padded
+    batch = [decode(MAX_CONTEXT - 1, [BlockId(0)] * (MAX_CONTEXT // BLOCK_SIZE)) for _ in range(2 * most + 2)]
+    assert [len(group) for group in group_decodes(batch, kv)] == [most, most, 2]
+
+
+def test_decodes_with_a_prefill_between_them_land_in_their_own_places() -> None:
+    kv = make_kv(2)
+    first, middle, last = tables_for([9, 7, 10])
+    for table, length in ((first, 9), (middle, 4), (last, 10)):
+        kv.write(1, table, 0, *torch.randn(2, length, 2, HEAD_DIM).unbind())
+    batch = [
+        decode(9, first),
+        Slice(token_ids=[0, 0, 0], start=4, block_table=middle, wants_logits=True),
+        decode(10, last),
+    ]
+    states = [random_states(len(piece.token_ids), 4, 2) for piece in batch]
+    assert len(group_decodes(batch, kv)) == 1
+    apart = torch.cat([attend(kv, [piece], [state]) for piece, state in zip(batch, states, strict=True)])
+    torch.testing.assert_close(attend(kv, batch, states), apart, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [Rule(window=4), Rule(softcap=1.0), Rule(window=4, softcap=1.0)])
+def test_layers_with_a_rule_of_their_own_see_decodes_by_it(rule: Rule) -> None:
+    kv, starts = make_kv(2), [9, 10, 11]
+    batch, states, expected = [], [], []
+    for start, table in zip(starts, tables_for(starts), strict=True):
+        keys, values = torch.randn(2, start + 1, 2, HEAD_DIM)
+        query = torch.randn(1, 4, HEAD_DIM)
+        kv.write(1, table, 0, keys[:start], values[:start])
+        batch.append(decode(start, table))
+        states.append((query, keys[start:], values[start:]))
+        expected.append(reference_attention(query, keys, values, start, 0.3, rule))
+    torch.testing.assert_close(attend(kv, batch, states, rule), torch.cat(expected), atol=1e-5, rtol=1e-5)
