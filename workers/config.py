@@ -54,6 +54,7 @@ class WorkerConfig:
     device: str = "auto"
     max_model_len: int | None = None
     max_num_batched_tokens: int = 256
+    max_num_seqs: int = 64
     enable_prefix_caching: bool = True
     threads: int | None = None
     log_level: LogLevel = "info"
@@ -71,6 +72,7 @@ class WorkerConfig:
         _check_range("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 4 * MIN_PART_BYTES, 1 << 50)
         _check_range("--block-size", self.block_size, 1, 1024)
         _check_range("--max-num-batched-tokens", self.max_num_batched_tokens, 1, 1 << 20)
+        _check_range("--max-num-seqs", self.max_num_seqs, 1, 1 << 16)
         if self.max_model_len is not None:
             _check_range("--max-model-len", self.max_model_len, 2, 1 << 24)
         if self.threads is not None:
@@ -130,6 +132,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         device=given("device") or "auto",
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
+        max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
         enable_prefix_caching=True if caching is None else _boolean("--enable-prefix-caching", caching),
         threads=_optional(_integer, "--threads", given("threads")),
         log_level=given("log_level") or "info",  # type: ignore[arg-type]  # as above
@@ -167,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="auto, cpu or cuda (default auto)")
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
+    add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="share KV by prefix (default)")
     add("--threads", metavar="N", help="threads of one model step (default: torch decides)")
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")

@@ -24,6 +24,7 @@ from typing import Self
 from workers.engine_api import Command, EngineFigures, OnEvents
 from workers.host import Host, Result
 from workers.shelf import Models
+from workers.tasks import MAX_NUM_SEQS
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,13 @@ class EngineThread:
     """Runs a `Host` beside the loop it was made in. `with` it, or `close` it."""
 
     def __init__(
-        self, models: Models, on_events: OnEvents, *, max_tokens_per_step: int, shares_prefixes: bool = True
+        self,
+        models: Models,
+        on_events: OnEvents,
+        *,
+        max_tokens_per_step: int,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        shares_prefixes: bool = True,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
@@ -78,6 +85,7 @@ class EngineThread:
             load=lambda job: self._loader.submit(lambda: self._inbox.put(job())),
             encode=lambda job: self._text.submit(lambda: self._inbox.put(job())),
             max_tokens_per_step=max_tokens_per_step,
+            max_num_seqs=max_num_seqs,
             shares_prefixes=shares_prefixes,
         )
         self._figures = self._host.figures()

@@ -13,7 +13,10 @@ from workers.tasks import GenerationTask, SchedulerConfig, Usage
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`number` is its place in the order of arrival; times are monotonic seconds; `max_len` counts all its tokens."""
+    """`number` is its place in the order of arrival; times are monotonic seconds; `max_len` counts all its tokens.
+
+    last_turn: the number of the step in which it last got on, or was admitted.
+    """
 
     task: GenerationTask
     sequence: Sequence
@@ -24,6 +27,7 @@ class Generation:
     admitted_at: float | None = None
     first_token_at: float | None = None
     cached_tokens: int = 0
+    last_turn: int = 0
 
     @property
     def num_outputs(self) -> int:

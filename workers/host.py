@@ -68,6 +68,7 @@ class Host:
         load: Callable[[Job], None],
         encode: Callable[[Job], None],
         max_tokens_per_step: int,
+        max_num_seqs: int,
         shares_prefixes: bool,
     ) -> None:
         self._models = models
@@ -76,7 +77,10 @@ class Host:
             models,
             load=load,
             make_slot=lambda model: Slot(
-                model, max_tokens_per_step=max_tokens_per_step, shares_prefixes=shares_prefixes
+                model,
+                max_tokens_per_step=max_tokens_per_step,
+                max_num_seqs=max_num_seqs,
+                shares_prefixes=shares_prefixes,
             ),
         )
         self._slot_of: dict[RunId, Slot | None] = {}  # None: not in a slot yet

@@ -76,6 +76,7 @@ async def _run(config: WorkerConfig) -> None:
         models,
         kv_plane_bytes=memory.kv_plane_bytes,
         max_tokens_per_step=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
         shares_prefixes=config.enable_prefix_caching,
         preload=models.names() if config.models and config.preload else (),
         failpoint=config.failpoint,

@@ -46,16 +46,22 @@ class PrefixCache:
         That is another block when the same tokens were published before: the holder's own is let go, so that
         equal prefixes share memory and descendants are always held together with the ancestors they hang on.
         """
-        twin = self._index.find(digest, parent, tokens)
+        twin = self.exchange(block, digest, parent, tokens)
         if twin is not None:
-            self.pool.pin([twin])
-            self.pool.unpin([block])
             return twin
         stored = self._index.insert(block, digest, parent, tokens)
         if stored is not None:
             self.pool.keep(block)
             self._events.append(stored)
         return block
+
+    def exchange(self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes) -> BlockId | None:
+        """Let go of a held block for the findable one with the same tokens; None, and nothing changed, if none is."""
+        twin = self._index.find(digest, parent, tokens)
+        if twin is not None:
+            self.pool.pin([twin])
+            self.pool.unpin([block])
+        return twin
 
     def is_exclusive(self, block: BlockId) -> bool:
         """Whether the one holder of this block may write into it, after `withdraw`: nobody shares or builds on it."""

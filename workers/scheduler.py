@@ -5,7 +5,10 @@ The engine, for ever: feed what clients asked (`submit`, `cancel`, `pause`, `res
 without an exception ends in exactly one Finished or Failed. There is no clock, model or socket here.
 
 - Admission is in order of arrival and all-or-nothing: blocks for all tokens and one more, or it waits.
-- A step takes one sequence. Decodes go round; after each round one prefill gets a chunk, so neither starves.
+- A step is shared out anew each time (Yu et al. 2022, Orca, section 4.1): a token for every decode, and chunks of
+  prefills in what is left of `max_tokens_per_step` (Agrawal et al. 2024, Sarathi-Serve). `workers.turns` has the
+  rules, by which nobody starves.
+- No block is computed twice at the same time: who needs one that another is computing waits for it and shares it.
 - A sequence grows block by block. When there is no room the youngest gives up its blocks and waits again, to be
   recomputed (Kwon et al. 2023, PagedAttention, section 4.5); paused ones first. So the oldest always proceeds.
 - What can never run, as the pool is too small or all else in it is pinned, fails with NoSpace instead of waiting.
@@ -22,12 +25,12 @@ from collections.abc import Sequence as AbstractSequence
 from bus.errors import Cancelled, Conflict, DeadlineExceeded, KVCacheError, NoSpace
 from bus.messages import FinishReason
 from bus.stats import EngineStats, PoolStats
-from workers.batch import Slice
 from workers.generation import Generation, check_task
 from workers.lifecycle import Change, State
 from workers.prefix_cache import PrefixCache
 from workers.sequences import Sequence, SequenceTable
 from workers.tasks import Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step
+from workers.turns import Shares, in_line
 
 
 class Scheduler:
@@ -40,9 +43,8 @@ class Scheduler:
         self._capacity = cache.pool.num_blocks * cache.block_size
         self._live: dict[bytes, Generation] = {}
         self._waiting: list[Generation] = []  # in order of arrival
-        self._admitted: dict[Generation, None] = {}  # in order of their last turns
+        self._admitted: dict[Generation, None] = {}  # longest waiting first
         self._in_step: tuple[Step, tuple[Generation, ...]] | None = None
-        self._turns_since_prefill = 0
         self._num_submitted = 0
         self._num_preempted = 0
         self._totals: Counter[str] = Counter()  # by the names of EngineStats
@@ -103,19 +105,19 @@ class Scheduler:
         """
         assert self._in_step is None, "the step before was not committed"
         events = self._expire(now)
-        chosen: tuple[Generation, ...] = ()
+        chosen: dict[Generation, int] = {}
         while not chosen:
-            # Again after each that found no room: it may have left the room that a waiting one needs.
+            # Again after each round in which none found room: it may have left the room that a waiting one needs.
             events += self._admit(now)
-            candidate = self._next_in_turn()
-            if candidate is None:
+            if self._num_active() == 0:
                 break
-            if self._has_room(candidate, now, events):
-                chosen = (candidate,)
-        batch = tuple(self._slice(generation.sequence) for generation in chosen)
+            chosen = self._with_room(self._share_out(), now, events)
+        for generation in chosen:
+            self._note_turn(generation)
+        batch = tuple(generation.sequence.next_slice(num_tokens) for generation, num_tokens in chosen.items())
         step = Step(tuple(generation.task.key for generation in chosen), batch, tuple(events))
         if chosen:
-            self._in_step = (step, chosen)
+            self._in_step = (step, tuple(chosen))
         return step
 
     def commit(self, step: Step, sampled: AbstractSequence[int | None], now: float) -> list[Event]:
@@ -175,7 +177,7 @@ class Scheduler:
         """Let in, in order of arrival, whom there is room for; the first who must wait keeps all behind waiting."""
         events: list[Event] = []
         for generation in [waiting for waiting in self._waiting if waiting.state is State.WAITING]:
-            if self._num_active() >= self._config.max_running:
+            if self._num_active() >= self._config.max_num_seqs:
                 break
             if not self._try_admit(generation, now):
                 if self._admitted:
@@ -194,8 +196,8 @@ class Scheduler:
                 return False
             self._preempt(self._victim())
         self._waiting.remove(generation)
-        self._admitted[generation] = None
         generation.move(Change.ADMIT)
+        self._note_turn(generation)
         return True
 
     def _start(self, generation: Generation, now: float) -> Started:
@@ -206,20 +208,24 @@ class Scheduler:
         self._totals["cached_tokens"] += generation.cached_tokens
         return Started(generation.task.key, prompt_tokens, generation.cached_tokens)
 
-    def _has_room(self, generation: Generation, now: float, events: list[Event]) -> bool:
-        """Have blocks for its next slice, taken from the youngest if need be; False if that was itself."""
-        num_tokens = generation.sequence.num_computed + self._num_next(generation.sequence)
-        while not self.sequences.grow(generation.sequence, num_tokens, now):
+    def _with_room(self, shares: dict[Generation, int], now: float, events: list[Event]) -> dict[Generation, int]:
+        """Those of the chosen who have blocks for their tokens. The oldest grows first, so who yields has not grown."""
+        for generation in sorted(shares, key=lambda chosen: chosen.number):
+            if generation in self._admitted:
+                self._grow(generation, shares[generation], now, events)
+        return {generation: num for generation, num in shares.items() if generation in self._admitted}
+
+    def _grow(self, generation: Generation, num_tokens: int, now: float, events: list[Event]) -> None:
+        """Give it blocks for its next tokens, taken from the youngest if need be, which may be itself."""
+        sequence = generation.sequence
+        while not self.sequences.grow(sequence, sequence.num_computed + num_tokens, now):
             victim = self._victim()
-            if victim is not generation:
-                self._preempt(victim)
-            elif len(self._admitted) > 1:
-                self._preempt(generation)
-                return False
-            else:
+            if victim is generation and len(self._admitted) == 1:
                 events.append(self._fail(generation, NoSpace("all other blocks of the pool are pinned"), now))
-                return False
-        return True
+                return
+            self._preempt(victim)
+            if victim is generation:
+                return
 
     def _victim(self) -> Generation:
         return max(self._admitted, key=lambda generation: (generation.state is State.PAUSED, generation.number))
@@ -231,41 +237,47 @@ class Scheduler:
         insort(self._waiting, generation, key=lambda waiting: waiting.number)
         self._num_preempted += 1
 
-    # --- whose turn it is, and what they compute ---
+    # --- who takes part in a step, and with how much ---
 
-    def _next_in_turn(self) -> Generation | None:
-        decode, prefill = next(self._in_state(State.DECODE), None), next(self._in_state(State.PREFILL), None)
-        num_decodes = sum(1 for _ in self._in_state(State.DECODE))
-        if prefill is not None and self._turns_since_prefill >= num_decodes:
-            self._turns_since_prefill = 0
-            return self._take_turn(prefill)
-        if decode is None:
-            return None
-        self._turns_since_prefill += 1
-        return self._take_turn(decode)
+    def _share_out(self) -> dict[Generation, int]:
+        """The tokens that each of the chosen gets of the next step. Not empty when anybody can run."""
+        config, step = self._config, self._step_number
+        shares = Shares(step, config.max_tokens_per_step, config.max_num_seqs)
+        for generation in in_line(self._active(), step):
+            if shares.is_full:
+                break
+            self._catch_up(generation)
+            shares.offer(generation)
+        return shares.num_tokens
 
-    def _take_turn(self, generation: Generation) -> Generation:
-        del self._admitted[generation]
+    def _catch_up(self, generation: Generation) -> None:
+        """Let a prefill share what others have computed of its tokens since it last got on."""
+        if generation.state is not State.PREFILL:
+            return
+        num_saved = self.sequences.catch_up(generation.sequence)
+        if num_saved == 0:
+            return
+        self._note_turn(generation)
+        if generation.first_token_at is None:
+            before = generation.cached_tokens
+            generation.cached_tokens = min(before + num_saved, len(generation.task.prompt))
+            self._totals["cached_tokens"] += generation.cached_tokens - before
+
+    def _note_turn(self, generation: Generation) -> None:
+        """It has got on, or in: all others that are admitted have waited longer."""
+        self._admitted.pop(generation, None)
         self._admitted[generation] = None
-        return generation
+        generation.last_turn = self._step_number
 
-    def _in_state(self, state: State) -> Iterator[Generation]:
-        return (generation for generation in self._admitted if generation.state is state)
+    def _active(self) -> Iterator[Generation]:
+        return (generation for generation in self._admitted if generation.state is not State.PAUSED)
 
     def _num_active(self) -> int:
-        return sum(1 for generation in self._admitted if generation.state is not State.PAUSED)
+        return sum(1 for _ in self._active())
 
-    def _num_next(self, sequence: Sequence) -> int:
-        return min(len(sequence.token_ids) - sequence.num_computed, self._config.max_tokens_per_step)
-
-    def _slice(self, sequence: Sequence) -> Slice:
-        stop = sequence.num_computed + self._num_next(sequence)
-        return Slice(
-            token_ids=tuple(sequence.token_ids[sequence.num_computed : stop]),
-            start=sequence.num_computed,
-            block_table=tuple(sequence.block_table),
-            wants_logits=stop == len(sequence.token_ids),
-        )
+    @property
+    def _step_number(self) -> int:
+        return self._totals["steps"]
 
     def _max_len(self, task: GenerationTask) -> int:
         """All tokens it may come to. The last one needs no slot, so a full pool holds all but that."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from bus.errors import Conflict, NotFound
 from kvcache.hashing import BlockHash, HashSeed, block_digests, encode_token_ids, extend
-from workers.batch import BlockId
+from workers.batch import BlockId, Slice
 from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
 
@@ -38,6 +38,27 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.digests = list(block_digests(self.seed, self.token_ids))
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that are not computed yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def next_block(self) -> BlockHash | None:
+        """Digest of the block into which its next token goes, if it has all the tokens of that block."""
+        index = self.num_computed // self.seed.block_size
+        return self.digests[index] if index < len(self.digests) else None
+
+    def next_slice(self, num_tokens: int) -> Slice:
+        """The next `num_tokens` of them for a forward pass; blocks for them must be held."""
+        stop = self.num_computed + num_tokens
+        return Slice(
+            token_ids=tuple(self.token_ids[self.num_computed : stop]),
+            start=self.num_computed,
+            block_table=tuple(self.block_table),
+            wants_logits=stop == len(self.token_ids),
+        )
 
     def append(self, token_id: int) -> None:
         """Add the newest token; the digest chain grows with each full block."""
@@ -107,10 +128,32 @@ class SequenceTable:
     def grow(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
         """Have blocks for `num_tokens` tokens; False, with nothing changed, if there is no room."""
         need = self._blocks_for(num_tokens) - len(sequence.block_table)
+        if need <= 0:
+            return True
         if need > self._obtainable(need, now):
             return False
         sequence.block_table += self._allocate(need, now)
         return True
+
+    def catch_up(self, sequence: Sequence) -> int:
+        """Share the next blocks that others have computed since it was admitted; returns the tokens that saves.
+
+        As in `admit`, at least the last token is left to compute. The blocks that were meant for them are let go.
+        """
+        size = self.cache.block_size
+        before = sequence.num_computed
+        for i in range(sequence.num_published, (len(sequence.token_ids) - 1) // size):
+            parent = sequence.block_table[i - 1] if i else None
+            tokens = encode_token_ids(sequence.token_ids[i * size : (i + 1) * size])
+            found = self.cache.exchange(sequence.block_table[i], sequence.digests[i], parent, tokens)
+            if found is None:
+                break
+            sequence.block_table[i] = found
+            sequence.num_published = i + 1
+            sequence.num_computed = (i + 1) * size
+        num_saved = sequence.num_computed - before
+        self._hit_tokens += num_saved
+        return num_saved
 
     def advance(self, sequence: Sequence, num_computed: int) -> None:
         """Tokens below `num_computed` are in the blocks now; blocks that became full can be found from now on."""

@@ -89,11 +89,14 @@ class _Output:
 class Slot:
     """One model at work. Every method that changes something returns the events that follow."""
 
-    def __init__(self, model: Model, *, max_tokens_per_step: int, shares_prefixes: bool) -> None:
+    def __init__(self, model: Model, *, max_tokens_per_step: int, max_num_seqs: int, shares_prefixes: bool) -> None:
         facts = model.facts
         self.model = model
         config = tasks.SchedulerConfig(
-            max_model_len=facts.max_model_len, vocab_size=facts.vocab_size, max_tokens_per_step=max_tokens_per_step
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            max_tokens_per_step=max_tokens_per_step,
+            max_num_seqs=max_num_seqs,
         )
         self._scheduler = Scheduler(config, PrefixCache(facts.num_blocks, facts.block_size))
         self._shares_prefixes = shares_prefixes

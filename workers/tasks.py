@@ -12,19 +12,21 @@ from kvcache.hashing import HashSeed
 from workers.batch import Slice
 from workers.keys import SequenceKey
 
+MAX_NUM_SEQS = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Limits of one model's scheduler. Raises ValueError unless all are at least 1.
 
     max_model_len: tokens of prompt and output together. max_tokens_per_step: the most one forward pass computes.
-    max_running: generations that hold blocks and may take steps, at most.
+    max_num_seqs: the most sequences in one forward pass; no more than that are let in to take turns.
     """
 
     max_model_len: int
     vocab_size: int
     max_tokens_per_step: int = 256
-    max_running: int = 64
+    max_num_seqs: int = MAX_NUM_SEQS
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -61,7 +63,7 @@ class GenerationTask:
 class Usage:
     """What a generation took. Tokens are counted, times are seconds.
 
-    cached_tokens: prompt tokens found in the pool when it was first admitted. completion_tokens: with `resume`.
+    cached_tokens: prompt tokens it had from the pool, not computed for it. completion_tokens: with `resume`.
     queued_s: until first admitted. prefill_s: from then to the first new token. decode_s: from there to the end.
     """
 

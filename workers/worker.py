@@ -29,6 +29,7 @@ from workers.failpoints import Failpoint
 from workers.memory import HostMemory
 from workers.shelf import Models
 from workers.store import KVStore
+from workers.tasks import MAX_NUM_SEQS
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Worker:
         *,
         kv_plane_bytes: int,
         max_tokens_per_step: int,
+        max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
         preload: Sequence[str] = (),
         failpoint: str = "",
@@ -57,6 +59,7 @@ class Worker:
         self._brokers = [endpoints(url) for url in brokers]
         self._models = models
         self._max_tokens_per_step = max_tokens_per_step
+        self._max_num_seqs = max_num_seqs
         self._shares_prefixes = shares_prefixes
         self._preload = tuple(preload)
         self._security = SecurityConfig()
@@ -81,6 +84,7 @@ class Worker:
                     self._models,
                     self._on_engine,
                     max_tokens_per_step=self._max_tokens_per_step,
+                    max_num_seqs=self._max_num_seqs,
                     shares_prefixes=self._shares_prefixes,
                 )
             )

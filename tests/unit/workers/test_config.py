@@ -53,6 +53,7 @@ def test_sizes_are_read_in_their_usual_forms(text: str, size: int) -> None:
         (["--threads", "0"], "--threads"),
         (["--max-model-len", "1"], "--max-model-len"),
         (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
         (["--log-level", "loud"], "--log-level"),
         (["--log-format", "xml"], "--log-format"),
         (["--worker-id", "a\nb"], "--worker-id"),

@@ -90,14 +90,17 @@ class FakeModels:
 class Bench:
     """A host whose jobs wait until they are run; time stands still unless a test moves it."""
 
-    def __init__(self, models: FakeModels, *, shares_prefixes: bool = True) -> None:
+    def __init__(
+        self, models: FakeModels, *, shares_prefixes: bool = True, max_tokens_per_step: int = 4, max_num_seqs: int = 8
+    ) -> None:
         self.jobs: list[Job] = []
         self.now = 0.0
         self.host = Host(
             models,
             load=self.jobs.append,
             encode=self.jobs.append,
-            max_tokens_per_step=4,
+            max_tokens_per_step=max_tokens_per_step,
+            max_num_seqs=max_num_seqs,
             shares_prefixes=shares_prefixes,
         )
 
@@ -424,27 +427,73 @@ def test_a_held_generation_computes_nothing_until_it_may_proceed(bench: Bench) -
     assert len(tokens_of(bench.run(), 1)) == 5
 
 
-def test_a_step_that_raises_fails_its_own_generation_and_the_engine_lives_on(
-    make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture
-) -> None:
-    class Flaky(TorchModel):
-        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
-            if batch[0].token_ids[0] == 13:
-                raise RuntimeError("out of luck")
-            return super().compute(batch, draws)
+class Faulty(TorchModel):
+    """Raises on a prompt that begins with 13, and has no numbers for one that begins with 14."""
 
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+        if any(piece.token_ids[0] == 13 and piece.start == 0 for piece in batch):
+            raise RuntimeError("out of luck")
+        drawn = super().compute(batch, draws)
+        return [
+            InternalError("non-finite logits") if piece.token_ids[0] == 14 and piece.start == 0 else token
+            for piece, token in zip(batch, drawn, strict=True)
+        ]
+
+
+@pytest.fixture
+def faulty(make: Callable[[], TorchModel]) -> Bench:
     def load() -> Model:
         model = make()
-        model.__class__ = Flaky
+        model.__class__ = Faulty
         return model
 
-    bench = Bench(FakeModels(tiny=load))
-    bench.tell(start(1, prompt=(13, 2, 3)), start(2))
-    events = bench.run()
-    broke = only(events, Broke)
-    assert (broke.run, type(broke.error)) == (run_id(1), InternalError)
+    return Bench(FakeModels(tiny=load), max_tokens_per_step=64)
+
+
+def test_a_step_that_raises_ends_those_that_were_in_it_and_the_engine_lives_on(
+    faulty: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    faulty.tell(start(1), start(2, prompt=(13, 2, 3)), start(3, prompt=[*PROMPT, 12, 15, 17]))
+    faulty.tell(Hold(run_id(3)))  # so that it is not in the step
+    events = faulty.run()
+    assert {event.run: type(event.error) for event in events if isinstance(event, Broke)} == {
+        run_id(1): InternalError,
+        run_id(2): InternalError,
+    }
     assert "out of luck" in caplog.text
-    assert len(tokens_of(events, 2)) == 6
+    faulty.tell(Proceed(run_id(3)), start(4))
+    events = faulty.run()
+    assert len(tokens_of(events, 3)) == len(tokens_of(events, 4)) == 6
+    assert faulty.host.figures().models[0].pool.held_blocks == 0
+
+
+def test_numbers_that_are_none_end_one_generation_of_a_step_and_not_the_others(faulty: Bench) -> None:
+    faulty.tell(start(1), start(2, prompt=(14, 2, 3)), start(3, prompt=(6, 5, 4)))
+    events = faulty.run()
+    assert only(events, Broke).run == run_id(2)
+    assert len(tokens_of(events, 1)) == len(tokens_of(events, 3)) == 6
+    assert faulty.host.figures().models[0].pool.held_blocks == 0
+
+
+def test_generations_of_one_step_produce_what_each_does_alone(make: Callable[[], TorchModel]) -> None:
+    ways = [
+        GREEDY,
+        Sampling(max_tokens=9, temperature=1.5, seed=3, ignore_eos=True),
+        Sampling(max_tokens=7, temperature=1.5, seed=4, top_k=20, ignore_eos=True),
+        Sampling(max_tokens=8, temperature=0.7, seed=3, top_p=0.9, min_tokens=4),
+        Sampling(max_tokens=8, temperature=0.7, seed=5, top_p=0.9, min_tokens=4),
+    ]
+    starts = [start(n, prompt=PROMPT[n % 4 :], sampling=ways[n % len(ways)]) for n in range(12)]
+    together = Bench(FakeModels(tiny=make), max_tokens_per_step=64, max_num_seqs=16)
+    together.tell(*starts)
+    events = together.run()
+    assert together.host.figures().progress < 20, "they are computed together"
+    for n, each in enumerate(starts):
+        alone = Bench(FakeModels(tiny=make))
+        alone.tell(each)
+        expected = alone.run()
+        assert tokens_of(events, n) == tokens_of(expected, n) != []
+        assert text_of(events, n) == text_of(expected, n)
 
 
 @pytest.mark.parametrize("position", [2, 5])

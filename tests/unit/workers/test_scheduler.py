@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bus.errors import BadArgument, Conflict, InternalError, KVCacheError, NoSpace, TooLarge
 from bus.messages import FinishReason
@@ -20,6 +20,7 @@ from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
 from workers.tasks import Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step, Usage
+from workers.turns import PATIENCE
 
 VOCAB = 50
 EOS = 7
@@ -56,13 +57,16 @@ class FakeRunner:
     num_tokens: int = 0
 
     def run(self, batch: tuple[Slice, ...]) -> list[int | None]:
-        return [self._run_slice(piece) for piece in batch]
+        """All slices at once: none sees what another writes."""
+        starts = [self._context(piece) for piece in batch]
+        return [self._run_slice(piece, kv) for piece, kv in zip(batch, starts, strict=True)]
 
-    def _run_slice(self, piece: Slice) -> int | None:
+    def _context(self, piece: Slice) -> int:
+        size, last = self.cache.block_size, piece.start - 1
+        return self.memory[piece.block_table[last // size], last % size] if piece.start else 0
+
+    def _run_slice(self, piece: Slice, kv: int) -> int | None:
         size = self.cache.block_size
-        kv = 0
-        if piece.start:
-            kv = self.memory[piece.block_table[(piece.start - 1) // size], (piece.start - 1) % size]
         for position, token in enumerate(piece.token_ids, piece.start):
             block = piece.block_table[position // size]
             assert self.cache.pool.ref_count(block) <= 1, "a shared block is written into"
@@ -83,7 +87,7 @@ class Engine:
     num_blocks: int = 16
     max_tokens_per_step: int = 4
     max_model_len: int = 1000
-    max_running: int = 64
+    max_num_seqs: int = 64
     now: float = 0.0
     events: list[Event] = field(default_factory=list)
 
@@ -93,7 +97,7 @@ class Engine:
             max_model_len=self.max_model_len,
             vocab_size=VOCAB,
             max_tokens_per_step=self.max_tokens_per_step,
-            max_running=self.max_running,
+            max_num_seqs=self.max_num_seqs,
         )
         self.scheduler = Scheduler(config, self.cache)
         self.runner = FakeRunner(self.cache)
@@ -318,29 +322,180 @@ def test_cancelled_turn_keeps_the_sequence_with_what_was_computed() -> None:
     assert engine.tokens(b"b") == oracle(PROMPT, 5)[3:]
 
 
+# --- single flight ---
+
+
+@pytest.mark.parametrize("max_tokens", [3, 4, 5, 9, 100])
+def test_identical_cold_prompts_are_computed_once(max_tokens: int) -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=max_tokens)
+    prompt = tuple(range(1, 31))
+    for number in range(5):
+        engine.submit(bytes([number]), (*prompt, 40 + number), 2)
+    engine.run()
+    for number in range(5):
+        assert engine.tokens(bytes([number])) == oracle((*prompt, 40 + number), 2)
+    # 7 full blocks are shared; 3 tokens of each prompt and one output token are its own.
+    assert engine.runner.num_tokens == 28 + 5 * (3 + 1)
+    assert [engine.end(bytes([number])).usage.cached_tokens for number in range(5)] == [0, 28, 28, 28, 28]
+    stats, pool = engine.scheduler.engine_stats(), engine.scheduler.pool_stats()
+    assert (stats.cached_tokens, pool.hit_tokens, pool.lookup_tokens) == (4 * 28, 4 * 28, 5 * 31)
+
+
+def test_one_who_joins_late_shares_what_is_done_and_waits_for_the_rest() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=8)
+    prompt = tuple(range(1, 30))
+    engine.submit(b"first", prompt, 1)
+    engine.step()
+    engine.submit(b"late", prompt, 1)
+    engine.run()
+    assert engine.started(b"late").cached_tokens == 8
+    assert engine.end(b"late").usage.cached_tokens == 28
+    assert engine.runner.num_tokens == 29 + 1
+
+
+def test_room_left_by_one_who_waits_goes_to_the_next_in_line() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=12)
+    engine.submit(b"first", tuple(range(1, 9)), 1)
+    engine.submit(b"twin", tuple(range(1, 9)), 1)
+    engine.submit(b"other", tuple(range(20, 24)), 1)
+    assert shape(engine.step()) == [(b"first", 8), (b"other", 4)]
+    assert shape(engine.step()) == [(b"twin", 4)]
+
+
+@pytest.mark.parametrize("end", ["cancel", "fail"])
+def test_one_who_waits_computes_itself_when_the_other_is_gone(end: str) -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=8)
+    prompt = tuple(range(1, 30))
+    engine.submit(b"first", prompt, 1)
+    engine.submit(b"twin", prompt, 1)
+    engine.step()
+    if end == "cancel":
+        engine.events += engine.scheduler.cancel(b"first", engine.now)
+    else:
+        engine.events += engine.scheduler.fail(b"first", InternalError("non-finite logits"), engine.now)
+    assert shape(engine.step()) == [(b"twin", 8)]
+    engine.run()
+    assert engine.tokens(b"twin") == oracle(prompt, 1)
+    assert engine.runner.num_tokens == 29
+
+
+def test_one_who_waits_computes_itself_when_what_was_computed_is_forgotten() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=8)
+    prompt = tuple(range(1, 30))
+    engine.submit(b"first", prompt, 1)
+    engine.submit(b"twin", prompt, 1)
+    engine.step()
+    engine.cache.flush()
+    engine.run()
+    assert engine.tokens(b"first") == engine.tokens(b"twin") == oracle(prompt, 1)
+
+
+def test_prompts_of_different_salts_do_not_wait_for_each_other() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=20)
+    for salt in ("x", "y"):
+        seed = HashSeed(model="m", dtype="float32", block_size=4, cache_salt=salt)
+        task = GenerationTask(key=salt.encode(), prompt=PROMPT, seed=seed, max_tokens=1)
+        engine.events += engine.scheduler.submit(task, engine.now)
+    assert shape(engine.step()) == [(b"x", 6), (b"y", 6)]
+
+
+def test_decodes_in_lockstep_are_not_held_up_by_each_other() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=20)
+    engine.submit(b"a", PROMPT, 20)
+    engine.step()
+    engine.submit(b"b", PROMPT, 20)
+    engine.run()
+    assert engine.scheduler.engine_stats().steps == 1 + 20
+    assert engine.tokens(b"a") == engine.tokens(b"b") == oracle(PROMPT, 20)
+    assert engine.cache.pool.counts().held == 0
+
+
 # --- who runs when ---
 
 
-def test_decodes_go_round_and_a_prefill_gets_a_chunk_after_each_round() -> None:
-    engine = Engine(num_blocks=64)
+def shape(step: Step) -> list[tuple[bytes, int]]:
+    """Who is in a step, and with how many tokens."""
+    return [(key, len(piece.token_ids)) for key, piece in zip(step.keys, step.batch, strict=True)]
+
+
+def test_step_takes_every_decode_and_fills_what_is_left_with_prefills_in_order_of_arrival() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=8)
     for key in (b"a", b"b"):
         engine.submit(key, (1, 2, key[0] % VOCAB), 50)
-    for _ in range(3):
-        engine.step()
+    engine.step()
     engine.submit(b"c", tuple(range(10, 22)), 50)
     engine.submit(b"d", tuple(range(20, 32)), 50)
-    keys = [engine.step().keys[0] for _ in range(9)]
-    assert keys == [b"a", b"b", b"c", b"a", b"b", b"d", b"a", b"b", b"c"]
+    assert [shape(engine.step()) for _ in range(5)] == [
+        [(b"a", 1), (b"b", 1), (b"c", 6)],
+        [(b"a", 1), (b"b", 1), (b"c", 6)],
+        [(b"a", 1), (b"b", 1), (b"c", 1), (b"d", 5)],
+        [(b"a", 1), (b"b", 1), (b"c", 1), (b"d", 5)],
+        [(b"a", 1), (b"b", 1), (b"c", 1), (b"d", 2)],
+    ]
 
 
-def test_long_prefill_cannot_be_starved_by_decodes() -> None:
-    engine = Engine(num_blocks=200)
-    for index in range(5):
-        engine.submit(bytes([index]), (1, 2, index), 200)
-    engine.submit(b"long", tuple(i % VOCAB for i in range(40)), 1)
-    for _ in range((1 + 2 + 3 + 4 + 5) + (5 + 1) * 10):
-        engine.step()
-    assert engine.tokens(b"long") == oracle(tuple(i % VOCAB for i in range(40)), 1)
+def test_prefill_that_waits_for_a_long_one_gets_half_a_step_in_the_end() -> None:
+    engine = Engine(num_blocks=128, max_tokens_per_step=8)
+    for key in (b"a", b"b"):
+        engine.submit(key, (1, 2, key[0] % VOCAB), 100)
+    engine.step()
+    engine.submit(b"long", tuple(i % VOCAB for i in range(150)), 1)
+    engine.submit(b"late", tuple(range(20, 29)), 1)
+    before = [shape(engine.step()) for _ in range(PATIENCE + 1)]
+    assert before == [[(b"a", 1), (b"b", 1), (b"long", 6)]] * (PATIENCE + 1)
+    assert shape(engine.step()) == [(b"late", 4), (b"a", 1), (b"b", 1), (b"long", 2)]
+    assert shape(engine.step()) == [(b"a", 1), (b"b", 1), (b"long", 6)]
+
+
+def test_step_takes_no_more_sequences_than_allowed_and_decodes_go_round() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=100, max_num_seqs=2)
+    for key in (b"a", b"b"):
+        engine.submit(key, (1, key[0] % VOCAB), 50)
+    engine.step()
+    for key in (b"a", b"b"):
+        engine.scheduler.pause(key)
+    engine.submit(b"c", (1, 2, 3), 50)
+    engine.step()
+    for key in (b"a", b"b"):
+        engine.scheduler.resume(key)
+    keys = [engine.step().keys for _ in range(6)]
+    assert keys == [(b"a", b"b"), (b"c", b"a"), (b"b", b"c")] * 2
+
+
+@pytest.mark.parametrize(("max_tokens", "max_seqs"), [(1, 1), (1, 64), (3, 3), (4, 64), (64, 2)])
+def test_nobody_who_runs_waits_longer_than_patience_and_one_step_for_each_other(max_tokens: int, max_seqs: int) -> None:
+    """Decodes that fill every step by themselves, a long prefill, and short prompts that never stop arriving."""
+    draw, num_running = random.Random(5), 5
+    engine = Engine(num_blocks=400, max_tokens_per_step=max_tokens, max_num_seqs=max_seqs)
+    numbers = iter(range(10_000))
+    waits: dict[bytes, int] = {}
+    paused: list[bytes] = []
+    longest = 0
+    for round_ in range(600):
+        if round_ % 7 == 0 and len(waits) < num_running:
+            number = next(numbers)
+            prompt = (number % VOCAB, number // VOCAB, *(draw.randrange(VOCAB) for _ in range(draw.choice([1, 90]))))
+            key = number.to_bytes(2)
+            engine.submit(key, prompt, draw.choice([2, 60]))
+        if paused:
+            engine.scheduler.resume(paused.pop())
+        elif waits and draw.random() < 0.2:  # so that more are active than are let in
+            paused.append(draw.choice(list(waits)))
+            engine.scheduler.pause(paused[0])
+        step = engine.step()
+        for event in engine.events:
+            match event:
+                case Started():
+                    waits.setdefault(event.key, 0)
+                case Finished() | Failed():
+                    waits.pop(event.key, None)
+                case _:
+                    pass
+        engine.events.clear()
+        for key in waits:
+            waits[key] = 0 if key in step.keys or key in paused else waits[key] + 1
+        longest = max([longest, *waits.values()])
+    assert longest <= PATIENCE + num_running
 
 
 def test_admission_is_in_order_and_a_big_one_is_not_overtaken() -> None:
@@ -369,8 +524,8 @@ def test_admission_asks_for_one_block_more_than_the_prompt_fills() -> None:
     assert engine.tokens(b"b") == oracle(tuple(range(10, 18)), 9)
 
 
-def test_max_running_bounds_who_takes_steps() -> None:
-    engine = Engine(max_running=2)
+def test_max_num_seqs_bounds_who_takes_steps() -> None:
+    engine = Engine(max_num_seqs=2)
     for key in (b"a", b"b", b"c"):
         engine.submit(key)
     engine.step()
@@ -466,7 +621,7 @@ def test_paused_generation_yields_before_a_younger_one_that_runs() -> None:
 
 
 def test_cancel_frees_the_blocks_in_any_state_and_works_once() -> None:
-    engine = Engine(num_blocks=4, max_running=1)
+    engine = Engine(num_blocks=4, max_num_seqs=1)
     engine.submit(b"running", max_tokens=9)
     engine.submit(b"waiting", max_tokens=9)
     engine.step()
@@ -493,7 +648,7 @@ def test_cancel_between_plan_and_commit_ignores_what_was_sampled() -> None:
 
 
 def test_deadline_ends_what_runs_and_what_waits() -> None:
-    engine = Engine(max_running=1)
+    engine = Engine(max_num_seqs=1)
     engine.submit(b"running", deadline=5.0, max_tokens=30)
     engine.submit(b"waiting", deadline=4.0)
     engine.submit(b"patient", max_tokens=2)
@@ -613,8 +768,8 @@ def test_steps_are_committed_one_by_one_and_whole() -> None:
 
 
 def test_limits_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="max_running must be at least 1, not 0"):
-        SchedulerConfig(max_model_len=1, vocab_size=1, max_running=0)
+    with pytest.raises(ValueError, match="max_num_seqs must be at least 1, not 0"):
+        SchedulerConfig(max_model_len=1, vocab_size=1, max_num_seqs=0)
 
 
 def test_figures_add_up() -> None:
@@ -668,9 +823,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = Engine(num_blocks=7)
+        self.engine = Engine()
         self.tasks: dict[bytes, GenerationTask] = {}
         self.paused: set[bytes] = set()
+
+    @initialize(num_blocks=st.integers(5, 12), max_tokens=st.integers(1, 12), max_seqs=st.integers(1, 6))
+    def begin(self, num_blocks: int, max_tokens: int, max_seqs: int) -> None:
+        self.engine = Engine(num_blocks, max_tokens_per_step=max_tokens, max_num_seqs=max_seqs)
 
     def live(self) -> list[bytes]:
         ended = {event.key for event in self.engine.events if isinstance(event, Finished | Failed)}
@@ -710,8 +869,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def steps(self, num: int) -> None:
         for _ in range(num):
             self.engine.now += 0.1
-            batch = self.engine.step().batch
-            assert sum(len(piece.token_ids) for piece in batch) <= 4
+            step = self.engine.step()
+            batch = step.batch
+            assert sum(len(piece.token_ids) for piece in batch) <= self.engine.max_tokens_per_step
+            assert len(batch) == len(set(step.keys)) <= self.engine.max_num_seqs
             assert batch or set(self.live()) <= self.paused, "somebody could run and nobody does"
 
     @precondition(lambda self: self.live())
@@ -757,7 +918,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert output == whole[: len(output)]
             for end in self.engine.events:
                 if isinstance(end, Finished) and end.key == key:
-                    assert output == whole or len(task.prompt) + len(output) == 29
+                    assert output == whole or len(task.prompt) + len(output) == self.engine.num_blocks * 4 + 1
                     assert end.usage.completion_tokens == len(output)
 
     @invariant()
@@ -777,6 +938,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.scheduler.resume(key)
         self.engine.run()
         assert self.live() == []
+        self.engine.scheduler.sequences.check()
         for name in self.engine.scheduler.sequences.names():
             self.engine.scheduler.sequences.delete(name)
         assert self.engine.cache.pool.counts().held == 0

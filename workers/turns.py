@@ -1,0 +1,74 @@
+"""Whose turn it is: how the room of one step, tokens and sequences, is shared out among those that can run.
+
+Three rules, in this order:
+
+- Who has waited `PATIENCE` steps goes first, the longest waiting before the others. A prefill among them takes
+  half of the step's tokens at most, so that decodes go on beside it.
+- Then every decode gets its one token. They are many and each is cheap, and their readers are waiting.
+- Then the prefills, in order of arrival, fill what is left: the first gets all it can use.
+
+No wait is longer than `PATIENCE` steps and one for each other that is admitted: whoever is first in line gets a
+token, and is then behind all who wait. A prefill whose next block is computed by another in this step sits it
+out, since the next step finds that block in the pool; the first in line never does, so this cannot hold up all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvcache.hashing import BlockHash
+from workers.generation import Generation
+from workers.lifecycle import State
+
+PATIENCE = 16
+"""Steps. Long enough that short prompts are computed one after the other, which makes the mean wait shortest."""
+
+
+class Shares:
+    """The room of step number `step` while it is shared out: what is left, and who got how many tokens."""
+
+    def __init__(self, step: int, max_tokens: int, max_seqs: int) -> None:
+        self.num_tokens: dict[Generation, int] = {}
+        self._step = step
+        self._max_tokens = max_tokens
+        self._tokens_left = max_tokens
+        self._seqs_left = max_seqs
+        self._in_progress: set[BlockHash] = set()
+
+    @property
+    def is_full(self) -> bool:
+        return self._tokens_left == 0 or self._seqs_left == 0
+
+    def offer(self, generation: Generation) -> None:
+        """Give it what it can use of what is left. To be asked in the order of `in_line`, while not full."""
+        sequence = generation.sequence
+        num_tokens = min(sequence.num_left, self._tokens_left)
+        if generation.state is State.PREFILL:
+            if _is_overdue(generation, self._step):
+                num_tokens = min(num_tokens, max(1, self._max_tokens // 2))
+            block = sequence.next_block
+            if block in self._in_progress:
+                return
+            if block is not None:  # those that are alike have all caught up to it, so none is at a later one
+                self._in_progress.add(block)
+        self.num_tokens[generation] = num_tokens
+        self._tokens_left -= num_tokens
+        self._seqs_left -= 1
+
+
+def in_line(runnable: Iterable[Generation], step: int) -> list[Generation]:
+    """All of them, given longest waiting first, in the order in which step number `step` is offered to them."""
+    return sorted(runnable, key=lambda generation: _place(generation, step))
+
+
+def _place(generation: Generation, step: int) -> tuple[int, int]:
+    """Equals stay in the order of their waits."""
+    if _is_overdue(generation, step):
+        return 0, 0
+    if generation.state is State.DECODE:
+        return 1, 0
+    return 2, generation.number
+
+
+def _is_overdue(generation: Generation, step: int) -> bool:
+    return step - generation.last_turn > PATIENCE
