@@ -98,19 +98,18 @@ async def test_cancel_twice_ends_the_request_once(cluster: Cluster) -> None:
         assert await answers_before(peer, raw.new_id()) == []
 
 
-async def test_nobody_can_cancel_the_stream_of_another(cluster: Cluster) -> None:
+async def test_nobody_can_use_or_cancel_the_stream_of_another(cluster: Cluster) -> None:
     async with raw.raw_client(cluster.url) as owner, raw.raw_client(cluster.url) as other:
         req_id, stream_id = raw.new_id(), await owner.open_stream()
+        stolen, payload = raw.generate(raw.new_id(), stream_id, b"hello", SHORT)
+        other.send(stolen, *payload)
+        assert (await other.failure(stolen.req_id)).code == ErrorCode.BAD_ARG
         message, payload = raw.generate(req_id, stream_id, b"hello", m.Sampling(max_tokens=300, ignore_eos=True))
         owner.send(message, *payload)
         await owner.expect(m.Started)
         other.send(m.Cancel(req_id=req_id))
         other.send(m.Ack(req_id=req_id, epoch=0, upto=300))
         other.send(m.Resume(req_id=req_id, epoch=0, from_seq=0))
-        # Nor go on with it, or begin a request of its own on that stream.
-        stolen, payload = raw.generate(raw.new_id(), stream_id, b"hello", SHORT)
-        other.send(stolen, *payload)
-        assert (await other.failure(stolen.req_id)).code == ErrorCode.BAD_ARG
         end = await owner.final(req_id)
         assert isinstance(end, m.StreamEnd)
         assert end.num_tokens == 300
