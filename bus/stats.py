@@ -33,7 +33,10 @@ class PoolStats(Figures, frozen=True):
 
 
 class ModelStats(Figures, frozen=True):
-    """A model that this worker may serve, and its state: absent, loading, ready or failed (with the reason)."""
+    """A model that this worker may serve, and its state: absent, loading, ready or failed (with the reason).
+
+    `runner` is what computes it, `torch` or `openvino`; `runner_reason` says why it is not the faster one.
+    """
 
     name: str
     state: str
@@ -41,6 +44,8 @@ class ModelStats(Figures, frozen=True):
     load_s: float = 0.0
     dtype: str = ""
     device: str = ""
+    runner: str = ""
+    runner_reason: str = ""
     fingerprint: str = ""
     num_layers: int = 0
     max_model_len: int = 0

@@ -33,3 +33,16 @@ class Slice:
 
 
 Batch = Sequence[Slice]
+
+
+def check_batch(batch: Batch, *, max_model_len: int, block_size: int) -> None:
+    """Raise ValueError for an empty batch or slice, or one past the model's length or its own block table."""
+    if not batch:
+        raise ValueError("the batch is empty")
+    for piece in batch:
+        stop = piece.start + len(piece.token_ids)
+        if stop == piece.start or piece.start < 0:
+            raise ValueError(f"a slice of {len(piece.token_ids)} tokens from {piece.start} computes nothing")
+        room = min(max_model_len, len(piece.block_table) * block_size)
+        if stop > room:
+            raise ValueError(f"a slice ends at position {stop}, past the {room} that its model and blocks have")

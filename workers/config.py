@@ -24,6 +24,7 @@ MIN_PART_BYTES = 1 << 20
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+RunnerChoice = Literal["auto", "torch", "openvino"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -52,6 +53,7 @@ class WorkerConfig:
     block_size: int = 32
     dtype: DTypeChoice = "auto"
     device: str = "auto"
+    runner: RunnerChoice = "auto"
     max_model_len: int | None = None
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 64
@@ -81,6 +83,7 @@ class WorkerConfig:
             most = self.kv_cache_memory_bytes - MIN_PART_BYTES
             _check_range("--kv-plane-bytes", self.kv_plane_bytes, MIN_PART_BYTES, most)
         _check_choice("--dtype", self.dtype, get_args(DTypeChoice))
+        _check_choice("--runner", self.runner, get_args(RunnerChoice))
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
         _check_choice("--log-format", self.log_format, get_args(LogFormat))
         if self.failpoint and not _FAILPOINT.fullmatch(self.failpoint):
@@ -130,6 +133,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         block_size=_integer("--block-size", given("block_size"), 32),
         dtype=given("dtype") or "auto",  # type: ignore[arg-type]  # __post_init__ checks the choice
         device=given("device") or "auto",
+        runner=given("runner") or "auto",  # type: ignore[arg-type]  # as above
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
         max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
@@ -168,11 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", metavar="TOKENS", help="tokens per block of KV (default 32)")
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16 (default auto)")
     add("--device", metavar="NAME", help="auto, cpu or cuda (default auto)")
+    add("--runner", metavar="NAME", help="auto, torch or openvino (default auto: OpenVINO on a CPU, where it can)")
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
     add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="share KV by prefix (default)")
-    add("--threads", metavar="N", help="threads of one model step (default: torch decides)")
+    add("--threads", metavar="N", help="threads of one model step (default: the runner decides)")
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     add("--log-format", metavar="FORMAT", help="text or json (default text)")
     return parser

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from bus.errors import ModelUnavailable
-from workers import attention, checkpoint, packed_linear
+from workers import attention, checkpoint
 
 if TYPE_CHECKING:
     from kvcache.models import ModelSource
@@ -93,8 +93,6 @@ def _load(source: ModelSource, dtype_name: str, device: torch.device, max_model_
     )
     model = _load_weights(found, config, dtype)
     model.to(device).eval()  # type: ignore[arg-type]
-    if packed_linear.can_pack(dtype, device):
-        packed_linear.pack(model)
     shape = _shape_of(config, max_model_len)
     return LoadedModel(
         name=source.name,

@@ -60,6 +60,7 @@ async def _run(config: WorkerConfig) -> None:
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         threads=config.threads,
+        runner=config.runner,
     )
     models = TorchModels(config.home, config.models, memory.pools_bytes, options)
     hello = WorkerHello(

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from workers import packed_linear
 from workers.attention import plan_step
+from workers.batch import check_batch
 from workers.pool_cache import PoolCache
 
 if TYPE_CHECKING:
@@ -26,20 +28,17 @@ if TYPE_CHECKING:
 class TorchRunner:
     """One model over one pool. Call it from one thread at a time.
 
-    `kv` must have the model's layers, KV heads, head_dim, dtype and device.
+    `kv` must have the model's layers, KV heads, head_dim, dtype and device. Where packing its linear layers makes
+    the model faster they are packed, in place.
     """
 
     def __init__(self, loaded: LoadedModel, kv: PagedKV) -> None:
-        shape, plan = loaded.shape, kv.plan
-        ours = (shape.num_layers, shape.num_kv_heads, shape.head_dim, loaded.dtype)
-        theirs = (plan.num_layers, plan.num_kv_heads, plan.head_dim, kv.dtype)
-        if ours != theirs:
-            raise ValueError(
-                f"the pool is cut for {theirs}, the model needs {ours} (layers, KV heads, head_dim, dtype)"
-            )
+        check_pool(loaded, kv)
+        if packed_linear.can_pack(loaded.dtype, loaded.device):
+            packed_linear.pack(loaded.model)
         self.kv = kv
-        self._max_len = shape.max_model_len
-        self._vocab_size = shape.vocab_size
+        self._max_len = loaded.shape.max_model_len
+        self._vocab_size = loaded.shape.vocab_size
         self._model = loaded.model
         self._run = self._run_by_length if loaded.has_own_attention else self._run_flat
 
@@ -52,7 +51,7 @@ class TorchRunner:
         into the pool at their positions. Raises ValueError for an empty batch or slice, or one past the
         model's length or its own block table, before anything is written.
         """
-        self._check(batch)
+        check_batch(batch, max_model_len=self._max_len, block_size=self.kv.plan.block_size)
         return self._run(batch).float()
 
     def _run_flat(self, batch: Batch) -> torch.Tensor:
@@ -93,13 +92,11 @@ class TorchRunner:
         )
         return cast("torch.Tensor", output.logits[:, -1])
 
-    def _check(self, batch: Batch) -> None:
-        if not batch:
-            raise ValueError("the batch is empty")
-        for piece in batch:
-            stop = piece.start + len(piece.token_ids)
-            if stop == piece.start or piece.start < 0:
-                raise ValueError(f"a slice of {len(piece.token_ids)} tokens from {piece.start} computes nothing")
-            room = min(self._max_len, len(piece.block_table) * self.kv.plan.block_size)
-            if stop > room:
-                raise ValueError(f"a slice ends at position {stop}, past the {room} that its model and blocks have")
+
+def check_pool(loaded: LoadedModel, kv: PagedKV) -> None:
+    """Raise ValueError unless the pool has the model's layers, KV heads, head_dim and dtype."""
+    shape, plan = loaded.shape, kv.plan
+    ours = (shape.num_layers, shape.num_kv_heads, shape.head_dim, loaded.dtype)
+    theirs = (plan.num_layers, plan.num_kv_heads, plan.head_dim, kv.dtype)
+    if ours != theirs:
+        raise ValueError(f"the pool is cut for {theirs}, the model needs {ours} (layers, KV heads, head_dim, dtype)")

@@ -134,6 +134,8 @@ def _model_stats(name: str, place: _Place) -> ModelStats:
         stats,
         dtype=facts.dtype,
         device=facts.device,
+        runner=facts.runner,
+        runner_reason=facts.runner_reason,
         fingerprint=facts.fingerprint,
         num_layers=facts.num_layers,
         max_model_len=facts.max_model_len,

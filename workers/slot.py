@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What is known of a loaded model and its pool. Lengths in tokens; `block_bytes` covers all layers."""
+    """What is known of a loaded model and its pool. Lengths in tokens; `block_bytes` covers all layers.
+
+    runner: what computes it, `torch` or `openvino`. runner_reason: why not the faster one, or empty.
+    """
 
     name: str
     fingerprint: str
@@ -45,6 +48,8 @@ class ModelFacts:
     num_blocks: int
     block_size: int
     block_bytes: int
+    runner: str = "torch"
+    runner_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

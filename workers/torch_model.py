@@ -1,6 +1,6 @@
 """A model in torch, as the engine knows models: loaded weights, its pool, its tokenizer, and how it draws.
 
-The one place that joins `loader`, `paged_kv`, `runner`, `sampling` and `text`, and that shares the memory
+The one place that joins `loader`, `paged_kv`, `runners`, `sampling` and `text`, and that shares the memory
 for block pools out between the models that load. What it hands on are numbers and buffers, never tensors.
 """
 
@@ -27,7 +27,7 @@ from workers.engine_api import ReadResult
 from workers.generations import MAX_PROMPT_BYTES
 from workers.loader import DTypeName, LoadedModel, load_model
 from workers.paged_kv import PagedKV, plan_pages
-from workers.runner import TorchRunner
+from workers.runners import Chosen, RunnerName, choose_runner
 from workers.slot import Draw, ModelFacts
 from workers.text import TextStream, Tokenizer
 
@@ -45,7 +45,7 @@ _chat = msgspec.json.Decoder(list[ChatMessage])
 class TorchModel:
     """One loaded model over its own pool. `compute` and `read` belong to one thread, `encode` to another."""
 
-    def __init__(self, loaded: LoadedModel, kv: PagedKV) -> None:
+    def __init__(self, loaded: LoadedModel, kv: PagedKV, chosen: Chosen) -> None:
         shape = loaded.shape
         self.facts = ModelFacts(
             name=loaded.name,
@@ -61,9 +61,11 @@ class TorchModel:
             num_blocks=kv.plan.num_blocks,
             block_size=kv.plan.block_size,
             block_bytes=kv.plan.block_bytes,
+            runner=chosen.name,
+            runner_reason=chosen.reason,
         )
         self._kv = kv
-        self._runner = TorchRunner(loaded, kv)
+        self._runner = chosen.runner
         # Two threads, two tokenizers: some calls of the fast ones change settings, and fail while another runs.
         self._tokenizer, self._decoder = (
             Tokenizer(inner, vocab_size=shape.vocab_size, max_prompt_bytes=MAX_PROMPT_BYTES)
@@ -113,13 +115,14 @@ class TorchModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How models of this worker are loaded. threads: of one step; None leaves it to torch."""
+    """How models of this worker are loaded. threads: of one step; None leaves it to the runner."""
 
     dtype: DTypeName
     device: str
     max_model_len: int | None
     block_size: int
     threads: int | None
+    runner: RunnerName = "auto"
 
 
 class TorchModels:
@@ -162,7 +165,13 @@ class TorchModels:
             device=_device(options.device),
             max_model_len=options.max_model_len,
         )
-        model = TorchModel(loaded, self._make_pool(loaded))
+        kv = self._make_pool(loaded)
+        try:
+            chosen = choose_runner(options.runner, loaded, kv, threads=options.threads)
+        except ModelUnavailable:
+            self._left_bytes += kv.plan.total_bytes
+            raise
+        model = TorchModel(loaded, kv, chosen)
         # The million objects of torch and transformers are here to stay. Left to the garbage collector they cost
         # pauses of half a second, which is a lease, and seconds when the process ends.
         gc.freeze()

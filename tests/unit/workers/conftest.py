@@ -104,6 +104,20 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"llama": save_model(make_llama(), root / "llama"), "gpt2": save_model(make_gpt2(), root / "gpt2")}
 
 
+def make_pool(loaded: LoadedModel, num_blocks: int = 64, block_size: int = BLOCK_SIZE) -> PagedKV:
+    shape = loaded.shape
+    block_bytes = 2 * shape.num_layers * shape.num_kv_heads * block_size * shape.head_dim * loaded.dtype.itemsize
+    plan = plan_pages(
+        memory_bytes=num_blocks * block_bytes,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=block_size,
+        itemsize=loaded.dtype.itemsize,
+    )
+    return PagedKV(plan, loaded.dtype, loaded.device)
+
+
 @dataclass(frozen=True)
 class Family:
     """One family's model twice: ours, and as transformers loads it, for what is right."""
@@ -122,17 +136,7 @@ class Family:
         return [int(token) for token in output[0, len(prompt) :]]
 
     def make_kv(self, num_blocks: int = 64) -> PagedKV:
-        shape = self.loaded.shape
-        bytes_per_block = 2 * shape.num_layers * shape.num_kv_heads * BLOCK_SIZE * shape.head_dim * 4
-        plan = plan_pages(
-            memory_bytes=num_blocks * bytes_per_block,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            block_size=BLOCK_SIZE,
-            itemsize=4,
-        )
-        return PagedKV(plan, self.loaded.dtype, self.loaded.device)
+        return make_pool(self.loaded, num_blocks)
 
     def make_runner(self) -> TorchRunner:
         return TorchRunner(self.loaded, self.make_kv())

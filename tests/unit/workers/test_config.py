@@ -50,6 +50,7 @@ def test_sizes_are_read_in_their_usual_forms(text: str, size: int) -> None:
         (["--weight", "many"], "--weight"),
         (["--block-size", "0"], "--block-size"),
         (["--dtype", "int4"], "--dtype"),
+        (["--runner", "walker"], "--runner"),
         (["--threads", "0"], "--threads"),
         (["--max-model-len", "1"], "--max-model-len"),
         (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens"),

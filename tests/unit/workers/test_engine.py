@@ -55,6 +55,7 @@ from workers.engine_api import (
 )
 from workers.host import Host, Job
 from workers.keys import SequenceKey
+from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
 from workers.slot import Draw, Model
 from workers.text import TextStream
@@ -173,7 +174,11 @@ def only(events: Sequence[Event], kind: type[Any]) -> Any:  # noqa: ANN401  # th
 
 @pytest.fixture
 def make(family: Family) -> Callable[[], TorchModel]:
-    return lambda: TorchModel(family.loaded, family.make_kv())
+    def make() -> TorchModel:
+        kv = family.make_kv()
+        return TorchModel(family.loaded, kv, choose_runner("torch", family.loaded, kv, threads=None))
+
+    return make
 
 
 @pytest.fixture

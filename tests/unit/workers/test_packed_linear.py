@@ -7,8 +7,9 @@ import torch
 
 from workers.loader import load_model
 from workers.packed_linear import PackedLinear, can_pack
+from workers.runner import TorchRunner
 
-from .conftest import source_of
+from .conftest import make_pool, source_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,9 +33,12 @@ def test_packed_layer_computes_what_the_plain_one_does(num_rows: int, with_bias:
 
 @needs_packing
 @pytest.mark.parametrize("family_name", ["llama", "gpt2"])
-def test_bfloat16_model_on_a_cpu_has_no_plain_linear_layer_left(model_dirs: dict[str, Path], family_name: str) -> None:
-    model = load_model(source_of(model_dirs[family_name]), dtype="bfloat16").model
-    kinds = {type(module).__name__ for module in model.modules()}
+def test_torch_runner_leaves_a_bfloat16_model_on_a_cpu_no_plain_linear_layer(
+    model_dirs: dict[str, Path], family_name: str
+) -> None:
+    loaded = load_model(source_of(model_dirs[family_name]), dtype="bfloat16")
+    TorchRunner(loaded, make_pool(loaded))
+    kinds = {type(module).__name__ for module in loaded.model.modules()}
     assert "PackedLinear" in kinds
     assert not kinds & {"Linear", "Conv1D"}
 

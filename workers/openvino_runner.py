@@ -1,0 +1,147 @@
+"""Run a batch through OpenVINO on a CPU, with keys and values in our pool: two to four times torch's speed there.
+
+The graph comes from `workers.openvino_export`; its caches are the pool's own memory, handed over once, so that
+blocks, prefix sharing and readback are the same as with the torch runner. float32 is computed in float32 and
+bfloat16 in bfloat16, and the pool holds the same dtype, never a quantised one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from workers import openvino_export
+from workers.batch import check_batch
+from workers.openvino_api import ov
+from workers.runner import check_pool
+
+if TYPE_CHECKING:
+    from workers.batch import Batch
+    from workers.loader import LoadedModel
+    from workers.paged_kv import PagedKV
+
+PRECISIONS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
+
+
+class NotCarried(Exception):
+    """OpenVINO, or this part of it, cannot run the model exactly; `str` says why. The torch runner can."""
+
+
+class OpenVinoRunner:
+    """One model over one pool, as `TorchRunner`, for a float32 or bfloat16 model on the CPU with blocks of 32.
+
+    threads: of one step; None leaves it to OpenVINO, which takes every core. Raises NotCarried.
+    """
+
+    def __init__(self, loaded: LoadedModel, kv: PagedKV, *, threads: int | None) -> None:
+        check_pool(loaded, kv)
+        _check_carried(loaded, kv)
+        self.kv = kv
+        self._max_len = loaded.shape.max_model_len
+        self._vocab_size = loaded.shape.vocab_size
+        self._weights = loaded.model  # the graph's constants are its memory, and OpenVINO does not hold on to it
+        compiled = _compile(loaded, threads)
+        _check_caches(compiled, kv)
+        self._request = compiled.create_infer_request()
+        for index, cache in enumerate(_caches(kv)):
+            self._request.set_tensor(f"cache.{index}", _share(cache))
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """One forward pass over every slice of the batch; see `TorchRunner.run`, whose contract this keeps."""
+        check_batch(batch, max_model_len=self._max_len, block_size=self.kv.plan.block_size)
+        wanted = _wanted_rows(batch)
+        # Rows to project are never none: OpenVINO's kernels are for matrices that have some.
+        rows = wanted or [0]
+        outputs = self._request.infer(_inputs(batch, rows), share_inputs=True, share_outputs=True)
+        # A copy: the request's own output is overwritten by the next step.
+        return torch.tensor(outputs[0][: len(wanted)])
+
+
+def _wanted_rows(batch: Batch) -> list[int]:
+    """Rows of the flat step that logits are wanted for."""
+    rows, end = [], 0
+    for piece in batch:
+        end += len(piece.token_ids)
+        if piece.wants_logits:
+            rows.append(end - 1)
+    return rows
+
+
+def _inputs(batch: Batch, rows: list[int]) -> dict[str, np.ndarray[Any, Any]]:
+    """A step as the graph takes it; shapes and dtypes are listed in `workers.openvino_export`."""
+    starts = np.array([piece.start for piece in batch], dtype=np.int32)
+    lengths = np.array([len(piece.token_ids) for piece in batch], dtype=np.int32)
+    num_blocks = -(-(starts + lengths) // openvino_export.BLOCK_SIZE)
+    tables = [piece.block_table[:used] for piece, used in zip(batch, num_blocks, strict=True)]
+    return {
+        "input_ids": np.fromiter((token for piece in batch for token in piece.token_ids), dtype=np.int64),
+        "position_ids": np.concatenate(
+            [np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)], dtype=np.int64
+        ),
+        "wanted": np.array(rows, dtype=np.int64),
+        "past_lens": starts,
+        "subsequence_begins": _begins(lengths),
+        "block_indices": np.fromiter((block for table in tables for block in table), dtype=np.int32),
+        "block_indices_begins": _begins(num_blocks),
+        "max_context_len": np.array((starts + lengths).max(), dtype=np.int32),
+    }
+
+
+def _begins(lengths: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Where each of the parts begins, and where the last one ends: `[len(lengths) + 1]` int32."""
+    return np.concatenate([[0], np.cumsum(lengths)], dtype=np.int32)
+
+
+def _check_carried(loaded: LoadedModel, kv: PagedKV) -> None:
+    family, block_size = loaded.model.config.model_type, kv.plan.block_size
+    if family not in openvino_export.FAMILIES:
+        raise NotCarried(f"no model of family {family!r} runs on OpenVINO yet")
+    if loaded.device.type != "cpu":
+        raise NotCarried(f"OpenVINO runs on the CPU here, and the model is on {loaded.device}")
+    if loaded.dtype not in PRECISIONS:
+        raise NotCarried(f"OpenVINO runs float32 and bfloat16 here, not {loaded.dtype}")
+    if block_size != openvino_export.BLOCK_SIZE:
+        raise NotCarried(f"OpenVINO takes blocks of {openvino_export.BLOCK_SIZE} tokens, not of {block_size}")
+
+
+def _compile(loaded: LoadedModel, threads: int | None) -> ov.CompiledModel:
+    """Raises NotCarried with the reason, whatever it is: exporting and compiling are foreign code."""
+    precision = PRECISIONS[loaded.dtype]
+    options: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "KV_CACHE_PRECISION": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Several workers share a machine, and each would pin its threads to the same first cores.
+        "ENABLE_CPU_PINNING": False,
+    }
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    try:
+        return ov.Core().compile_model(openvino_export.export(loaded), "CPU", options)
+    except Exception as error:
+        raise NotCarried(f"OpenVINO {ov.__version__} cannot compile it: {error}"[:500]) from error
+
+
+def _check_caches(compiled: ov.CompiledModel, kv: PagedKV) -> None:
+    """The compiled model decides the layout of its caches; one that is not the pool's must not be served."""
+    for index, cache in enumerate(_caches(kv)):
+        wanted = compiled.input(f"cache.{index}")
+        fits = wanted.get_partial_shape().compatible(ov.PartialShape(list(cache.shape)))
+        if not fits or wanted.get_element_type() != PRECISIONS[kv.dtype]:
+            raise NotCarried(
+                f"OpenVINO {ov.__version__} wants its cache as {wanted.get_partial_shape()} of "
+                f"{wanted.get_element_type()}, not {tuple(cache.shape)} of {kv.dtype}"
+            )
+
+
+def _caches(kv: PagedKV) -> list[torch.Tensor]:
+    """The pool's tensors in the order of the graph: keys and values of the first layer, of the second, ..."""
+    return [cache for pair in zip(kv.keys, kv.values, strict=True) for cache in pair]
+
+
+def _share(cache: torch.Tensor) -> ov.Tensor:
+    """The same memory as an OpenVINO tensor. The caller keeps the pool alive."""
+    bits = cache.view(torch.uint16) if cache.dtype is torch.bfloat16 else cache
+    return ov.Tensor(bits.numpy(), ov.Shape(list(cache.shape)), PRECISIONS[cache.dtype])

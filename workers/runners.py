@@ -1,0 +1,78 @@
+"""Choose how a model is run: through torch, which runs everything, or OpenVINO, which is faster on a CPU.
+
+Whichever it is, the pool is the same and so is what it holds. OpenVINO is an extra (setup.cfg): where it is
+not installed, or does not carry a model, `auto` means torch, and the figures say why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from bus.errors import ModelUnavailable
+from workers.runner import TorchRunner
+
+if TYPE_CHECKING:
+    import torch
+
+    from workers.batch import Batch
+    from workers.loader import LoadedModel
+    from workers.paged_kv import PagedKV
+
+log = logging.getLogger(__name__)
+
+RunnerName = Literal["auto", "torch", "openvino"]
+
+
+class Runner(Protocol):
+    """One model over one pool. Call it from one thread at a time."""
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """One forward pass: logits `[num_wanting_logits, vocab_size]` float32. See `TorchRunner.run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A runner, its name, and why it is not the faster one where that was thinkable."""
+
+    runner: Runner
+    name: str
+    reason: str = ""
+
+
+def choose_runner(choice: RunnerName, loaded: LoadedModel, kv: PagedKV, *, threads: int | None) -> Chosen:
+    """The runner that `choice` means for this model; `auto` is OpenVINO on a CPU where it can be.
+
+    Making one may take seconds. Raises ModelUnavailable if `openvino` was asked for and is not to be had.
+    """
+    if choice == "torch" or (choice == "auto" and loaded.device.type != "cpu"):
+        return Chosen(TorchRunner(loaded, kv), "torch")
+    try:
+        return Chosen(_openvino_runner(loaded, kv, threads), "openvino")
+    except _NotToBeHad as error:
+        if choice == "openvino":
+            raise ModelUnavailable(f"model {loaded.name!r} cannot run on OpenVINO: {error}") from error
+        log.warning("model %s runs on torch, not OpenVINO: %s", loaded.name, error)
+        return Chosen(TorchRunner(loaded, kv), "torch", str(error))
+
+
+class _NotToBeHad(Exception):
+    """`str` says why."""
+
+
+def _openvino_runner(loaded: LoadedModel, kv: PagedKV, threads: int | None) -> Runner:
+    if importlib.util.find_spec("openvino") is None:
+        raise _NotToBeHad("it is not installed; pip install 'kvcache[openvino]'")
+    try:
+        # Not at the top: it is optional, and takes a second to import.
+        module: Any = importlib.import_module("workers.openvino_runner")
+    except (ImportError, AttributeError) as error:
+        raise _NotToBeHad(f"the OpenVINO that is installed is not the one we know: {error}") from error
+    try:
+        runner: Runner = module.OpenVinoRunner(loaded, kv, threads=threads)
+    except module.NotCarried as error:
+        raise _NotToBeHad(str(error)) from error
+    return runner
