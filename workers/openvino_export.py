@@ -23,6 +23,8 @@ OpenVINO can write a graph with this operator to a file, but not read it back.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -58,23 +60,53 @@ def export(loaded: LoadedModel) -> ov.Model:
     `loaded.model` computes nothing meaningful while this runs, and is as before afterwards.
     Raises whatever tracing or converting raises: both are foreign code.
     """
-    model = loaded.model
-    before = model.config._attn_implementation
-    AttentionInterface.register(_ATTENTION_NAME, _traced_attention)
-    model.set_attn_implementation(_ATTENTION_NAME)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing warns of every shape that becomes a constant
-            decoder = TorchScriptPythonDecoder(
-                _Step(loaded), example_input=_example(loaded), trace_kwargs={"check_trace": False}
-            )
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        frontend.add_extension(ConversionExtension(_OPERATOR, _Converter(loaded)))
-        graph = ov.Model(frontend.convert(frontend.load(decoder)))
-    finally:
-        model.set_attn_implementation(before)
+    with _prepared(loaded), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of every shape that becomes a constant
+        decoder = TorchScriptPythonDecoder(
+            _Step(loaded), example_input=_example(loaded), trace_kwargs={"check_trace": False}
+        )
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    frontend.add_extension(ConversionExtension(_OPERATOR, _Converter(loaded)))
+    graph = ov.Model(frontend.convert(frontend.load(decoder)))
     _name_caches(graph, loaded)
     return graph
+
+
+@contextmanager
+def _prepared(loaded: LoadedModel) -> Iterator[None]:
+    """The model with its attention and its rotary angles exchanged for those to be traced."""
+    model, body = loaded.model, loaded.model.base_model
+    attention, rotary = model.config._attn_implementation, getattr(body, "rotary_emb", None)
+    AttentionInterface.register(_ATTENTION_NAME, _traced_attention)
+    model.set_attn_implementation(_ATTENTION_NAME)
+    if rotary is not None:
+        body.rotary_emb = _RotaryTable(rotary, loaded)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        if rotary is not None:
+            body.rotary_emb = rotary
+
+
+class _RotaryTable(torch.nn.Module):
+    """The model's own cosines and sines of every position, looked up instead of computed.
+
+    In bfloat16 OpenVINO would multiply positions in bfloat16 too, which cannot tell 257 from 256: the mean error of
+    a key at position 1,500 of SmolLM2 was 30 times torch's. Angles depend on nothing but the position, because
+    `workers.checkpoint` refuses those that do.
+    """
+
+    def __init__(self, rotary: torch.nn.Module, loaded: LoadedModel) -> None:
+        super().__init__()
+        dtype_of_angles = torch.empty(0, dtype=loaded.dtype)
+        with torch.no_grad():
+            cosines, sines = rotary(dtype_of_angles, torch.arange(loaded.shape.max_model_len).unsqueeze(0))
+        self._cosines, self._sines = cosines[0], sines[0]
+
+    def forward(self, _states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids: [1, num_tokens]. Returns two of [1, num_tokens, rotary_dim] in the model's dtype."""
+        return self._cosines[position_ids], self._sines[position_ids]
 
 
 class _Step(torch.nn.Module):

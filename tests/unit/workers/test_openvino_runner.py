@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from workers.batch import BlockId, Slice
 from workers.loader import load_model
 from workers.runner import TorchRunner
 
-from .conftest import VOCAB_SIZE, Family, make_pool, make_slice, source_of
+from .conftest import VOCAB_SIZE, Family, make_llama, make_pool, make_slice, save_model, source_of
 
 if TYPE_CHECKING:
     from workers.openvino_runner import OpenVinoRunner
@@ -177,22 +177,36 @@ def test_either_runner_goes_on_from_what_the_other_computed(family: Family, runn
         assert continue_greedily(here, prompt, table, first, 8) == family.plain_greedy(prompt, 8)
 
 
-def test_bfloat16_is_as_close_to_float32_as_torch_in_bfloat16_is(family: Family) -> None:
-    """At positions beyond 64, which bfloat16 cannot tell apart: rotary angles must not be computed in it."""
+@pytest.fixture(scope="module")
+def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    model = make_llama()
+    model.config.max_position_embeddings = 1024
+    return save_model(model, tmp_path_factory.mktemp("long") / "llama")
+
+
+def test_bfloat16_is_as_close_to_float32_as_torch_in_bfloat16_is(long_llama: Path) -> None:
+    """Keys at positions that bfloat16 itself cannot tell apart: their angles must not be computed in it."""
     from workers.openvino_runner import OpenVinoRunner
 
-    prompt = prompt_of(120)
-    [table] = tables_of(120, seed=8)
-    exact = prefill(torch_runner(family), prompt, table, 128)
+    prompt = prompt_of(700)
+    [table] = tables_of(700, seed=8)
 
-    def error_of(make: Callable[..., Runner], **options: int) -> float:
-        loaded = load_model(source_of(family.path), dtype="bfloat16")
+    def computed(
+        make: Callable[..., Runner], dtype: Literal["float32", "bfloat16"], **options: int
+    ) -> list[torch.Tensor]:
+        loaded = load_model(source_of(long_llama), dtype=dtype)
         kv = make_pool(loaded, 32, BLOCK_SIZE)
-        logits = prefill(make(loaded, kv, **options), prompt, table, 50)
-        assert kv.read(0, table, 0, 120)[0].dtype is torch.bfloat16
-        return float((logits - exact).abs().mean())
+        logits = prefill(make(loaded, kv, **options), prompt, table, 300)
+        keys, values = kv.read(0, table, 600, 700)
+        assert keys.dtype is loaded.dtype
+        return [logits, keys.float(), values.float()]
 
-    assert error_of(OpenVinoRunner, threads=1) < 1.5 * error_of(TorchRunner)
+    exact = computed(TorchRunner, "float32")
+    torchs = computed(TorchRunner, "bfloat16")
+    ours = computed(OpenVinoRunner, "bfloat16", threads=1)
+    for what, right, theirs, mine in zip(("logits", "keys", "values"), exact, torchs, ours, strict=True):
+        assert (mine - right).abs().mean() < 1.5 * (theirs - right).abs().mean(), what
 
 
 @pytest.mark.parametrize("bad", ["empty batch", "no tokens", "negative start", "past the blocks", "past the model"])
