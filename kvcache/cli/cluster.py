@@ -119,6 +119,7 @@ def _broker_rows(broker: BrokerStats) -> list[tuple[object, ...]]:
 def _worker_rows(workers: list[WorkerStats]) -> list[tuple[object, ...]]:
     return [
         ("up, s", *(f"{it.uptime_s:.0f}" for it in workers)),
+        ("models run on", *(_runners(it) for it in workers)),
         ("memory", *(human_bytes(it.rss_bytes) for it in workers)),
         ("finished", *(it.engine.finished for it in workers)),
         ("failed", *(it.engine.failed for it in workers)),
@@ -132,6 +133,15 @@ def _worker_rows(workers: list[WorkerStats]) -> list[tuple[object, ...]]:
         ("KV plane bytes", *(human_bytes(it.store.used_bytes) for it in workers)),
         ("KV plane evictions", *(it.store.evictions for it in workers)),
     ]
+
+
+def _runners(worker: WorkerStats) -> str:
+    """What computes its loaded models, and why it is not the faster one."""
+    return "; ".join(
+        f"{model.name}: {model.runner}" + (f" ({model.runner_reason})" if model.runner_reason else "")
+        for model in worker.models
+        if model.runner
+    )
 
 
 def _part(part: int, whole: int) -> str:

@@ -20,6 +20,7 @@ from bus.stats import (
     EngineStats,
     Explanation,
     LayerInfo,
+    ModelStats,
     SequenceInfo,
     WorkerStats,
     WorkerView,
@@ -59,6 +60,11 @@ WORKER = WorkerView(
         worker_id="worker-1",
         incarnation=1,
         state="ready",
+        models=(
+            ModelStats(name="smollm2", state="ready", runner="openvino"),
+            ModelStats(name="tiny", state="ready", runner="torch", runner_reason="no such operator"),
+            ModelStats(name="other", state="absent"),
+        ),
         engine=EngineStats(prompt_tokens=200, cached_tokens=150),
     ),
 )
@@ -251,6 +257,11 @@ def test_workers_as_table_and_as_json(clients: list[FakeClient], capsys: pytest.
     assert main(["workers", "--json"]) == 0
     (worker,) = json.loads(capsys.readouterr().out)
     assert (worker["worker_id"], worker["status"]) == ("worker-1", "ready")
+
+
+def test_stats_name_what_runs_each_model_and_why(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats"]) == 0
+    assert "smollm2: openvino; tiny: torch (no such operator)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_stats_show_the_share_of_cached_tokens(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:
