@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from transformers import AttentionInterface
+from transformers.utils import logging as transformers_logging
 
 from workers.openvino_api import (
     ConversionExtension,
@@ -77,6 +78,9 @@ def _prepared(loaded: LoadedModel) -> Iterator[None]:
     """The model with its attention and its rotary angles exchanged for those to be traced."""
     model, body = loaded.model, loaded.model.base_model
     attention, rotary = model.config._attn_implementation, getattr(body, "rotary_emb", None)
+    verbosity = transformers_logging.get_verbosity()
+    # Tracing asks a model for all it has, and transformers warns of what a bare body has not: a loss.
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     AttentionInterface.register(_ATTENTION_NAME, _traced_attention)
     model.set_attn_implementation(_ATTENTION_NAME)
     if rotary is not None:
@@ -84,6 +88,7 @@ def _prepared(loaded: LoadedModel) -> Iterator[None]:
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         model.set_attn_implementation(attention)
         if rotary is not None:
             body.rotary_emb = rotary
