@@ -44,7 +44,9 @@ from workers.openvino_api import (
 if TYPE_CHECKING:
     from workers.loader import LoadedModel
 
-FAMILIES = frozenset({"llama", "gpt2"})
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "phi"})
+"""Those tested to compute what the torch runner does. The operator has no cap for scores (Gemma 2), and Falcon and
+Bloom do not call the attention interface."""
 BLOCK_SIZE = 32
 """Tokens per block, fixed by OpenVINO's CPU kernels."""
 STEP_INPUTS = ("past_lens", "subsequence_begins", "block_indices", "block_indices_begins", "max_context_len")
@@ -119,8 +121,7 @@ class _Step(torch.nn.Module):
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        self._body = loaded.model.base_model
-        self._head = loaded.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._model = loaded.model
 
     def forward(
         self,
@@ -135,13 +136,14 @@ class _Step(torch.nn.Module):
         caches: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         step = (past_lens, subsequence_begins, block_indices, block_indices_begins, max_context_len)
-        output = self._body(
+        output = self._model(
             input_ids=input_ids.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
             use_cache=False,
+            logits_to_keep=wanted,
             paged_step=(caches, step),
         )
-        return cast("torch.Tensor", self._head(output.last_hidden_state[0].index_select(0, wanted))).float()
+        return cast("torch.Tensor", output.logits[0]).float()
 
 
 @torch.library.custom_op(_OPERATOR, mutates_args=())
@@ -157,11 +159,12 @@ def _paged_attention(
     block_indices_begins: torch.Tensor,
     max_context_len: torch.Tensor,
     scaling: float,
+    window: int,
 ) -> torch.Tensor:
     """Stands in the trace for OpenVINO's operator: the shapes are right, the numbers are nothing.
 
     query: [num_tokens, num_heads * head_dim]; key, value: [num_tokens, num_kv_heads * head_dim];
-    keys, values: one layer's pool. Returns the shape of `query`.
+    keys, values: one layer's pool; window: how many keys a query sees, 0 for all. Returns the shape of `query`.
     """
     return torch.zeros_like(query)
 
@@ -175,6 +178,7 @@ def _traced_attention(
     *,
     scaling: float,
     paged_step: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]],
+    sliding_window: int | None = None,
     **_unused: object,
 ) -> tuple[torch.Tensor, None]:
     """The same place in the model as `workers.attention.paged_attention`, with the same shapes."""
@@ -185,7 +189,7 @@ def _traced_attention(
     rows = [states[0].transpose(0, 1).reshape(num_tokens, -1) for states in (query, key, value)]
     # By its registered name, because a trace records registered operators and not Python functions.
     attend = torch.ops.kvcache.paged_attention
-    output = attend(*rows, caches[2 * layer], caches[2 * layer + 1], *step, float(scaling))
+    output = attend(*rows, caches[2 * layer], caches[2 * layer + 1], *step, float(scaling), sliding_window or 0)
     return output.reshape(1, num_tokens, num_heads, head_dim), None
 
 
@@ -203,7 +207,7 @@ class _Converter:
         inputs = [
             *states_and_caches,
             scaling,
-            zero,  # sliding_window: none
+            _constant(context.get_values_from_const_input(_SCALING_INPUT + 1), np.int32),  # sliding_window
             no_floats,  # alibi_slopes
             max_context_len,
             no_ints,  # score_aggregation_window

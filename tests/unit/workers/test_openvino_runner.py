@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from workers.batch import BlockId, Slice
 from workers.loader import load_model
 from workers.runner import TorchRunner
 
-from .conftest import VOCAB_SIZE, Family, make_llama, make_pool, make_slice, save_model, source_of
+from .conftest import VOCAB_SIZE, Family, make_pool, make_slice, save_model, source_of
+from .families import MODELS, save_random
 
 if TYPE_CHECKING:
     from workers.openvino_runner import OpenVinoRunner
@@ -177,15 +178,44 @@ def test_either_runner_goes_on_from_what_the_other_computed(family: Family, runn
         assert continue_greedily(here, prompt, table, first, 8) == family.plain_greedy(prompt, 8)
 
 
-@pytest.fixture(scope="module")
-def long_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_computes_what_the_torch_runner_does_or_is_refused(name: str, tmp_path: Path) -> None:
+    """In chunks and steps, below the window, across it and beyond it, and what is then in the pool."""
+    from workers import openvino_export
+    from workers.openvino_runner import NotCarried, OpenVinoRunner
+
+    loaded = load_model(source_of(save_random(name, tmp_path / "model")), dtype="float32")
+    kv = make_pool(loaded, 32, BLOCK_SIZE)
+    if loaded.model.config.model_type not in openvino_export.FAMILIES:
+        with pytest.raises(NotCarried, match=loaded.model.config.model_type):
+            OpenVinoRunner(loaded, kv, threads=1)
+        return
+    ours, reference = OpenVinoRunner(loaded, kv, threads=1), TorchRunner(loaded, make_pool(loaded, 32, BLOCK_SIZE))
+    prompt, (table, other) = prompt_of(100), tables_of(100, 100)
+    for start, stop in ((0, 5), (5, 6), (6, 40), (40, 41), (41, 100)):
+        batch = [
+            make_slice(prompt[start:stop], start, table),
+            make_slice(prompt[:stop], 0, other),
+        ]
+        mine, theirs = ours.run(batch), reference.run(batch)
+        torch.testing.assert_close(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+        assert mine.argmax(dim=1).tolist() == theirs.argmax(dim=1).tolist()
+    for layer in range(loaded.shape.num_layers):
+        for mine, theirs in zip(kv.read(layer, table, 0, 100), reference.kv.read(layer, table, 0, 100), strict=True):
+            torch.testing.assert_close(mine, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gpt_neox", "phi"])
+def long_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that turns positions by angles, with room for a thousand."""
+    config = MODELS[request.param]()
+    config.max_position_embeddings = 1024
     torch.manual_seed(3)
-    model = make_llama()
-    model.config.max_position_embeddings = 1024
-    return save_model(model, tmp_path_factory.mktemp("long") / "llama")
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return save_model(model, tmp_path_factory.mktemp("long") / "model")
 
 
-def test_bfloat16_is_as_close_to_float32_as_torch_in_bfloat16_is(long_llama: Path) -> None:
+def test_bfloat16_is_as_close_to_float32_as_torch_in_bfloat16_is(long_model: Path) -> None:
     """Keys at positions that bfloat16 itself cannot tell apart: their angles must not be computed in it."""
     from workers.openvino_runner import OpenVinoRunner
 
@@ -195,7 +225,7 @@ def test_bfloat16_is_as_close_to_float32_as_torch_in_bfloat16_is(long_llama: Pat
     def computed(
         make: Callable[..., Runner], dtype: Literal["float32", "bfloat16"], **options: int
     ) -> list[torch.Tensor]:
-        loaded = load_model(source_of(long_llama), dtype=dtype)
+        loaded = load_model(source_of(long_model), dtype=dtype)
         kv = make_pool(loaded, 32, BLOCK_SIZE)
         logits = prefill(make(loaded, kv, **options), prompt, table, 300)
         keys, values = kv.read(0, table, 600, 700)
