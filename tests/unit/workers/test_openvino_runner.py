@@ -52,7 +52,7 @@ def torch_runner(family: Family) -> TorchRunner:
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return [random.Random(f"{seed}/{length}").randrange(VOCAB_SIZE - 1) for _ in range(length)]
+    return random.Random(f"{seed}/{length}").choices(range(VOCAB_SIZE - 1), k=length)
 
 
 def tables_of(*lengths: int, seed: int = 0) -> list[list[BlockId]]:
