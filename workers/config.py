@@ -53,7 +53,7 @@ class WorkerConfig:
     block_size: int = 32
     dtype: DTypeChoice = "auto"
     device: str = "auto"
-    runner: RunnerChoice = "auto"
+    runner: RunnerChoice = "torch"
     max_model_len: int | None = None
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 64
@@ -133,7 +133,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         block_size=_integer("--block-size", given("block_size"), 32),
         dtype=given("dtype") or "auto",  # type: ignore[arg-type]  # __post_init__ checks the choice
         device=given("device") or "auto",
-        runner=given("runner") or "auto",  # type: ignore[arg-type]  # as above
+        runner=given("runner") or "torch",  # type: ignore[arg-type]  # as above
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
         max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", metavar="TOKENS", help="tokens per block of KV (default 32)")
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16 (default auto)")
     add("--device", metavar="NAME", help="auto, cpu or cuda (default auto)")
-    add("--runner", metavar="NAME", help="auto, torch or openvino (default auto: OpenVINO on a CPU, where it can)")
+    add("--runner", metavar="NAME", help="torch (default), openvino, or auto: OpenVINO on a CPU, where it can")
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
     add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")

@@ -22,11 +22,9 @@ VOCABULARY = range(1000, 40_000)
 def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
     """Five cold and warm prompts in turn; `quick` leaves out the second length."""
     rows = []
-    notes = []
+    notes: list[str] = []
     progress("starting a broker and a worker, loading SmolLM2")
     with cluster(1) as url, Client(url, timeout=300.0) as client:
-        dtype = next(model.dtype for view in client.stats().workers if view.stats for model in view.stats.models)
-        notes.append(f"SmolLM2-135M-Instruct in {dtype}, one worker, through the broker")
         draw = random.Random(17)
         _first_token(client, draw.choices(VOCABULARY, k=64), "warm-up")
         for length, cached, goal in ((PROMPT_TOKENS, CACHED_TOKENS, 10.0), (4096, 4080, None))[: 1 if quick else 2]:
@@ -49,7 +47,14 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
             rows.append(
                 row(f"{name}, speedup", [c / w for c, w in zip(cold, warm, strict=True)], "x", goal=goal, on="value")
             )
+            notes = [f"SmolLM2-135M-Instruct, {_how(client)}, one worker, through the broker"]
     return report("reuse", rows, notes)
+
+
+def _how(client: Client) -> str:
+    """The precision and the runner, by the worker's own figures."""
+    models = [model for view in client.stats().workers if view.stats for model in view.stats.models]
+    return ", ".join(f"{model.dtype} on {model.device} ({model.runner})" for model in models if model.state == "ready")
 
 
 def _first_token(client: Client, token_ids: list[int], seq_id: str) -> tuple[float, int]:
