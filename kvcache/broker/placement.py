@@ -16,6 +16,10 @@ RETRY_AFTER_MS = 200
 Placed = m.Generate | m.Put | m.Append | m.Get | m.Length | m.Delete | m.Pin | m.Unpin | m.ListSequences | m.Route
 
 
+POLICED = (m.Generate, m.Route)
+"""What a policy may place: all else names its sequence, or its worker."""
+
+
 class Placement:
     """Chooses; counts what it chose by policy. `routed` maps a reason's first word to how often it decided."""
 
@@ -71,7 +75,7 @@ class Placement:
     def _owner(self, tenant: str, message: Placed) -> Choice:
         """A sequence lives on its owner and nowhere else, so its requests have no second choice."""
         assert not isinstance(message, m.ListSequences)
-        if isinstance(message, m.Generate | m.Route) and message.policy not in {"", "consistent_hash"}:
+        if isinstance(message, POLICED) and message.policy not in {"", "consistent_hash"}:
             raise BadArgument(f"a request with a seq_id goes to its owner; leave out policy {message.policy!r}")
         key = sequence_key(tenant, message.seq_id)
         owner = self._workers.ring.owner(key.key)
@@ -80,7 +84,7 @@ class Placement:
         return Choice(owner, f"consistent_hash: owner of {key.text}")
 
     def _by_policy(self, tenant: str, message: Placed, now: float) -> Choice:
-        if not isinstance(message, m.Generate | m.Route):
+        if not isinstance(message, POLICED):
             raise BadArgument("seq_id must not be empty")
         policy = policy_by_name(message.policy or self._policy)
         if isinstance(message, m.Route):

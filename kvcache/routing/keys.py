@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 HALF_LIFE_S = 60.0
 MIN_EVIDENCE = 16.0
@@ -20,8 +21,7 @@ FIRST_DEPTH = 2
 MAX_WORTH = 2.0**64
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingKey:
+class RoutingKey(msgspec.Struct, frozen=True, gc=False):
     """key: bytes for the ring, empty when the request has nothing to be keyed by. named: a sequence id was given."""
 
     key: bytes

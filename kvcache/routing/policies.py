@@ -8,8 +8,9 @@ an idle worker. A key that names a sequence never gets here with a choice: its o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
+
+import msgspec
 
 from bus.errors import BadArgument
 from kvcache.ring import UNIT_WEIGHT, HashRing
@@ -18,8 +19,7 @@ from kvcache.routing.keys import RoutingKey
 LOAD_BOUND = 1.25
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True, gc=False):
     """What the broker knows of one worker. inflight: dispatched and not ended.
 
     turn: its virtual time, in requests for each 100 of weight. The broker starts a worker that is new or was away
@@ -36,8 +36,7 @@ class Load:
         return self.inflight * UNIT_WEIGHT / self.weight
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, gc=False):
     worker_id: str
     reason: str
 
