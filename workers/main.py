@@ -16,6 +16,7 @@ from bus import wire
 from bus.errors import BadArgument, KVCacheError
 from bus.messages import WorkerHello
 from kvcache import logs
+from kvcache.allocator import keep_freed_memory
 from workers.config import WorkerConfig, parse_config, plan_memory
 
 log = logging.getLogger("workers")
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadArgument as error:
         sys.stderr.write(f"worker: {error}\n")
         return EXIT_USAGE
+    keep_freed_memory()
     try:
         asyncio.run(_run(config))
     except BadArgument as error:

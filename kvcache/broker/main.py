@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from bus.errors import BadArgument, KVCacheError
 from kvcache import logs
+from kvcache.allocator import keep_freed_memory
 from kvcache.broker.shell import Broker
 from kvcache.config import BrokerConfig, parse_broker_config
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadArgument as error:
         sys.stderr.write(f"broker: {error}\n")
         return EXIT_USAGE
+    keep_freed_memory()
     try:
         asyncio.run(_run(config))
     except KVCacheError as error:
