@@ -28,12 +28,12 @@ from typing import Self
 import zmq
 
 from bus.errors import BadArgument, ConnectionLost
+from bus.limits import CHUNK_BYTES
 from bus.security import SecurityConfig
 from bus.wire import MAX_FRAME_BYTES, Buffer
 
 DRAIN_LIMIT = 256
 FLUSH_RETRY_S = 0.005
-CHUNK_BYTES = 1 << 20
 CONTROL_MESSAGE_BYTES = CHUNK_BYTES + 64 * 1024
 ZERO_COPY_BYTES = 64 * 1024
 

@@ -24,6 +24,7 @@ from itertools import islice
 from typing import TypeAlias, assert_never
 
 from bus.errors import KVCacheError, MalformedMessage, ReplayExpired, StreamGap, TokenizerError
+from bus.limits import WINDOW_TOKENS
 from bus.messages import Ack, Replay, Resume, StreamBeat, StreamEnd, StreamTokens
 from bus.wire import MAX_HEADER_BYTES
 
@@ -31,7 +32,6 @@ MAX_HELD = 256
 MAX_PUBLISHED_TOKENS = 64
 MAX_REPLAYED_TOKENS = 256
 MAX_PIECE_BYTES = 4096
-WINDOW_TOKENS = 1024
 
 ACK_TOKENS = 64
 ACK_S = 0.25

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType
 
+from bus.messages import Sampling
+
 BlockId = NewType("BlockId", int)
 
 
@@ -30,6 +32,19 @@ class Slice:
     start: int
     block_table: Sequence[BlockId]
     wants_logits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How to choose the token of one slice that wants one. `sampling` has been through `check_sampling`.
+
+    position: of the token to be drawn, counted from the start of the prompt.
+    banned_ids: tokens that may not come now (the end of text, while `min_tokens` is not reached).
+    """
+
+    sampling: Sampling
+    position: int
+    banned_ids: Sequence[int] = ()
 
 
 Batch = Sequence[Slice]

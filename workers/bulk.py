@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from bus.errors import KVCacheError
+from bus.limits import CHUNK_BYTES
 from bus.messages import KvValue
 from bus.wire import Buffer
 from workers.keys import SequenceKey
 from workers.store import Committed, KVStore
 from workers.transfers import Transfer
 
-CHUNK_BYTES = 1 << 20
 UPLOAD_WINDOW = 8  # chunks of one upload that may be under way
 GRANT_CHUNKS = 4  # credit is granted anew when this many were taken
 

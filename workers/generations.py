@@ -20,6 +20,7 @@ from typing import assert_never
 
 from bus import wire
 from bus.errors import BadArgument, Conflict, KVCacheError, StaleEpoch, TooLarge
+from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import Ack, Generate, Resume, Started, StreamBeat, StreamEnd, StreamTokens
 from bus.streams import StreamLog
 from bus.topics import topic_of
@@ -31,7 +32,6 @@ from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, 
 from workers.keys import SequenceKey
 
 ORPHAN_S = 10.0
-MAX_PROMPT_BYTES = 1 << 20
 
 
 @dataclass(slots=True, eq=False)

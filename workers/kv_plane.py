@@ -20,6 +20,7 @@ import msgspec
 
 from bus import wire
 from bus.errors import BadArgument, BadTensor, Conflict, KVCacheError
+from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES
 from bus.messages import (
     Append,
     Chunk,
@@ -38,7 +39,7 @@ from bus.messages import (
 )
 from bus.stats import SequenceInfo, SequencePage, StoreStats, pack
 from bus.wire import Buffer
-from workers.bulk import CHUNK_BYTES, UPLOAD_WINDOW, Download, Upload, cut
+from workers.bulk import UPLOAD_WINDOW, Download, Upload, cut
 from workers.calls import Action, Call, CallId, Calls, Channel, Tell
 from workers.engine_api import (
     Answered,
@@ -57,8 +58,6 @@ from workers.keys import SequenceKey
 from workers.replies import Replies
 from workers.store import Committed, KVStore
 from workers.transfers import Transfer
-
-MAX_INLINE_BYTES = 256 * 1024
 
 KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences
 

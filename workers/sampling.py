@@ -12,29 +12,16 @@ changing either changes what a seed means.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from bus.errors import InternalError
 from bus.messages import Sampling
+from workers.batch import Draw
 
 NUCLEUS_GUESS = 1024
 """Likeliest tokens looked at first for top-p, before a sort of the whole vocabulary."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
-    """One row's request. `sampling` has been through `check_sampling`.
-
-    position: of the token to be drawn, counted from the start of the prompt.
-    banned_ids: tokens that may not come now (the end of text, while `min_tokens` is not reached).
-    """
-
-    sampling: Sampling
-    position: int
-    banned_ids: Sequence[int] = ()
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int | InternalError]:

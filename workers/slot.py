@@ -18,7 +18,7 @@ from bus.messages import FinishReason, PromptKind, Sampling
 from bus.stats import EngineStats, LayerInfo, PoolStats, SequenceInfo
 from kvcache.hashing import HashSeed
 from workers import tasks
-from workers.batch import Batch, BlockId, Slice
+from workers.batch import Batch, BlockId, Draw, Slice
 from workers.engine_api import Admitted, Broke, Ended, Event, Forgotten, Produced, ReadResult, Retained, RunId, Start
 from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
@@ -50,15 +50,6 @@ class ModelFacts:
     block_bytes: int
     runner: str = "torch"
     runner_reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """How to choose the token at `position` of its sequence; `banned_ids` may not come now."""
-
-    sampling: Sampling
-    position: int
-    banned_ids: tuple[int, ...] = ()
 
 
 class Model(Protocol):
@@ -248,7 +239,7 @@ class Slot:
         output = self._outputs[run]
         early = output.num_tokens < output.sampling.min_tokens
         stops = self.model.facts.eos_ids.union(output.sampling.stop_token_ids) if early else ()
-        return Draw(output.sampling, piece.start + len(piece.token_ids), tuple(stops))
+        return Draw(sampling=output.sampling, position=piece.start + len(piece.token_ids), banned_ids=tuple(stops))
 
     def _compute(self, step: tasks.Step, draws: Sequence[Draw | None]) -> Sequence[int | KVCacheError | None]:
         try:

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 from bus.errors import BadArgument, KVCacheError, ModelNotFound, ModelUnavailable
+from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import PromptKind
 from bus.tensors import TensorMeta, dtype_by_name
 from kvcache.hashing import TOKEN_BYTES
 from kvcache.models import MAX_NAME_CHARS, ModelRegistry
 from workers import sampling
-from workers.batch import Batch, BlockId
+from workers.batch import Batch, BlockId, Draw
 from workers.engine_api import ReadResult
-from workers.generations import MAX_PROMPT_BYTES
 from workers.loader import DTypeName, LoadedModel, load_model
 from workers.paged_kv import PagedKV, plan_pages
 from workers.runners import Chosen, RunnerName, choose_runner
-from workers.slot import Draw, ModelFacts
+from workers.slot import ModelFacts
 from workers.text import TextStream, Tokenizer
 
 
@@ -97,11 +97,7 @@ class TorchModel:
     @torch.inference_mode()
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
         """One step. Per slice: the token drawn, what was wrong with its logits, or None where none was wanted."""
-        wanted = [
-            sampling.Draw(sampling=draw.sampling, position=draw.position, banned_ids=draw.banned_ids)
-            for draw in draws
-            if draw is not None
-        ]
+        wanted = [draw for draw in draws if draw is not None]
         logits = self._runner.run(batch)
         drawn = iter(sampling.sample(logits, wanted) if wanted else ())
         return [None if draw is None else next(drawn) for draw in draws]

@@ -14,16 +14,13 @@ from typing import NamedTuple, TypeVar
 from bus import messages as m
 from bus import wire
 from bus.errors import Forbidden, UnsupportedVersion
+from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES, MAX_PROMPT_BYTES, WINDOW_TOKENS
 from kvcache.broker.members import Client, Worker, Workers
 from kvcache.broker.requests import Requests
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.config import BrokerConfig
 
-MAX_INLINE_BYTES = 256 * 1024
-MAX_PROMPT_BYTES = 1 << 20
 MAX_TENSOR_BYTES = 4 << 30
-CHUNK_BYTES = 1 << 20
-WINDOW_TOKENS = 1024
 DEAF_S = 0.5
 
 Peer = TypeVar("Peer", Client, Worker)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from bus.errors import BadArgument, TooLarge
+from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import PromptKind
 from kvcache.hashing import canonical_chat, encode_token_ids, routing_chain
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 ChatMessages: TypeAlias = Sequence[Mapping[str, str]]
 
 MAX_NAME_BYTES = 256
-MAX_PROMPT_BYTES = 1 << 20
 MAX_SECONDS = 7 * 24 * 3600.0
 MAX_LAYER = 2**32 - 1
 MAX_LENGTH = 2**63 - 1

@@ -27,7 +27,7 @@ from bus.errors import (
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.streams import token_bytes
 from tests.unit.workers.conftest import EOS_ID, Family
-from workers.batch import Batch
+from workers.batch import Batch, Draw
 from workers.engine import EngineThread, JobThread
 from workers.engine_api import (
     Admitted,
@@ -57,7 +57,7 @@ from workers.host import Host, Job
 from workers.keys import SequenceKey
 from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
-from workers.slot import Draw, Model
+from workers.slot import Model
 from workers.text import TextStream
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bus.errors import ErrorCode, ModelUnavailable
+from bus.limits import MAX_PROMPT_BYTES, WINDOW_TOKENS
 from bus.messages import (
     Ack,
     Cancel,
@@ -20,12 +21,12 @@ from bus.messages import (
     StreamEnd,
     StreamTokens,
 )
-from bus.streams import WINDOW_TOKENS, stream_digest, token_bytes
+from bus.streams import stream_digest, token_bytes
 from bus.topics import topic_of
 from tests.unit.workers.core_bench import STREAM, CoreBench, answers, commands, published
 from workers.calls import Publish
 from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, RunId, Start, Stop
-from workers.generations import MAX_PROMPT_BYTES, ORPHAN_S
+from workers.generations import ORPHAN_S
 
 
 @pytest.fixture

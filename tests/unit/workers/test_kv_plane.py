@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bus.errors import ErrorCode, NotFound
+from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES
 from bus.messages import (
     Ack,
     Append,
@@ -31,7 +32,7 @@ from bus.messages import (
 from bus.stats import SequenceInfo, SequencePage, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, Said, answers, commands
-from workers.bulk import CHUNK_BYTES, GRANT_CHUNKS, UPLOAD_WINDOW
+from workers.bulk import GRANT_CHUNKS, UPLOAD_WINDOW
 from workers.calls import Channel
 from workers.engine_api import (
     Answered,
@@ -49,7 +50,6 @@ from workers.engine_api import (
     UnpinKV,
 )
 from workers.keys import SequenceKey
-from workers.kv_plane import MAX_INLINE_BYTES
 
 KEY = SequenceKey("t", "s")
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from bus.errors import InternalError
 from bus.messages import Sampling
-from workers.sampling import Draw, sample, uniform
+from workers.batch import Draw
+from workers.sampling import sample, uniform
 
 VECTORS = [0.011546754286331562, 0.3035680343067586, 0.5023796042735054, 0.1653810847067234]
 TOKENS = [96, 83, 97, 67, 99, 99, 96, 84]

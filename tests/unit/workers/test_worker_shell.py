@@ -45,11 +45,11 @@ from bus.tensors import DType, TensorMeta
 from bus.topics import topic_of
 from bus.wire import Buffer
 from tests.unit.workers.core_bench import welcome
-from workers.batch import Batch, BlockId
+from workers.batch import Batch, BlockId, Draw
 from workers.engine_api import ReadResult
 from workers.failpoints import Failpoint
 from workers.main import EXIT_USAGE, main
-from workers.slot import Draw, Model, ModelFacts
+from workers.slot import Model, ModelFacts
 from workers.text import TextStream
 from workers.worker import Worker
 

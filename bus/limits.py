@@ -1,0 +1,18 @@
+"""How much one message, one request or one stream may hold: what both ends must agree on, in one place.
+
+A broker announces them in its `Welcome`; the bounds of single fields are types in `bus.messages`.
+"""
+
+from __future__ import annotations
+
+CHUNK_BYTES = 1 << 20
+"""Payload of one `Chunk` on the bulk lane, at most."""
+
+MAX_INLINE_BYTES = 256 * 1024
+"""K and V together up to this go within their message; above it they follow in chunks."""
+
+MAX_PROMPT_BYTES = 1 << 20
+"""A prompt as it travels, in any of its forms."""
+
+WINDOW_TOKENS = 1024
+"""Tokens of one stream that may be unacknowledged before its sequence pauses."""
