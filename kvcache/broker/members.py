@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from bus.messages import WorkerBeat, WorkerHello, WorkerState
 from bus.stats import WorkerStats, WorkerView
 from kvcache.ring import UNIT_WEIGHT, HashRing
-from kvcache.routing.policies import Load
+from kvcache.routing.views import Belief
 
 GARBAGE_PER_S = 100
 
@@ -70,7 +70,7 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """A worker's session. calls: what it has of ours to answer. turn: see `kvcache.routing.policies.Load`."""
+    """A worker's session. calls: what it has of ours to answer. turn: see `kvcache.routing.views.Belief`."""
 
     link: bytes
     session: bytes
@@ -125,9 +125,9 @@ class Workers:
         self._turn = max(self._turn, worker.turn)
         worker.turn = self._turn + UNIT_WEIGHT / worker.hello.weight
 
-    def loads(self, now: float) -> dict[str, Load]:
+    def beliefs(self, now: float) -> dict[str, Belief]:
         """What policies may know of each worker on the ring."""
-        return {name: self._load(self.by_id[name], now) for name in self.ring.workers}
+        return {name: self._belief(self.by_id[name], now) for name in self.ring.workers}
 
     def view(self, worker: Worker, now: float, *, full: bool) -> WorkerView:
         """What is told of a worker; `full`: with the figures it reports itself."""
@@ -156,9 +156,9 @@ class Workers:
     def is_full(self, worker: Worker) -> bool:
         return len(worker.calls) >= self._max_inflight
 
-    def _load(self, worker: Worker, now: float) -> Load:
+    def _belief(self, worker: Worker, now: float) -> Belief:
         available = not self._is_suspect(worker, now) and not self.is_full(worker)
-        return Load(len(worker.calls), worker.hello.weight, worker.turn, available)
+        return Belief(len(worker.calls), worker.hello.weight, worker.turn, available)
 
     def _is_suspect(self, worker: Worker, now: float) -> bool:
         return now - worker.heard_at > self._suspect_s

@@ -9,7 +9,8 @@ from bus.errors import BadArgument, NoWorkers, Overloaded
 from bus.stats import Candidate, Explanation
 from kvcache.broker.members import Worker, Workers
 from kvcache.routing.keys import PrefixKeys, RoutingKey, sequence_key
-from kvcache.routing.policies import Choice, load_limit, policy_by_name
+from kvcache.routing.policies import load_limit, policy_by_name
+from kvcache.routing.views import Choice, Refusal, Request
 
 RETRY_AFTER_MS = 200
 
@@ -43,10 +44,10 @@ class Placement:
 
     def explain(self, tenant: str, message: m.Generate | m.Route, choice: Choice, now: float) -> Explanation:
         """The same decision with everything it rested on."""
-        ring, loads = self._workers.ring, self._workers.loads(now)
+        ring, beliefs = self._workers.ring, self._workers.beliefs(now)
         key = sequence_key(tenant, message.seq_id) if message.seq_id else self._peek(tenant, message.chain, now)
         order = list(ring.preference(key.key)) if key.key else list(ring.workers)
-        available = {worker: load for worker, load in loads.items() if load.is_available}
+        available = {worker: belief for worker, belief in beliefs.items() if belief.is_available}
         return Explanation(
             policy="consistent_hash" if key.named else message.policy or self._policy,
             key=key.text,
@@ -57,8 +58,8 @@ class Placement:
                 Candidate(
                     worker_id=worker,
                     rank=rank,
-                    load=loads[worker].inflight,
-                    weight=loads[worker].weight,
+                    load=beliefs[worker].inflight,
+                    weight=beliefs[worker].weight,
                     limit=round(load_limit(available, worker), 3) if worker in available else 0.0,
                     note="" if worker in available else "suspect or full",
                 )
@@ -88,12 +89,13 @@ class Placement:
             raise BadArgument("seq_id must not be empty")
         policy = policy_by_name(message.policy or self._policy)
         if isinstance(message, m.Route):
-            key = self._peek(tenant, message.chain, now)
+            request = Request(self._peek(tenant, message.chain, now), now=now, tenant=tenant)
         else:
             key = self._prefixes.key(tenant, message.chain, len(self._workers.ring), now)
-        choice = policy(key, self._workers.ring, self._workers.loads(now))
-        if choice is None:
-            raise Overloaded("every worker is full or has fallen silent", retry_after_ms=RETRY_AFTER_MS)
+            request = Request(key, now=now, deadline_s=message.deadline_ms / 1000, tenant=tenant)
+        choice = policy(request, self._workers.ring, self._workers.beliefs(now))
+        if isinstance(choice, Refusal):
+            raise Overloaded(choice.reason, retry_after_ms=int(choice.retry_after_s * 1000))
         return choice
 
     def _peek(self, tenant: str, chain: m.Chain, now: float) -> RoutingKey:

@@ -28,7 +28,7 @@ from kvcache.broker.members import Call, Client, Stream, Worker, Workers
 from kvcache.broker.placement import RETRY_AFTER_MS, Placement
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.streams import Streams
-from kvcache.routing.policies import Choice
+from kvcache.routing.views import Choice
 
 MAX_CALLS_PER_CLIENT = 4096
 

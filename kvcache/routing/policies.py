@@ -1,4 +1,4 @@
-"""Policies: given a key, the ring and what is known of each worker, which one serves.
+"""Policies: given a request, the ring and what is believed of each worker, which one serves.
 
 A policy is a pure function with one signature, selected by name per broker or per request. It sees
 loads that the broker counted when it dispatched, so two requests that arrive together do not both see
@@ -10,87 +10,66 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-import msgspec
-
 from bus.errors import BadArgument
-from kvcache.ring import UNIT_WEIGHT, HashRing
-from kvcache.routing.keys import RoutingKey
+from kvcache.ring import HashRing
+from kvcache.routing.views import Belief, Choice, Refusal, Request
 
 LOAD_BOUND = 1.25
 
+Policy: TypeAlias = Callable[[Request, HashRing, Mapping[str, Belief]], Choice | Refusal]
+"""Chooses among the ring's workers; `beliefs` has one of each. Refuses when no worker is available."""
 
-class Load(msgspec.Struct, frozen=True, gc=False):
-    """What the broker knows of one worker. inflight: dispatched and not ended.
-
-    turn: its virtual time, in requests for each 100 of weight. The broker starts a worker that is new or was away
-    at the time of the others (start-time fair queueing, Goyal, Vin, Cheng 1996, section 2), so it need not catch up.
-    """
-
-    inflight: int
-    weight: int
-    turn: float
-    is_available: bool
-
-    @property
-    def per_weight(self) -> float:
-        return self.inflight * UNIT_WEIGHT / self.weight
+NOBODY = Refusal("every worker is full or has fallen silent")
 
 
-class Choice(msgspec.Struct, frozen=True, gc=False):
-    worker_id: str
-    reason: str
-
-
-Policy: TypeAlias = Callable[[RoutingKey, HashRing, Mapping[str, Load]], Choice | None]
-"""Returns None when no worker is available."""
-
-
-def consistent_hash(key: RoutingKey, ring: HashRing, loads: Mapping[str, Load]) -> Choice | None:
+def consistent_hash(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]) -> Choice | Refusal:
     """The key's owner; the next on the ring while the owner is not available."""
+    key = request.key
     if not key.key:
-        return least_loaded(key, ring, loads)
+        return least_loaded(request, ring, beliefs)
     for rank, worker in enumerate(ring.preference(key.key)):
-        if loads[worker].is_available:
+        if beliefs[worker].is_available:
             return Choice(worker, f"consistent_hash: {'owner' if rank == 0 else f'successor {rank}'} of {key.text}")
-    return None
+    return NOBODY
 
 
-def bounded_load(key: RoutingKey, ring: HashRing, loads: Mapping[str, Load]) -> Choice | None:
+def bounded_load(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]) -> Choice | Refusal:
     """The first worker on the key's preference list whose load stays within 1.25 of its fair share.
 
     Consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018, section 2), by weight.
     """
+    key = request.key
     if not key.key:
-        return least_loaded(key, ring, loads)
-    available = {worker: load for worker, load in loads.items() if load.is_available}
+        return least_loaded(request, ring, beliefs)
+    available = {worker: belief for worker, belief in beliefs.items() if belief.is_available}
     for rank, worker in enumerate(ring.preference(key.key)):
         if worker in available and available[worker].inflight < load_limit(available, worker):
             return Choice(worker, f"bounded_load: {'owner' if rank == 0 else f'successor {rank}'} of {key.text}")
-    return None
+    return NOBODY
 
 
-def load_limit(available: Mapping[str, Load], worker: str) -> float:
+def load_limit(available: Mapping[str, Belief], worker: str) -> float:
     """How many requests `worker` may have before it takes one more: 1.25 of its share of all, this one included."""
-    total = 1 + sum(load.inflight for load in available.values())
-    weights = sum(load.weight for load in available.values())
+    total = 1 + sum(belief.inflight for belief in available.values())
+    weights = sum(belief.weight for belief in available.values())
     return LOAD_BOUND * total * available[worker].weight / weights
 
 
-def least_loaded(key: RoutingKey, ring: HashRing, loads: Mapping[str, Load]) -> Choice | None:
+def least_loaded(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]) -> Choice | Refusal:
     """The worker with the fewest requests in flight for its weight; among equals the one whose turn it is."""
-    available = [worker for worker in ring.workers if loads[worker].is_available]
+    available = [worker for worker in ring.workers if beliefs[worker].is_available]
     if not available:
-        return None
-    worker = min(available, key=lambda name: (loads[name].per_weight, loads[name].turn))
-    return Choice(worker, f"least_loaded: {loads[worker].inflight} in flight")
+        return NOBODY
+    worker = min(available, key=lambda name: (beliefs[name].per_weight, beliefs[name].turn))
+    return Choice(worker, f"least_loaded: {beliefs[worker].inflight} in flight")
 
 
-def round_robin(key: RoutingKey, ring: HashRing, loads: Mapping[str, Load]) -> Choice | None:
+def round_robin(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]) -> Choice | Refusal:
     """The worker whose turn it is: each gets as many as its weight says."""
-    available = [worker for worker in ring.workers if loads[worker].is_available]
+    available = [worker for worker in ring.workers if beliefs[worker].is_available]
     if not available:
-        return None
-    return Choice(min(available, key=lambda name: loads[name].turn), "round_robin: its turn")
+        return NOBODY
+    return Choice(min(available, key=lambda name: beliefs[name].turn), "round_robin: its turn")
 
 
 POLICIES: dict[str, Policy] = {
