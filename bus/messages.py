@@ -426,7 +426,7 @@ class Length(Message, frozen=True):
 
 
 class Delete(Message, frozen=True):
-    """Forget a sequence, or one layer of it."""
+    """Forget a sequence, or one layer of it. Every ready worker gets it; one answer comes back."""
 
     opcode = 68
     req_id: Id16

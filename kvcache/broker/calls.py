@@ -1,16 +1,19 @@
 """The book of calls: every request between its dispatch and its one end.
 
-Invariant (`check`): a call in flight is in its client's `calls`, its worker's `calls` and a deadline
-bucket, and one that has ended is in none of them. Only this file moves a call in or out of them.
+A request is one call to one worker, or a `Gather` of calls to several, of which each part ends by itself.
+
+Invariant (`check`): a call in flight is in its worker's `calls` and a deadline bucket, its request is in its
+client's `calls`, and what has ended is in none of them. Only this file moves a call in or out of them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from kvcache.broker.answers import Answers
 from kvcache.broker.deadlines import Deadlines
-from kvcache.broker.members import Call, Client, Stream, Worker
+from kvcache.broker.members import Call, Client, Gather, Stream, Worker
 
 
 class Calls:
@@ -34,14 +37,37 @@ class Calls:
     def begin(self, client: Client, worker: Worker, req_id: bytes, deadline: float, stream: Stream | None) -> Call:
         """A request goes to `worker`. The client must have none of this id in flight."""
         call = Call(next(self._numbers), client, worker, req_id, deadline, stream)
-        self._open[call.id] = worker.calls[call.id] = client.calls[req_id] = call
-        self._deadlines.add(call, deadline)
+        client.calls[req_id] = call
+        self._add(call)
         return call
 
-    def end(self, call: Call) -> None:
-        """A call in flight has ended, however it did."""
-        del self._open[call.id], call.worker.calls[call.id], call.client.calls[call.req_id]
+    def begin_all(self, client: Client, workers: Sequence[Worker], req_id: bytes, deadline: float) -> list[Call]:
+        """A request goes to each of `workers`, in a call of its own."""
+        gather = Gather(client, req_id, Answers(req_id))
+        client.calls[req_id] = gather
+        for worker in workers:
+            call = Call(next(self._numbers), client, worker, req_id, deadline, gather=gather)
+            gather.parts[call.id] = call
+            self._add(call)
+        return list(gather.parts.values())
+
+    def of(self, client: Client, req_id: bytes) -> list[Call]:
+        """The calls in flight of what the client calls `req_id`; none, if it has ended."""
+        request = client.calls.get(req_id)
+        if request is None:
+            return []
+        return [request] if isinstance(request, Call) else list(request.parts.values())
+
+    def end(self, call: Call) -> bool:
+        """A call in flight has ended, however it did. Whether that ends its request: other parts may be in flight."""
+        del self._open[call.id], call.worker.calls[call.id]
         self._deadlines.discard(call, call.deadline)
+        if call.gather is not None:
+            del call.gather.parts[call.id]
+            if call.gather.parts:
+                return False
+        del call.client.calls[call.req_id]
+        return True
 
     def overdue(self, now: float) -> list[Call]:
         """Calls in flight whose time is up. They are still to be ended."""
@@ -53,7 +79,11 @@ class Calls:
         for number, call in self._open.items():
             assert call.id == number
             assert call.worker.calls.get(number) is call
-            assert call.client.calls.get(call.req_id) is call
+            assert call in self.of(call.client, call.req_id)
         for call in self._open.values():
             assert all(other in self for other in call.worker.calls.values())
-            assert all(other in self for other in call.client.calls.values())
+            assert all(other in self for req_id in call.client.calls for other in self.of(call.client, req_id))
+
+    def _add(self, call: Call) -> None:
+        self._open[call.id] = call.worker.calls[call.id] = call
+        self._deadlines.add(call, call.deadline)

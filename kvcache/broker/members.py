@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from bus.messages import WorkerBeat, WorkerHello, WorkerState
 from bus.stats import WorkerStats, WorkerView
+from kvcache.broker.answers import Answers
 from kvcache.ring import UNIT_WEIGHT, HashRing
 from kvcache.routing.views import Belief
 
@@ -43,7 +44,7 @@ class Stream:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One dispatched request. `stream` is None unless it generates."""
+    """One dispatched request, or one worker's part of one. `stream` is None unless it generates."""
 
     id: int
     client: Client
@@ -51,6 +52,17 @@ class Call:
     req_id: bytes
     deadline: float
     stream: Stream | None = None
+    gather: Gather | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Gather:
+    """One request that several workers serve, each in a call of its own. parts: those without an answer yet."""
+
+    client: Client
+    req_id: bytes
+    answers: Answers
+    parts: dict[int, Call] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +75,7 @@ class Client:
     user_id: str
     heard_at: float
     bulk_link: bytes = b""
-    calls: dict[bytes, Call] = field(default_factory=dict)
+    calls: dict[bytes, Call | Gather] = field(default_factory=dict)
     streams: dict[bytes, Stream] = field(default_factory=dict)
     garbage: Garbage = field(default_factory=Garbage)
 

@@ -13,6 +13,7 @@ from kvcache.routing.policies import load_limit, policy_by_name
 from kvcache.routing.views import Choice, Refusal, Request
 
 RETRY_AFTER_MS = 200
+NAMELESS = "seq_id must not be empty"
 
 Placed = m.Generate | m.Put | m.Append | m.Get | m.Length | m.Delete | m.Pin | m.Unpin | m.ListSequences | m.Route
 
@@ -34,13 +35,24 @@ class Placement:
         """The worker for a request, and why. Raises NoWorkers, Overloaded or BadArgument."""
         if isinstance(message, m.ListSequences):
             return self._named(message.worker_id)
-        workers = self._workers
-        if not workers.ring.workers:
-            raise NoWorkers("no worker is ready", retry_after_ms=RETRY_AFTER_MS)
+        self._check_ready()
         choice = self._owner(tenant, message) if message.seq_id else self._by_policy(tenant, message, now)
         if not isinstance(message, m.Route):
-            self.routed[choice.reason.partition(":")[0]] += 1
-        return choice, workers.by_id[choice.worker_id]
+            self._count(choice)
+        return choice, self._workers.by_id[choice.worker_id]
+
+    def place_all(self, tenant: str, message: m.Delete) -> tuple[Choice, list[Worker]]:
+        """Every worker that may hold the sequence, its owner first. Raises as `place` does."""
+        self._check_ready()
+        if not message.seq_id:
+            raise BadArgument(NAMELESS)
+        key = sequence_key(tenant, message.seq_id)
+        workers = [self._workers.by_id[name] for name in self._workers.ring.preference(key.key)]
+        for worker in workers:
+            self._check_room(worker, key)
+        choice = Choice(workers[0].id, f"all: whoever holds {key.text}")
+        self._count(choice)
+        return choice, workers
 
     def explain(self, tenant: str, message: m.Generate | m.Route, choice: Choice, now: float) -> Explanation:
         """The same decision with everything it rested on."""
@@ -80,13 +92,13 @@ class Placement:
             raise BadArgument(f"a request with a seq_id goes to its owner; leave out policy {message.policy!r}")
         key = sequence_key(tenant, message.seq_id)
         owner = self._workers.ring.owner(key.key)
-        if not isinstance(message, m.Route) and self._workers.is_full(self._workers.by_id[owner]):
-            raise Overloaded(f"worker {owner}, which owns {key.text}, is full", retry_after_ms=RETRY_AFTER_MS)
+        if not isinstance(message, m.Route):
+            self._check_room(self._workers.by_id[owner], key)
         return Choice(owner, f"consistent_hash: owner of {key.text}")
 
     def _by_policy(self, tenant: str, message: Placed, now: float) -> Choice:
         if not isinstance(message, POLICED):
-            raise BadArgument("seq_id must not be empty")
+            raise BadArgument(NAMELESS)
         policy = policy_by_name(message.policy or self._policy)
         if isinstance(message, m.Route):
             request = Request(self._peek(tenant, message.chain, now), now=now, tenant=tenant)
@@ -97,6 +109,17 @@ class Placement:
         if isinstance(choice, Refusal):
             raise Overloaded(choice.reason, retry_after_ms=int(choice.retry_after_s * 1000))
         return choice
+
+    def _check_ready(self) -> None:
+        if not self._workers.ring.workers:
+            raise NoWorkers("no worker is ready", retry_after_ms=RETRY_AFTER_MS)
+
+    def _check_room(self, worker: Worker, key: RoutingKey) -> None:
+        if self._workers.is_full(worker):
+            raise Overloaded(f"worker {worker.id}, which may hold {key.text}, is full", retry_after_ms=RETRY_AFTER_MS)
+
+    def _count(self, choice: Choice) -> None:
+        self.routed[choice.reason.partition(":")[0]] += 1
 
     def _peek(self, tenant: str, chain: m.Chain, now: float) -> RoutingKey:
         return self._prefixes.peek(tenant, chain, len(self._workers.ring), now)

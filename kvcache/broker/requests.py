@@ -16,9 +16,11 @@ from bus.errors import (
     ConnectionLost,
     DeadlineExceeded,
     Draining,
+    InternalError,
     KVCacheError,
     NoWorkers,
     Overloaded,
+    ProtocolError,
     WorkerLost,
 )
 from bus.stats import pack
@@ -54,6 +56,8 @@ class Requests:
         explanation: list[Send] = []
         try:
             stream = self._admit(client, message, now)
+            if isinstance(message, m.Delete):
+                return self._dispatch_to_all(client, message, frames, now)
             choice, worker = self.placement.place(client.user_id, message, now)
             if isinstance(message, m.Generate) and message.explain:
                 explanation.append(self._explanation(client, message, choice, now))
@@ -62,25 +66,17 @@ class Requests:
         call = self.calls.begin(client, worker, message.req_id, now + message.deadline_ms / 1000, stream)
         if stream is not None:
             self.streams.use(stream, call)
-        self._workers.count_dispatch(worker)
-        envelope = m.Assign(
-            call=call.id,
-            tenant=client.user_id,
-            client=client.instance,
-            deadline_ms=message.deadline_ms,
-            reason=choice.reason,
-        )
-        return [*explanation, Send(Port.WORKER, worker.link, [wire.encode(envelope), *frames], call)]
+        return [*explanation, self._assign(call, message, choice.reason, frames)]
 
     def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
-        call = client.calls.get(req_id)
-        if call is None:
-            return []
-        link = call.worker.link if port is Port.WORKER else call.worker.bulk_link
-        if not link:
-            return self.fail(call, WorkerLost(f"worker {call.worker.id} has no connection for bulk data"))
-        return [Send(port, link, [wire.encode(m.Forward(call=call.id)), *frames], call)]
+        sends: list[Send] = []
+        for call in self.calls.of(client, req_id):
+            link = call.worker.link if port is Port.WORKER else call.worker.bulk_link
+            if not link:
+                return self.fail(call, WorkerLost(f"worker {call.worker.id} has no connection for bulk data"))
+            sends.append(Send(port, link, [wire.encode(m.Forward(call=call.id)), *frames], call))
+        return sends
 
     def open_stream(self, client: Client, message: m.OpenStream, now: float) -> list[Send]:
         try:
@@ -105,6 +101,8 @@ class Requests:
         call = worker.calls.get(reply.call)
         if call is None:
             return []
+        if call.gather is not None:
+            return self._gathered(call, reply, frames[1:])
         link = call.client.link if port is Port.CLIENT else call.client.bulk_link
         if not link:
             return self.fail(call, ConnectionLost("this client has no connection for bulk data"))
@@ -116,15 +114,14 @@ class Requests:
 
     def fail(self, call: Call, error: KVCacheError) -> list[Send]:
         """End a call from here: its client hears why, its worker that nobody waits. Nothing, if it has ended."""
-        if call not in self.calls:
-            return []
-        self._end(call)
-        return [self.refuse(call.client, call.req_id, error), _release(call)]
+        return self.fail_by_id(call.client, call.req_id, error) if call in self.calls else []
 
     def fail_by_id(self, client: Client, req_id: bytes, error: KVCacheError) -> list[Send]:
         """End what the client calls `req_id`, whether or not it was dispatched."""
-        call = client.calls.get(req_id)
-        return [self.refuse(client, req_id, error)] if call is None else self.fail(call, error)
+        calls = self.calls.of(client, req_id)
+        for call in calls:
+            self._end(call)
+        return [self.refuse(client, req_id, error), *map(_release, calls)]
 
     def end_overdue(self, now: float) -> list[Send]:
         """Fail the calls whose time is up; let go of streams that have idled for long enough."""
@@ -135,7 +132,7 @@ class Requests:
 
     def drop_client(self, client: Client) -> list[Send]:
         """The client is gone: its workers stop, and nobody is told."""
-        calls = list(client.calls.values())
+        calls = [call for req_id in client.calls for call in self.calls.of(client, req_id)]
         for call in calls:
             self._end(call)
         for stream in list(client.streams.values()):
@@ -143,18 +140,57 @@ class Requests:
         return [_release(call) for call in calls]
 
     def drop_worker(self, worker: Worker, why: str) -> list[Send]:
-        """The worker is gone: whoever waited for it hears that another may serve them."""
+        """The worker is gone: whoever waited for it alone hears that another may serve them."""
         error = WorkerLost(f"worker {worker.id} was lost: {why}")
-        calls = list(worker.calls.values())
-        for call in calls:
-            self._end(call)
-        return [self.refuse(call.client, call.req_id, error) for call in calls]
+        sends: list[Send] = []
+        for call in list(worker.calls.values()):
+            if call.gather is not None:
+                sends += self._end_part(call)
+            else:
+                self._end(call)
+                sends.append(self.refuse(call.client, call.req_id, error))
+        return sends
 
     def refuse(self, client: Client, req_id: bytes, error: KVCacheError) -> Send:
         self.failed[error.code.name] += 1
         return to_client(client, wire.failed(req_id, error))
 
+    # --- requests of several workers -------------------------------------------------------------
+
+    def _dispatch_to_all(self, client: Client, message: m.Delete, frames: Sequence[Buffer], now: float) -> list[Send]:
+        """Copies of a sequence may lie elsewhere than with its owner, left there while that one was away."""
+        choice, workers = self.placement.place_all(client.user_id, message)
+        calls = self.calls.begin_all(client, workers, message.req_id, now + message.deadline_ms / 1000)
+        return [self._assign(call, message, choice.reason, frames) for call in calls]
+
+    def _gathered(self, call: Call, reply: m.Reply, frames: Sequence[Buffer]) -> list[Send]:
+        """One worker's answer to a request of several, which are answered together."""
+        assert call.gather is not None
+        if not reply.final:
+            return []
+        try:
+            call.gather.answers.add(wire.decode(frames).message)
+        except ProtocolError as error:
+            call.gather.answers.add_error(InternalError(f"worker {call.worker.id} gave no readable answer: {error}"))
+        return self._end_part(call)
+
+    def _end_part(self, call: Call) -> list[Send]:
+        """One worker is done with its part, or gone; after the last one the client hears what came of it."""
+        assert call.gather is not None
+        return [to_client(call.client, call.gather.answers.total())] if self.calls.end(call) else []
+
     # --- details ---------------------------------------------------------------------------------
+
+    def _assign(self, call: Call, message: m.Dispatched, reason: str, frames: Sequence[Buffer]) -> Send:
+        self._workers.count_dispatch(call.worker)
+        envelope = m.Assign(
+            call=call.id,
+            tenant=call.client.user_id,
+            client=call.client.instance,
+            deadline_ms=message.deadline_ms,
+            reason=reason,
+        )
+        return Send(Port.WORKER, call.worker.link, [wire.encode(envelope), *frames], call)
 
     def _admit(self, client: Client, message: m.Dispatched, now: float) -> Stream | None:
         """The stream that the request brings along, if it generates. Raises what speaks against taking it."""

@@ -52,7 +52,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.incarnations = Counter[int]()
 
     def hear(self, heard: list[Heard]) -> None:
-        """Take in what the broker sends, as the peers would."""
+        """Take in what the broker sends, as the peers would. A delete is assigned to several workers."""
         for port, link, message, inner in heard:
             if isinstance(message, m.Assign):
                 assert port is Port.WORKER
@@ -112,6 +112,11 @@ class BrokerMachine(RuleBasedStateMachine):
     def client_asks(self, index: int, number: int, seq: int, deadline_ms: int) -> None:
         self.ask(client_link(index), length(number, f"seq-{seq}", deadline_ms))
 
+    @rule(index=LINKS, number=NUMBERS, seq=st.integers(0, 4), deadline_ms=st.sampled_from([0, 400, 60_000]))
+    def client_deletes(self, index: int, number: int, seq: int, deadline_ms: int) -> None:
+        message = m.Delete(req_id=rid(number), attempt=0, deadline_ms=deadline_ms, seq_id=f"seq-{seq}")
+        self.ask(client_link(index), message)
+
     @rule(index=LINKS, number=NUMBERS, explain=st.booleans())
     def client_generates(self, index: int, number: int, explain: bool) -> None:
         """On a stream of its own, unless it has none left."""
@@ -119,7 +124,7 @@ class BrokerMachine(RuleBasedStateMachine):
         stream_id = self.streams[link].pop() if self.streams.get(link) else b"?" * 16
         self.ask(link, generate(stream_id, number, explain=explain), PROMPT)
 
-    def ask(self, link: bytes, message: m.Length | m.Generate, *payload: bytes) -> None:
+    def ask(self, link: bytes, message: m.Length | m.Delete | m.Generate, *payload: bytes) -> None:
         waits = self.open.get(link)
         if waits is not None and message.req_id in waits:  # refused, which says nothing of the one in flight
             (refusal,) = self.driver.client(link, message, *payload)
@@ -217,7 +222,9 @@ class BrokerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_request_in_flight_is_one_that_somebody_waits_for(self) -> None:
-        assert self.driver.core.inflight == sum(map(len, self.open.values()))
+        """A delete is in flight once for each worker that has not answered."""
+        requests = sum(map(len, self.open.values()))
+        assert requests <= self.driver.core.inflight <= 3 * requests
 
     @invariant()
     def load_is_what_is_in_flight(self) -> None:
