@@ -62,19 +62,33 @@ class Sent(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """Socket options of one kind of traffic; queue_limit is ours, in messages per peer, beyond libzmq's HWM."""
+    """Socket options of one kind of traffic; queue_limit is ours, in messages per peer, beyond libzmq's HWM.
+
+    silence_ms: how long a connection may say nothing at all before libzmq ends it. A message counts when it is whole.
+    """
 
     send_hwm: int
     receive_hwm: int
     max_message_bytes: int
     queue_limit: int
+    silence_ms: int
     zero_copy: bool = False
 
 
-CONTROL = Lane(send_hwm=256, receive_hwm=256, max_message_bytes=CONTROL_MESSAGE_BYTES, queue_limit=1024)
-BULK = Lane(send_hwm=4, receive_hwm=4, max_message_bytes=CHUNK_BYTES + 4096, queue_limit=64, zero_copy=True)
-TOKENS = Lane(send_hwm=4000, receive_hwm=4000, max_message_bytes=16 * 1024, queue_limit=0)
-SUBSCRIPTIONS = Lane(send_hwm=4000, receive_hwm=1000, max_message_bytes=64, queue_limit=0)
+CONTROL = Lane(
+    send_hwm=256, receive_hwm=256, max_message_bytes=CONTROL_MESSAGE_BYTES, queue_limit=1024, silence_ms=1500
+)
+# A chunk has so long to arrive, so the slowest link that carries bulk data does some 70 kB/s.
+BULK = Lane(
+    send_hwm=4,
+    receive_hwm=4,
+    max_message_bytes=CHUNK_BYTES + 4096,
+    queue_limit=64,
+    silence_ms=15_000,
+    zero_copy=True,
+)
+TOKENS = Lane(send_hwm=4000, receive_hwm=4000, max_message_bytes=16 * 1024, queue_limit=0, silence_ms=3000)
+SUBSCRIPTIONS = Lane(send_hwm=4000, receive_hwm=1000, max_message_bytes=64, queue_limit=0, silence_ms=3000)
 
 
 class Context:
@@ -459,10 +473,9 @@ def _open(context: Context, kind: int, lane: Lane) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.LINGER, 0)
     if kind == zmq.DEALER:
         socket.setsockopt(zmq.IMMEDIATE, 1)
-    streaming = kind in {zmq.PUB, zmq.SUB, zmq.XPUB}
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 1000 if streaming else 500)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000 if streaming else 1500)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 4000 if streaming else 2000)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, lane.silence_ms // 3)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, lane.silence_ms)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, lane.silence_ms * 4 // 3)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 1000)
     socket.setsockopt(zmq.RECONNECT_IVL, 100)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)

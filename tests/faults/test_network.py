@@ -193,3 +193,10 @@ async def test_slow_link_only_takes_longer(remote: AsyncClient, proxy: FaultProx
     k = np.arange(MIB // 4, dtype=np.float32).reshape(-1, 2, 8)
     await remote.kv.put("slow", 0, k, k)
     assert (await remote.kv.get("slow", 0)).k.tobytes() == k.tobytes()
+
+
+async def test_chunk_that_takes_seconds_on_a_slow_link_arrives(remote: AsyncClient, proxy: FaultProxy) -> None:
+    proxy["bulk"].bytes_per_s = 450_000
+    k = np.arange(MIB // 4, dtype=np.float32).reshape(-1, 2, 8)
+    await remote.kv.put("crawling", 0, k, k)
+    assert (await remote.kv.get("crawling", 0)).k.tobytes() == k.tobytes()

@@ -7,6 +7,7 @@ they are taken back; bytes that are held up are delivered afterwards, as after a
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 import time
@@ -29,10 +30,11 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, for no time: close with RST
 
 
 class Lane:
-    """One port. `delay_s` is the latency it adds each way."""
+    """One port. `delay_s` is the latency it adds each way, `bytes_per_s` what it carries at most."""
 
     def __init__(self, upstream: tuple[str, int]) -> None:
         self.delay_s = 0.0
+        self.bytes_per_s = math.inf
         self._upstream = upstream
         self._open = {direction: asyncio.Event() for direction in DIRECTIONS}
         self._flip_in: dict[Direction, int | None] = dict.fromkeys(DIRECTIONS, None)
@@ -47,6 +49,7 @@ class Lane:
     def heal(self) -> None:
         """Let all through again."""
         self.delay_s = 0.0
+        self.bytes_per_s = math.inf
         for event in self._open.values():
             event.set()
 
@@ -113,7 +116,7 @@ class Lane:
         """Also what is read behind the end of the other side is taken, or its reader would wait for ever."""
         due, data = await pieces.get()
         while data:
-            await asyncio.sleep(due - time.monotonic())
+            await asyncio.sleep(max(due - time.monotonic(), len(data) / self.bytes_per_s))
             await self._open[direction].wait()
             if not writer.is_closing():
                 with suppress(OSError):
