@@ -218,7 +218,11 @@ class PromptKind(enum.StrEnum):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """How tokens are drawn and when to stop. Ranges are checked by `kvcache.sampling.check_sampling`."""
+    """How tokens are drawn and when to stop. Ranges are checked by `kvcache.sampling_checks.check_sampling`.
+
+    logit_bias: (token id, what is added to its logit). logprobs: None for none, 0 for those of the tokens drawn, or
+    how many of the likeliest to tell besides.
+    """
 
     max_tokens: I63 = 128
     min_tokens: I63 = 0
@@ -229,6 +233,19 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     stop: Annotated[tuple[Text, ...], msgspec.Meta(max_length=64)] = ()
     stop_token_ids: Annotated[tuple[I63, ...], msgspec.Meta(max_length=64)] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Annotated[tuple[tuple[I63, float], ...], msgspec.Meta(max_length=512)] = ()
+    logprobs: I63 | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Natural logarithms of one token's probability and, as (token id, logarithm), of the likeliest tokens' there."""
+
+    logprob: float
+    top: Annotated[tuple[tuple[U32, float], ...], msgspec.Meta(max_length=32)] = ()
 
 
 class OpenStream(Message, frozen=True):
@@ -307,7 +324,9 @@ class Started(Message, frozen=True):
 
 
 class Replay(Message, frozen=True):
-    """Tokens from `seq` on, on the reliable lane. `pull`: publishing has stopped, ask again with `Resume`."""
+    """Tokens from `seq` on, on the reliable lane. `pull`: publishing has stopped, ask again with `Resume`.
+
+    logprobs: one per token if they were asked for, else none."""
 
     opcode = 39
     req_id: Id16
@@ -316,6 +335,7 @@ class Replay(Message, frozen=True):
     tokens: Annotated[tuple[U32, ...], msgspec.Meta(max_length=256)]
     texts: Annotated[tuple[Piece, ...], msgspec.Meta(max_length=256)]
     pull: bool = False
+    logprobs: Annotated[tuple[TokenLogprobs, ...], msgspec.Meta(max_length=256)] = ()
 
 
 class FinishReason(enum.StrEnum):
@@ -349,13 +369,16 @@ class SubAck(Message, frozen=True):
 
 
 class StreamTokens(Message, frozen=True):
-    """Tokens `seq ..` of one stream, each with the text it released (which may be empty)."""
+    """Tokens `seq ..` of one stream, each with the text it released (which may be empty).
+
+    logprobs: one per token if they were asked for, else none."""
 
     opcode = 49
     epoch: U32
     seq: U63
     tokens: Annotated[tuple[U32, ...], msgspec.Meta(max_length=64)]
     texts: Annotated[tuple[Piece, ...], msgspec.Meta(max_length=64)]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], msgspec.Meta(max_length=64)] = ()
 
 
 class StreamBeat(Message, frozen=True):

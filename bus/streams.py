@@ -25,7 +25,7 @@ from typing import TypeAlias, assert_never
 
 from bus.errors import KVCacheError, MalformedMessage, ReplayExpired, StreamGap, TokenizerError
 from bus.limits import WINDOW_TOKENS
-from bus.messages import Ack, Replay, Resume, StreamBeat, StreamEnd, StreamTokens
+from bus.messages import Ack, Replay, Resume, StreamBeat, StreamEnd, StreamTokens, TokenLogprobs
 from bus.wire import MAX_HEADER_BYTES
 
 MAX_HELD = 256
@@ -46,15 +46,22 @@ PULL_WITHIN_S = 1.0
 _DIGEST_BYTES = 32
 _MESSAGE_BUDGET = MAX_HEADER_BYTES - 256  # leaves room for the other fields of the message
 _ITEM_OVERHEAD = 8  # a token id and the length of its text, as msgpack
+_LOGPROB_OVERHEAD = 15  # a token id and a number in an array, as msgpack
+
+_Item: TypeAlias = tuple[int, str, TokenLogprobs | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The next tokens of the stream, each with the text it released. `seq` numbers the first one."""
+    """The next tokens of the stream, each with the text it released. `seq` numbers the first one.
+
+    logprobs: one per token, or none at all.
+    """
 
     seq: int
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +143,13 @@ class StreamReceiver:
         match message:
             case StreamTokens():
                 self._heard_at = now
-                actions = self._take(message.seq, message.tokens, message.texts)
+                actions = self._take(message)
             case StreamBeat():
                 self._heard_at = now
                 self._known = max(self._known, message.next_seq)
                 actions = []
             case Replay():
-                actions = self._take(message.seq, message.tokens, message.texts)
+                actions = self._take(message)
                 self._plan_after_replay(message, now)
             case StreamEnd():
                 actions = self._take_end(message, now)
@@ -168,7 +175,7 @@ class StreamReceiver:
         return self._conclude(actions, now)
 
     def _begin(self, now: float) -> None:
-        self._held: dict[int, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        self._held: dict[int, StreamTokens | Replay] = {}
         self._end: StreamEnd | None = None
         self._known = self._next  # tokens below this exist, as far as we were told
         self._pull = False
@@ -176,32 +183,35 @@ class StreamReceiver:
         self._ask_at = now  # no Resume before
         self._asked_upto = 0  # an answer is awaited that goes up to here
 
-    def _take(self, seq: int, tokens: tuple[int, ...], texts: tuple[str, ...]) -> list[Action]:
-        if len(tokens) != len(texts):
-            return [Broken(MalformedMessage(f"{len(tokens)} tokens came with {len(texts)} texts"))]
-        self._known = max(self._known, seq + len(tokens))
-        if seq > self._next:
-            self._hold(seq, tokens, texts)
+    def _take(self, message: StreamTokens | Replay) -> list[Action]:
+        num = len(message.tokens)
+        if len(message.texts) != num or len(message.logprobs) not in (0, num):
+            found = f"{num} tokens came with {len(message.texts)} texts and {len(message.logprobs)} logprobs"
+            return [Broken(MalformedMessage(found))]
+        self._known = max(self._known, message.seq + num)
+        if message.seq > self._next:
+            self._hold(message)
             return []
-        delivered = self._deliver(seq, tokens, texts)
+        delivered = self._deliver(message)
         if delivered:
             for held_seq in sorted(self._held):
                 if held_seq > self._next:
                     break
-                delivered += self._deliver(held_seq, *self._held.pop(held_seq))
+                delivered += self._deliver(self._held.pop(held_seq))
         return delivered
 
-    def _hold(self, seq: int, tokens: tuple[int, ...], texts: tuple[str, ...]) -> None:
-        if seq not in self._held and len(self._held) >= MAX_HELD:
+    def _hold(self, message: StreamTokens | Replay) -> None:
+        before = self._held.get(message.seq)
+        if before is None and len(self._held) >= MAX_HELD:
             return  # dropped, and replayed later
-        if len(tokens) > len(self._held.get(seq, ((), ()))[0]):
-            self._held[seq] = (tokens, texts)
+        if before is None or len(message.tokens) > len(before.tokens):
+            self._held[message.seq] = message
 
-    def _deliver(self, seq: int, tokens: tuple[int, ...], texts: tuple[str, ...]) -> list[Action]:
-        skip = self._next - seq
-        if skip >= len(tokens):
+    def _deliver(self, message: StreamTokens | Replay) -> list[Action]:
+        skip = self._next - message.seq
+        if skip >= len(message.tokens):
             return []
-        action = Deliver(self._next, tokens[skip:], texts[skip:])
+        action = Deliver(self._next, message.tokens[skip:], message.texts[skip:], message.logprobs[skip:])
         self._received += token_bytes(action.tokens)
         self._next += len(action.tokens)
         return [action]
@@ -287,7 +297,7 @@ class StreamLog:
         self._window = window
         self._digest = blake2b(token_bytes(resume_tokens), digest_size=_DIGEST_BYTES)
         self._base = len(resume_tokens)  # number of the first token that is kept
-        self._kept: deque[tuple[int, str]] = deque()
+        self._kept: deque[_Item] = deque()
         self._resumed_at: deque[float] = deque(maxlen=PULL_RESUMES)
         self._spoke_at = now
 
@@ -306,9 +316,12 @@ class StreamLog:
         """Whether the client is so far behind that no more tokens should be computed for it now."""
         return len(self._kept) > self._window
 
-    def append(self, tokens: Sequence[int], texts: Sequence[str], now: float) -> list[StreamTokens]:
+    def append(
+        self, tokens: Sequence[int], texts: Sequence[str], now: float, logprobs: Sequence[TokenLogprobs] = ()
+    ) -> list[StreamTokens]:
         """Add tokens with the text each released; returns what to publish (nothing once the client pulls).
 
+        logprobs: one per token, if the client asked for them, and then always.
         Raises TokenizerError, adding nothing, for a text that is too long to be sent.
         """
         longest = max((len(text.encode()) for text in texts), default=0)
@@ -316,13 +329,13 @@ class StreamLog:
             raise TokenizerError(f"one token released {longest} bytes of text, limit {MAX_PIECE_BYTES}")
         start = self.next_seq
         self._digest.update(token_bytes(tokens))
-        self._kept.extend(zip(tokens, texts, strict=True))
+        self._kept.extend(zip(tokens, texts, logprobs or (None,) * len(tokens), strict=True))
         if self.is_pulled:
             return []
         self._spoke_at = now
         return [
-            StreamTokens(epoch=self.epoch, seq=seq, tokens=part, texts=pieces)
-            for seq, part, pieces in self._cut(start, MAX_PUBLISHED_TOKENS)
+            StreamTokens(epoch=self.epoch, seq=part.seq, tokens=part.tokens, texts=part.texts, logprobs=part.logprobs)
+            for part in self._cut(start, MAX_PUBLISHED_TOKENS)
         ]
 
     def beat(self, now: float) -> StreamBeat | None:
@@ -357,29 +370,47 @@ class StreamLog:
         if len(self._resumed_at) == PULL_RESUMES and now - self._resumed_at[0] <= PULL_WITHIN_S:
             self.is_pulled = True
         seq = min(message.from_seq, self.next_seq)
-        replays = [self._replay(*part) for part in self._cut(seq, MAX_REPLAYED_TOKENS)]
-        return replays[: 1 if self.is_pulled else None] or [self._replay(seq, (), ())]
+        replays = [self._replay(part) for part in self._cut(seq, MAX_REPLAYED_TOKENS)]
+        return replays[: 1 if self.is_pulled else None] or [self._replay(Deliver(seq, (), ()))]
 
     def tail(self) -> list[Replay]:
         """All that is not acknowledged, to be sent on the reliable lane just before the end: whoever gets the
         end then has every token, and nobody need ask a worker again about a stream that is over."""
-        return [self._replay(*part) for part in self._cut(self._base, MAX_REPLAYED_TOKENS)]
+        return [self._replay(part) for part in self._cut(self._base, MAX_REPLAYED_TOKENS)]
 
-    def _replay(self, seq: int, tokens: tuple[int, ...], texts: tuple[str, ...]) -> Replay:
-        return Replay(req_id=self._req_id, epoch=self.epoch, seq=seq, tokens=tokens, texts=texts, pull=self.is_pulled)
+    def _replay(self, part: Deliver) -> Replay:
+        return Replay(
+            req_id=self._req_id,
+            epoch=self.epoch,
+            seq=part.seq,
+            tokens=part.tokens,
+            texts=part.texts,
+            pull=self.is_pulled,
+            logprobs=part.logprobs,
+        )
 
-    def _cut(self, seq: int, limit: int) -> Iterator[tuple[int, tuple[int, ...], tuple[str, ...]]]:
+    def _cut(self, seq: int, limit: int) -> Iterator[Deliver]:
         """What is kept from `seq` on, in parts that fit into one message each."""
-        tokens: list[int] = []
-        texts: list[str] = []
+        items: list[_Item] = []
         size = 0
-        for token, text in islice(self._kept, seq - self._base, None):
-            need = _ITEM_OVERHEAD + len(text.encode())
-            if tokens and (len(tokens) == limit or size + need > _MESSAGE_BUDGET):
-                yield seq, tuple(tokens), tuple(texts)
-                seq, size, tokens, texts = seq + len(tokens), 0, [], []
-            tokens.append(token)
-            texts.append(text)
+        for item in islice(self._kept, seq - self._base, None):
+            need = _num_bytes(item)
+            if items and (len(items) == limit or size + need > _MESSAGE_BUDGET):
+                yield _part(seq, items)
+                seq, size, items = seq + len(items), 0, []
+            items.append(item)
             size += need
-        if tokens:
-            yield seq, tuple(tokens), tuple(texts)
+        if items:
+            yield _part(seq, items)
+
+
+def _num_bytes(item: _Item) -> int:
+    """What a token takes in a message, at most."""
+    _, text, logprobs = item
+    extra = 0 if logprobs is None else _LOGPROB_OVERHEAD + _LOGPROB_OVERHEAD * len(logprobs.top)
+    return _ITEM_OVERHEAD + len(text.encode()) + extra
+
+
+def _part(seq: int, items: Sequence[_Item]) -> Deliver:
+    tokens, texts, logprobs = zip(*items, strict=True)
+    return Deliver(seq, tokens, texts, tuple(entry for entry in logprobs if entry is not None))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         WorkerView,
     )
     from kvcache.client import (
+        Alternative,
         AsyncClient,
         AsyncGeneration,
         Client,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Alternative",
     "AsyncClient",
     "AsyncGeneration",
     "BadArgument",
@@ -90,7 +92,7 @@ _HOMES = {
     "kvcache.sampling": ("SamplingParams",),
     "kvcache.client": (
         *("AsyncClient", "AsyncGeneration", "Client", "Generation", "KVPair", "KvAck"),
-        *("Done", "Event", "Start", "Timings", "Token", "Usage"),
+        *("Alternative", "Done", "Event", "Start", "Timings", "Token", "Usage"),
     ),
 }
 

@@ -1,124 +1,138 @@
-"""How tokens are drawn and when generation stops: the public parameters, and the one check of their ranges.
+"""How tokens are drawn and when generation stops: the public parameters, by the names that vLLM has for them.
 
-Every way in uses `check_sampling`: the client before it sends, the worker on what it receives. So a request is
-refused with the same words wherever it comes from, and nothing behind this file meets a NaN or a negative length.
+What they may be is in `kvcache.sampling_checks`; here they become the message that travels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypedDict, TypeVar
+
+import msgspec
 
 from bus.errors import BadArgument
 from bus.messages import Sampling
+from kvcache.generation_config import as_sampling_fields
+from kvcache.sampling_checks import MAX_N, MAX_SEED, brief, check_int, check_sampling
 
 T = TypeVar("T")
 
-MAX_TOKENS = 1_000_000
-MAX_TEMPERATURE = 100.0
-MAX_TOP_K = 1_000_000
-MAX_SEED = 2**63 - 1
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_BYTES = 4096
-MAX_STOP_TOKEN_IDS = 64
-MAX_TOKEN_ID = 2**32 - 1
+
+class SamplingFields(TypedDict, total=False):
+    """`SamplingParams` as keywords of another function."""
+
+    n: int
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Parameters of one generation, by the names that vLLM has for them.
+    """Parameters of a generation.
 
-    temperature: 0 takes the likeliest token. top_k: 0 takes all tokens into account. seed: None draws a random one.
-    stop: text that ends the output and is not part of it; one string or several.
+    n: how many outputs to draw for the prompt. seed: None draws a random one; output number `i` uses seed + i.
+    temperature: 0 (or below 1e-5) takes the likeliest token. top_k: this many likeliest tokens, 0 for all. top_p: of
+    these, the fewest that hold this much of the probability. min_p: of these, those at least this often as probable as
+    the likeliest.
+    logit_bias: added to the logits of single tokens, before any penalty. repetition_penalty: of the tokens in prompt
+    and output, positive logits are divided by it and negative ones multiplied. presence_penalty, frequency_penalty:
+    taken from the logits of tokens in the output, once, and as often as they are there.
+    stop: text that ends the output and is not part of it; one string or several. stop_token_ids: tokens that end it
+    too. min_tokens: until there are so many, nothing ends it but max_tokens. ignore_eos: the model does not end it.
+    logprobs: None for none; else tell the logarithm of each token's probability, and of so many likeliest tokens',
+    in the model's own distribution: before logit_bias, penalties and temperature.
     Raises BadArgument, naming the parameter and its range.
     """
 
+    n: int = 1
     max_tokens: int = 128
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        self.with_seed(0 if self.seed is None else self.seed)
+        self.messages(0)
 
-    def with_seed(self, random_seed: int) -> Sampling:
-        """The parameters as they travel; `random_seed` is used if none was asked for."""
-        sampling = Sampling(
+    @classmethod
+    def from_generation_config(cls, config: object) -> Self:
+        """From a `transformers.GenerationConfig`, or a mapping with its names.
+
+        What is not set there is as `generate` has it (no sampling unless `do_sample`, then top_k 50), but for the
+        length. Raises BadArgument for a setting that has no counterpart here, such as `num_beams`.
+        """
+        return cls(**as_sampling_fields(config))
+
+    def messages(self, random_seed: int) -> tuple[Sampling, ...]:
+        """The parameters of each output as they travel; `random_seed` is used if none was asked for."""
+        check_int("n", self.n, 1, MAX_N)
+        first = self._first(random_seed if self.seed is None else self.seed)
+        check_sampling(first)
+        return tuple(_with_seed(first, (first.seed + index) % (MAX_SEED + 1)) for index in range(self.n))
+
+    def _first(self, seed: int) -> Sampling:
+        return Sampling(
             max_tokens=self.max_tokens,
             min_tokens=self.min_tokens,
             temperature=_as_float("temperature", self.temperature),
             top_p=_as_float("top_p", self.top_p),
             top_k=self.top_k,
-            seed=random_seed if self.seed is None else self.seed,
+            seed=seed,
             stop=(self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop),
             stop_token_ids=_as_tuple("stop_token_ids", self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            min_p=_as_float("min_p", self.min_p),
+            repetition_penalty=_as_float("repetition_penalty", self.repetition_penalty),
+            presence_penalty=_as_float("presence_penalty", self.presence_penalty),
+            frequency_penalty=_as_float("frequency_penalty", self.frequency_penalty),
+            logit_bias=_as_pairs(self.logit_bias),
+            logprobs=self.logprobs,
         )
-        check_sampling(sampling)
-        return sampling
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise BadArgument, naming the parameter and its range, unless every one is in its range."""
-    _check_int("max_tokens", sampling.max_tokens, 1, MAX_TOKENS)
-    _check_int("min_tokens", sampling.min_tokens, 0, MAX_TOKENS)
-    if sampling.min_tokens > sampling.max_tokens:
-        raise BadArgument(f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}")
-    _check_float("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
-    _check_float("top_p", sampling.top_p, 0.0, 1.0)
-    if sampling.top_p == 0.0:
-        raise BadArgument("top_p must be more than 0 and at most 1; use temperature=0 for the likeliest token")
-    _check_int("top_k", sampling.top_k, 0, MAX_TOP_K, "0 turns it off")
-    _check_int("seed", sampling.seed, 0, MAX_SEED)
-    _check_stop(sampling.stop)
-    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise BadArgument(f"{len(sampling.stop_token_ids)} stop_token_ids were given, at most {MAX_STOP_TOKEN_IDS}")
-    for token_id in sampling.stop_token_ids:
-        _check_int("stop_token_ids", token_id, 0, MAX_TOKEN_ID)
-    if type(sampling.ignore_eos) is not bool:
-        raise BadArgument(f"ignore_eos must be True or False, not {sampling.ignore_eos!r:.100}")
+def sampling_params(params: SamplingParams | None, fields: SamplingFields) -> SamplingParams:
+    """Parameters given as an object, as keywords, or both: keywords then replace the object's. Raises BadArgument."""
+    if params is None:
+        return SamplingParams(**fields)
+    if not isinstance(params, SamplingParams):
+        raise BadArgument(f"params must be a SamplingParams, not {brief(params)}")
+    return dataclasses.replace(params, **fields)
 
 
-def _check_stop(stop: tuple[object, ...]) -> None:
-    if len(stop) > MAX_STOP_STRINGS:
-        raise BadArgument(f"{len(stop)} stop strings were given, at most {MAX_STOP_STRINGS}")
-    num_bytes = 0
-    for text in stop:
-        if not isinstance(text, str):
-            raise BadArgument(f"stop must hold strings, not {type(text).__name__}")
-        if not 1 <= len(text) <= MAX_STOP_CHARS:
-            raise BadArgument(f"a stop string has {len(text)} characters; 1 to {MAX_STOP_CHARS} are allowed")
-        try:
-            num_bytes += len(text.encode())
-        except UnicodeEncodeError:
-            raise BadArgument("a stop string is not valid Unicode text") from None
-    if num_bytes > MAX_STOP_BYTES:
-        raise BadArgument(f"the stop strings are {num_bytes} bytes together, at most {MAX_STOP_BYTES}")
-
-
-def _check_int(name: str, value: object, least: int, most: int, hint: str = "") -> None:
-    if type(value) is not int or not least <= value <= most:
-        note = f" ({hint})" if hint else ""
-        raise BadArgument(f"{name} must be an integer from {least} to {most}{note}, not {_brief(value)}")
-
-
-def _check_float(name: str, value: object, least: float, most: float) -> None:
-    if type(value) is not float or not math.isfinite(value) or not least <= value <= most:
-        raise BadArgument(f"{name} must be a number from {least:g} to {most:g}, not {_brief(value)}")
+def _with_seed(sampling: Sampling, seed: int) -> Sampling:
+    return sampling if seed == sampling.seed else msgspec.structs.replace(sampling, seed=seed)
 
 
 def _as_float(name: str, value: object) -> float:
     """Integers are numbers too, and True is not one; what is too large for a float is out of range anyway."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadArgument(f"{name} must be a number, not {_brief(value)}")
+        raise BadArgument(f"{name} must be a number, not {brief(value)}")
     try:
         return float(value)
     except OverflowError:
@@ -128,12 +142,12 @@ def _as_float(name: str, value: object) -> float:
 def _as_tuple(name: str, values: Sequence[T]) -> tuple[T, ...]:
     if isinstance(values, list | tuple):
         return tuple(values)
-    raise BadArgument(f"{name} must be a list or a tuple, not {_brief(values)}")
+    raise BadArgument(f"{name} must be a list or a tuple, not {brief(values)}")
 
 
-def _brief(value: object) -> str:
-    """A value as it was written, but never pages of it (a huge integer cannot even be printed)."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+def _as_pairs(biases: Mapping[int, float] | None) -> tuple[tuple[int, float], ...]:
+    if biases is None:
+        return ()
+    if not isinstance(biases, Mapping):
+        raise BadArgument(f"logit_bias must map token ids to numbers, not {brief(biases)}")
+    return tuple((token_id, _as_float("logit_bias", bias)) for token_id, bias in biases.items())

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NewType
 
-from bus.messages import Sampling
+from bus.messages import Sampling, TokenLogprobs
+from workers.logit_changes import LogitChanges
 
 BlockId = NewType("BlockId", int)
 
@@ -40,11 +41,21 @@ class Draw:
 
     position: of the token to be drawn, counted from the start of the prompt.
     banned_ids: tokens that may not come now (the end of text, while `min_tokens` is not reached).
+    changes: what penalties and `logit_bias` do to its logits, as the sequence is now; None for nothing.
     """
 
     sampling: Sampling
     position: int
     banned_ids: Sequence[int] = ()
+    changes: LogitChanges | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token that was drawn, and its logprobs if they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 Batch = Sequence[Slice]

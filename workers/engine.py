@@ -1,11 +1,12 @@
 """The engine's thread: commands from the loop in, model steps, events to the loop out.
 
-    loop --commands--> inbox --> kvcache-engine: Host --events--> loop.call_soon_threadsafe
-                         ^            |
-                         '--results-- kvcache-load, kvcache-text
+    loop --commands--> inbox --> kvcache-engine: Host --ids--> kvcache-detok: Texts --events--> loop
+                         ^            |                           |
+                         |<--results-- kvcache-load, kvcache-text |
+                         '<------------ where outputs end --------'
 
-One thread owns every scheduler, pool and model. Two more do what would make all streams wait, loading a
-model and turning a prompt into tokens, and hand their results in through the same inbox. A step is never
+One thread owns every scheduler, pool and model. Three more do what would make all streams wait, loading a model,
+turning a prompt into tokens and tokens into text, and hand their results in through the same inbox. A step is never
 interrupted: a command takes effect before the next one. Threads are daemons, so that a model that is still
 loading does not hold up the end of the process; `close` waits for the step that runs.
 """
@@ -17,14 +18,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from workers.engine_api import Command, EngineFigures, OnEvents
+from workers.engine_api import Command, EngineEvent, EngineFigures, OnEvents
 from workers.host import Host, Result
 from workers.shelf import Models
 from workers.tasks import MAX_NUM_SEQS
+from workers.texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[Command | Result | None] = queue.SimpleQueue()
         self._loader = JobThread("kvcache-load")
         self._text = JobThread("kvcache-text")
+        self._detok = JobThread("kvcache-detok")
+        self._texts = Texts()  # of that thread
         self._host = Host(
             models,
             load=lambda job: self._loader.submit(lambda: self._inbox.put(job())),
@@ -113,7 +118,8 @@ class EngineThread:
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             log.warning("the engine is still in a step after %.0f s; leaving it behind", CLOSE_S)
-        for helper in (self._loader, self._text):
+        self._detok.close()
+        for helper in (self._loader, self._text, self._detok):
             helper.join(HELPER_CLOSE_S)
 
     def __enter__(self) -> Self:
@@ -136,8 +142,15 @@ class EngineThread:
             is_busy = self._host.step(time.monotonic)
             self._figures = self._host.figures()
             events = self._host.take_events()
-            if events and not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._on_events, events)
+            if events:
+                self._detok.submit(partial(self._say, events))
+
+    def _say(self, events: Sequence[EngineEvent]) -> None:
+        heard, commands = self._texts.translate(events)
+        for command in commands:
+            self._inbox.put(command)
+        if heard and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._on_events, heard)
 
     def _take_commands(self, is_busy: bool) -> bool:
         """Feed the host all that has come; when there is nothing to compute, wait for something. False: the end."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import NewType, TypeAlias
 
 from bus.errors import KVCacheError
-from bus.messages import FinishReason, PromptKind, Sampling
+from bus.messages import FinishReason, PromptKind, Sampling, TokenLogprobs
 from bus.stats import EngineStats, ModelStats, SequenceInfo
 from bus.tensors import TensorMeta
 from workers.keys import SequenceKey
+from workers.text import TextStream
 
 RunId = NewType("RunId", bytes)
 Ticket = NewType("Ticket", int)
@@ -61,6 +62,23 @@ class Hold:
 @dataclass(frozen=True, slots=True)
 class Proceed:
     run: RunId
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The output is complete with its first `num_tokens` tokens: a stop string ends there. What came after them is
+    forgotten, so it does not show how far the engine had got."""
+
+    run: RunId
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The output cannot be turned into text."""
+
+    run: RunId
+    error: KVCacheError
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +144,10 @@ class ListKV:
     limit: int
 
 
-Command: TypeAlias = Start | Stop | Hold | Proceed | Load | ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV
+TextCommand: TypeAlias = Finish | Fail
+Command: TypeAlias = (
+    Start | Stop | Hold | Proceed | TextCommand | Load | ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV
+)
 
 
 # --- events --------------------------------------------------------------------------------------
@@ -143,12 +164,32 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """Tokens of this generation will follow, to be turned into text by `text`; `resume` are those it has already."""
+
+    run: RunId
+    text: TextStream
+    resume: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that has no text yet. is_last: the generation ends with it."""
+
+    run: RunId
+    token: int
+    logprobs: TokenLogprobs | None
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Produced:
-    """New tokens, each with the text it released."""
+    """New tokens, each with the text it released, and with logprobs if they were asked for."""
 
     run: RunId
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +250,8 @@ class Answered:
 
 
 Event: TypeAlias = Admitted | Produced | Ended | Broke | Retained | Forgotten | Answered
+EngineEvent: TypeAlias = Opened | NewToken | Admitted | Ended | Broke | Retained | Forgotten | Answered
+"""What the engine's thread says; `workers.texts` makes `Event`s of it."""
 OnEvents: TypeAlias = Callable[[Sequence[Event]], None]
 
 

@@ -26,7 +26,7 @@ from bus.streams import StreamLog
 from bus.topics import topic_of
 from bus.wire import Buffer
 from kvcache.hashing import TOKEN_BYTES
-from kvcache.sampling import check_sampling
+from kvcache.sampling_checks import check_sampling
 from workers.calls import Action, Call, CallId, Calls, Publish, RequestKey, Tell
 from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, RunId, Start, Stop
 from workers.keys import SequenceKey
@@ -225,7 +225,7 @@ class Generations:
 
     def _produced(self, run: Run, event: Produced, now: float) -> list[Action]:
         try:
-            messages = run.log.append(event.tokens, event.texts, now)
+            messages = run.log.append(event.tokens, event.texts, now, event.logprobs)
         except KVCacheError as error:
             return [Tell(Stop(run.id)), *self._broke(run, error)]
         actions: list[Action] = []

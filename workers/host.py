@@ -24,8 +24,10 @@ from workers.engine_api import (
     Command,
     DropKV,
     Ended,
+    EngineEvent,
     EngineFigures,
-    Event,
+    Fail,
+    Finish,
     Hold,
     ListKV,
     Load,
@@ -85,7 +87,7 @@ class Host:
         )
         self._slot_of: dict[RunId, Slot | None] = {}  # None: not in a slot yet
         self._held: set[RunId] = set()  # of those not in a slot yet
-        self._events: list[Event] = []
+        self._events: list[EngineEvent] = []
         self._progress = 0
         self._failed_early = 0
 
@@ -101,6 +103,8 @@ class Host:
                 self._stop(item.run, now)
             case Hold() | Proceed():
                 self._hold(item)
+            case Finish() | Fail():
+                self._conclude(item, now)
             case Load():
                 self._preload(item.model, now)
             case Loaded():
@@ -122,7 +126,7 @@ class Host:
             self._say(events)
         return is_busy
 
-    def take_events(self) -> list[Event]:
+    def take_events(self) -> list[EngineEvent]:
         """The events since the last call. A name that is kept is told before the end of the run that kept it."""
         changes = [event for slot in self._shelf.slots() for event in slot.name_changes()]
         events, self._events = [*changes, *self._events], []
@@ -206,6 +210,15 @@ class Host:
         if slot is not None:
             self._say(slot.stop(run, now))
 
+    def _conclude(self, command: Finish | Fail, now: float) -> None:
+        """Nothing happens if it has ended meanwhile."""
+        slot = self._slot_of.get(command.run)
+        match command, slot:
+            case Finish(), Slot():
+                self._say(slot.finish(command.run, command.num_tokens, now))
+            case Fail(), Slot():
+                self._say(slot.fail(command.run, command.error, now))
+
     def _hold(self, command: Hold | Proceed) -> None:
         if command.run not in self._slot_of:
             return
@@ -226,7 +239,7 @@ class Host:
         self._held.discard(run)
         self._say([Broke(run, error)])
 
-    def _say(self, events: list[Event]) -> None:
+    def _say(self, events: list[EngineEvent]) -> None:
         for event in events:
             match event:
                 case Ended() | Broke():

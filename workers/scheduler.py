@@ -81,10 +81,15 @@ class Scheduler:
         generation = self._live.get(key)
         return [] if generation is None else [self._fail(generation, error, now)]
 
-    def finish(self, key: bytes, reason: FinishReason, now: float) -> list[Event]:
-        """End it well for a reason that is not in the token ids, such as a stop string."""
+    def finish(self, key: bytes, reason: FinishReason, now: float, num_outputs: int) -> list[Event]:
+        """End it well for a reason that is not in the token ids, such as a stop string, with `num_outputs` tokens.
+
+        Those that it may have beyond these are forgotten."""
         generation = self._live.get(key)
-        return [] if generation is None else [self._finish(generation, reason, now)]
+        if generation is None:
+            return []
+        self.sequences.shorten(generation.sequence, len(generation.task.prompt) + num_outputs)
+        return [self._finish(generation, reason, now)]
 
     def pause(self, key: bytes) -> None:
         """Take no further steps for it: its stream has all the unacknowledged tokens it may have."""

@@ -166,6 +166,17 @@ class SequenceTable:
             sequence.block_table[i] = self.cache.publish(block, sequence.digests[i], parent, tokens)
             sequence.num_published = i + 1
 
+    def shorten(self, sequence: Sequence, num_tokens: int) -> None:
+        """Forget the tokens behind the first `num_tokens`, and leave of the KV what it would have at that length.
+
+        As after any token that was sampled last, that one's own KV is not computed. For a sequence about to end.
+        """
+        tokens = sequence.token_ids[:num_tokens]
+        if sequence.num_computed >= num_tokens:
+            self._cut(sequence, num_tokens - 1)
+            sequence.num_published = min(sequence.num_published, sequence.num_computed // self.cache.block_size)
+        sequence.token_ids[:] = tokens
+
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back; what was full can still be found."""
         self.cache.pool.unpin(sequence.block_table)

@@ -1,9 +1,9 @@
 """One loaded model with its scheduler: commands about its generations in, events of the engine out.
 
 The scheduler says what to compute, the model computes it, and this joins the two: it draws with each
-request's own parameters, turns tokens into text, watches for stop strings, and keeps a fault where it
-happened: numbers that are no numbers end one generation, a step that raises ends those that were in it.
-Runs in the engine's thread only. No torch here: `Model` is what the rest of the engine knows of one.
+request's own parameters and keeps a fault where it happened: numbers that are no numbers end one generation,
+a step that raises ends those that were in it. Tokens become text elsewhere (`workers.texts`), so that no step
+waits for it. Runs in the engine's thread only. No torch here: `Model` is what the rest of the engine knows of one.
 """
 
 from __future__ import annotations
@@ -14,13 +14,27 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from bus.errors import BadArgument, InternalError, KVCacheError, NotFound
-from bus.messages import FinishReason, PromptKind, Sampling
+from bus.messages import FinishReason, PromptKind, Sampling, TokenLogprobs
 from bus.stats import EngineStats, LayerInfo, PoolStats, SequenceInfo
 from kvcache.hashing import HashSeed
+from kvcache.sampling_checks import check_vocabulary
 from workers import tasks
-from workers.batch import Batch, BlockId, Draw, Slice
-from workers.engine_api import Admitted, Broke, Ended, Event, Forgotten, Produced, ReadResult, Retained, RunId, Start
+from workers.batch import Batch, BlockId, Draw, Drawn, Slice
+from workers.engine_api import (
+    Admitted,
+    Broke,
+    Ended,
+    EngineEvent,
+    Forgotten,
+    NewToken,
+    Opened,
+    ReadResult,
+    Retained,
+    RunId,
+    Start,
+)
 from workers.keys import SequenceKey
+from workers.logit_changes import LogitChanges, changes_of
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
 from workers.text import TextStream
@@ -61,10 +75,12 @@ class Model(Protocol):
     def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
         """Token ids of a prompt. Raises TokenizerError, BadArgument or TooLarge. Called from the text thread."""
 
-    def open_text(self, stops: Sequence[str]) -> TextStream:
-        """The text of a new output, which ends before any of `stops`."""
+    def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
+        """The text of a new output, which ends before any of `stops` that is complete after `min_tokens` tokens.
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+        Called from the engine's thread; the text is used in another, which decodes all texts."""
+
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         """One step: per slice the token drawn, what was wrong with its numbers, or None where nothing was wanted."""
 
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
@@ -73,12 +89,13 @@ class Model(Protocol):
 
 @dataclass(slots=True)
 class _Output:
-    """A generation's side that the scheduler does not know: how it is drawn, its text, and whether its client has
-    heard that it was admitted."""
+    """A generation's side that the scheduler does not know: how it is drawn, the newest token's logprobs, and whether
+    its client has heard that it was admitted."""
 
     sampling: Sampling
-    text: TextStream
+    changes: LogitChanges | None
     num_tokens: int
+    logprobs: TokenLogprobs | None = None
     is_admitted: bool = False
 
 
@@ -96,29 +113,35 @@ class Slot:
         )
         self._scheduler = Scheduler(config, PrefixCache(facts.num_blocks, facts.block_size))
         self._shares_prefixes = shares_prefixes
+        # A checkpoint may name ends of text that its own vocabulary does not have.
+        self._eos_ids = frozenset(token for token in facts.eos_ids if token < facts.vocab_size)
         self._outputs: dict[RunId, _Output] = {}
         self._names: set[SequenceKey] = set()
 
     # --- generations ---
 
-    def submit(self, start: Start, prompt: tuple[int, ...], now: float) -> list[Event]:
+    def submit(self, start: Start, prompt: tuple[int, ...], now: float) -> list[EngineEvent]:
         """Queue a generation; one that cannot be is broken at once."""
+        sampling = start.sampling
         try:
+            check_vocabulary(sampling, self.model.facts.vocab_size)
             events = self._scheduler.submit(self._task(start, prompt), now)
         except KVCacheError as error:
             return [Broke(start.run, error)]
-        output = _Output(start.sampling, self.model.open_text(start.sampling.stop), len(start.resume))
-        self._outputs[start.run] = output
-        try:
-            output.text.replay(start.resume)
-        except KVCacheError as error:
-            events = [*events, *self._scheduler.fail(start.run, error, now)]
-        if output.text.is_stopped:  # its client has all of it but the news of its end
-            events = [*events, *self._scheduler.finish(start.run, FinishReason.STOP, now)]
-        return self._translate(events, now)
+        changes = changes_of(sampling, prompt, start.resume)
+        self._outputs[start.run] = _Output(sampling, changes, len(start.resume))
+        text = self.model.open_text(sampling.stop, sampling.min_tokens)
+        return [Opened(start.run, text, start.resume), *self._translate(events)]
 
-    def stop(self, run: RunId, now: float) -> list[Event]:
-        return self._translate(self._scheduler.cancel(run, now), now)
+    def stop(self, run: RunId, now: float) -> list[EngineEvent]:
+        return self._translate(self._scheduler.cancel(run, now))
+
+    def finish(self, run: RunId, num_tokens: int, now: float) -> list[EngineEvent]:
+        """A stop string is complete with the first `num_tokens` of its output."""
+        return self._translate(self._scheduler.finish(run, FinishReason.STOP, now, num_tokens))
+
+    def fail(self, run: RunId, error: KVCacheError, now: float) -> list[EngineEvent]:
+        return self._translate(self._scheduler.fail(run, error, now))
 
     def hold(self, run: RunId) -> None:
         self._scheduler.pause(run)
@@ -126,11 +149,11 @@ class Slot:
     def proceed(self, run: RunId) -> None:
         self._scheduler.resume(run)
 
-    def step(self, clock: Callable[[], float]) -> tuple[bool, list[Event]]:
+    def step(self, clock: Callable[[], float]) -> tuple[bool, list[EngineEvent]]:
         """Run one forward pass, if anything can run; says whether it did. The pass takes time, hence a clock."""
         now = clock()
         step = self._scheduler.plan(now)
-        events = self._translate(step.events, now)
+        events = self._translate(step.events)
         if not step.batch:
             return False, events
         draws = [
@@ -144,8 +167,8 @@ class Slot:
         for key, result in zip(step.keys, sampled, strict=True):
             if isinstance(result, KVCacheError):
                 failed += self._scheduler.fail(key, result, now)
-            tokens.append(None if isinstance(result, KVCacheError) else result)
-        return True, events + self._translate([*failed, *self._scheduler.commit(step, tokens, now)], now)
+            tokens.append(self._note(RunId(key), result) if isinstance(result, Drawn) else None)
+        return True, events + self._translate([*failed, *self._scheduler.commit(step, tokens, now)])
 
     @property
     def next_deadline(self) -> float:
@@ -192,10 +215,10 @@ class Slot:
         ]
         return [self._info(key, now) for key in names[:limit]]
 
-    def name_changes(self) -> list[Event]:
+    def name_changes(self) -> list[EngineEvent]:
         """What has become of named sequences since the last call."""
         names = set(self._scheduler.sequences.names())
-        events: list[Event] = [Forgotten(key) for key in self._names - names]
+        events: list[EngineEvent] = [Forgotten(key) for key in self._names - names]
         events += [Retained(key) for key in names - self._names]
         self._names = names
         return events
@@ -227,7 +250,7 @@ class Slot:
             seed=seed,
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
-            eos_ids=facts.eos_ids,
+            eos_ids=self._eos_ids,
             stop_ids=frozenset(sampling.stop_token_ids),
             ignore_eos=sampling.ignore_eos,
             sequence=SequenceKey(start.tenant, start.seq_id) if start.seq_id else None,
@@ -238,10 +261,20 @@ class Slot:
     def _draw(self, run: RunId, piece: Slice) -> Draw:
         output = self._outputs[run]
         early = output.num_tokens < output.sampling.min_tokens
-        stops = self.model.facts.eos_ids.union(output.sampling.stop_token_ids) if early else ()
-        return Draw(sampling=output.sampling, position=piece.start + len(piece.token_ids), banned_ids=tuple(stops))
+        stops = self._eos_ids.union(output.sampling.stop_token_ids) if early else ()
+        position = piece.start + len(piece.token_ids)
+        return Draw(sampling=output.sampling, position=position, banned_ids=tuple(stops), changes=output.changes)
 
-    def _compute(self, step: tasks.Step, draws: Sequence[Draw | None]) -> Sequence[int | KVCacheError | None]:
+    def _note(self, run: RunId, drawn: Drawn) -> int:
+        """Count a token that was drawn; returns it."""
+        output = self._outputs[run]
+        output.num_tokens += 1
+        output.logprobs = drawn.logprobs
+        if output.changes is not None:
+            output.changes.add(drawn.token_id)
+        return drawn.token_id
+
+    def _compute(self, step: tasks.Step, draws: Sequence[Draw | None]) -> Sequence[Drawn | KVCacheError | None]:
         try:
             return self.model.compute(step.batch, draws)
         except Exception:  # whatever a model raises ends its step, never the engine
@@ -249,60 +282,42 @@ class Slot:
             error = InternalError("the model failed in this step; the worker's log has the traceback")
             return [error] * len(step.batch)
 
-    def _translate(self, events: Sequence[tasks.Event], now: float) -> list[Event]:
-        """The scheduler's events as the engine's; a stop string that is complete ends its generation."""
-        out: list[Event] = []
+    def _translate(self, events: Sequence[tasks.Event]) -> list[EngineEvent]:
+        """The scheduler's events as the engine's."""
+        out: list[EngineEvent] = []
         for position, event in enumerate(events):
+            run = RunId(event.key)
             match event:
                 case tasks.Started():
-                    out.append(self._admitted(event.key, event.prompt_tokens, event.cached_tokens))
+                    out.append(self._admitted(run, event.prompt_tokens, event.cached_tokens))
                 case tasks.Sampled():
                     follower = events[position + 1] if position + 1 < len(events) else None
                     is_last = isinstance(follower, tasks.Finished) and follower.key == event.key
-                    out += self._sampled(event, is_last, now)
+                    out.append(NewToken(run, event.token_id, self._outputs[run].logprobs, is_last))
                 case tasks.Finished():
-                    out += self._finished(event)
+                    out += self._finished(run, event)
                 case tasks.Failed():
-                    self._outputs.pop(RunId(event.key), None)
-                    out.append(Broke(RunId(event.key), event.error))
+                    del self._outputs[run]
+                    out.append(Broke(run, event.error))
                 case _:
                     assert_never(event)
         return out
 
-    def _sampled(self, event: tasks.Sampled, is_last: bool, now: float) -> list[Event]:
-        run = RunId(event.key)
-        output = self._outputs[run]
-        output.num_tokens += 1
-        try:
-            text = output.text.push(event.token_id).text
-            if is_last:
-                text += output.text.finish().text
-        except KVCacheError as error:
-            self._scheduler.fail(run, error, now)
-            del self._outputs[run]  # so that an end which the scheduler saw with this token does not count
-            return [Broke(run, error)]
-        produced: list[Event] = [Produced(run, (event.token_id,), (text,))]
-        if output.text.is_stopped and not is_last:
-            produced += self._translate(self._scheduler.finish(run, FinishReason.STOP, now), now)
-        return produced
+    def _admitted(self, run: RunId, prompt_tokens: int, cached_tokens: int) -> EngineEvent:
+        self._outputs[run].is_admitted = True
+        return Admitted(run, self.model.facts.name, prompt_tokens, cached_tokens)
 
-    def _admitted(self, key: bytes, prompt_tokens: int, cached_tokens: int) -> Event:
-        self._outputs[RunId(key)].is_admitted = True
-        return Admitted(RunId(key), self.model.facts.name, prompt_tokens, cached_tokens)
-
-    def _finished(self, event: tasks.Finished) -> list[Event]:
+    def _finished(self, run: RunId, event: tasks.Finished) -> list[EngineEvent]:
         """One that resumes with all its tokens ends without a turn; its client hears where, like any other."""
-        run, usage = RunId(event.key), event.usage
-        output = self._outputs.get(run)
-        if output is None:
-            return []
-        begun = [] if output.is_admitted else [self._admitted(run, usage.prompt_tokens, usage.cached_tokens)]
+        usage = event.usage
+        is_admitted = self._outputs[run].is_admitted
+        begun = [] if is_admitted else [self._admitted(run, usage.prompt_tokens, usage.cached_tokens)]
         del self._outputs[run]
         return [
             *begun,
             Ended(
                 run=run,
-                finish_reason=FinishReason.STOP if output.text.is_stopped else event.reason,
+                finish_reason=event.reason,
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 queue_ms=usage.queued_s * 1000,

@@ -181,7 +181,8 @@ class StopStrings:
     """Passes text through until a stop string is complete, which is left out together with all after it.
 
     The first to be complete ends the text, and of those that end together the longest; so it does not matter
-    how the text is cut into pieces. Text that may still become a stop string is held back.
+    how the text is cut into pieces. Text that may still become a stop string is held back. One that is complete
+    in text pushed as not `counts` ends nothing.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -192,16 +193,15 @@ class StopStrings:
         self._held = ""
         self.is_stopped = False
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, counts: bool = True) -> str:
         """The text released by more text."""
         if self.is_stopped:
             return ""
         if not self._stops:
             return text
+        num_old = len(self._held)
         text = self._held + text
-        end, start = min(
-            ((at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0), default=(0, -1)
-        )
+        end, start = self._first(text, num_old) if counts else (0, -1)
         if end:
             self.is_stopped, self._held = True, ""
             return text[:start]
@@ -213,6 +213,11 @@ class StopStrings:
         """What was held back and became no stop string after all."""
         held, self._held = self._held, ""
         return held
+
+    def _first(self, text: str, num_old: int) -> tuple[int, int]:
+        """Where the first stop string ends, behind the first `num_old` characters, and begins; (0, -1) for none."""
+        found = ((text.find(stop, max(0, num_old - len(stop) + 1)), len(stop)) for stop in self._stops)
+        return min(((at + size, at) for at, size in found if at >= 0), default=(0, -1))
 
     def _may_become_stop(self, text: str) -> int:
         """Length of the longest end of `text` that begins a stop string."""
@@ -233,12 +238,14 @@ class TextPiece:
 class TextStream:
     """One generation's output as text: push every output token, then `finish`.
 
-    `replay(tokens)` brings a new stream to where another one was after the same tokens.
+    `replay(tokens)` brings a new stream to where another one was after the same tokens. min_tokens: a stop string
+    that is complete with one of so many first tokens ends nothing.
     """
 
-    def __init__(self, decoder: Decoder, stops: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: Decoder, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._detokenizer = Detokenizer(decoder)
         self._stops = StopStrings(stops)
+        self._num_immune = min_tokens
 
     @property
     def is_stopped(self) -> bool:
@@ -246,7 +253,9 @@ class TextStream:
 
     def push(self, token: int) -> TextPiece:
         """The text that this token releases. Raises TokenizerError if it cannot be decoded."""
-        text = self._stops.push(self._detokenizer.push(token))
+        counts = self._num_immune == 0
+        self._num_immune -= not counts
+        text = self._stops.push(self._detokenizer.push(token), counts=counts)
         return TextPiece(text, self._stops.is_stopped)
 
     def replay(self, tokens: Sequence[int]) -> TextPiece:
@@ -256,5 +265,5 @@ class TextStream:
 
     def finish(self) -> TextPiece:
         """The rest, when no more tokens come; empty after a stop string."""
-        text = self._stops.push(self._detokenizer.finish())
+        text = self._stops.push(self._detokenizer.finish(), counts=self._num_immune == 0)
         return TextPiece(text + self._stops.finish(), self._stops.is_stopped)

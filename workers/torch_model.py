@@ -23,7 +23,7 @@ from bus.tensors import TensorMeta, dtype_by_name
 from kvcache.hashing import TOKEN_BYTES
 from kvcache.models import MAX_NAME_CHARS, ModelRegistry
 from workers import sampling
-from workers.batch import Batch, BlockId, Draw
+from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine_api import ReadResult
 from workers.loader import DTypeName, LoadedModel, load_model
 from workers.paged_kv import PagedKV, plan_pages
@@ -43,7 +43,8 @@ _chat = msgspec.json.Decoder(list[ChatMessage])
 
 
 class TorchModel:
-    """One loaded model over its own pool. `compute` and `read` belong to one thread, `encode` to another."""
+    """One loaded model over its own pool. `compute` and `read` belong to one thread, `encode` to another, and what
+    `open_text` returns to a third."""
 
     def __init__(self, loaded: LoadedModel, kv: PagedKV, chosen: Chosen) -> None:
         shape = loaded.shape
@@ -91,11 +92,11 @@ class TorchModel:
             raise BadArgument(f"messages must be a list of objects with role and content: {error}") from None
         return tuple(self._tokenizer.encode_chat([msgspec.structs.asdict(message) for message in messages]))
 
-    def open_text(self, stops: Sequence[str]) -> TextStream:
-        return TextStream(self._decoder, stops)
+    def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
+        return TextStream(self._decoder, stops, min_tokens)
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         """One step. Per slice: the token drawn, what was wrong with its logits, or None where none was wanted."""
         wanted = [draw for draw in draws if draw is not None]
         logits = self._runner.run(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -13,25 +13,27 @@ import kvcache
 from kvcache.cli.cluster import explained
 from kvcache.cli.options import AsJson, Policy, Timeout, Url
 from kvcache.cli.output import human_seconds, note, print_json, print_table, say
+from kvcache.cli.sampling_options import (
+    FrequencyPenalty,
+    IgnoreEos,
+    LogitBias,
+    Logprobs,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    NumOutputs,
+    PresencePenalty,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopTokenIds,
+    Temperature,
+    TopK,
+    TopP,
+    parse_logit_bias,
+)
 
 Prompt = Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False, metavar="PROMPT")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Stop after this many tokens.", metavar="N")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.", metavar="T")
-]
-TopP = Annotated[
-    float, typer.Option("--top-p", help="Draw from the likeliest tokens that hold this much probability.", metavar="P")
-]
-TopK = Annotated[
-    int, typer.Option("--top-k", min=0, help="Draw from this many likeliest tokens; 0: from all.", metavar="K")
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", help="The same seed draws the same tokens.", show_default=False, metavar="N")
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option("--stop", help="End before this text; may be repeated.", show_default=False, metavar="TEXT"),
-]
 Model = Annotated[
     str | None,
     typer.Option("--model", help="A model's name; default: the worker's first.", show_default=False, metavar="NAME"),
@@ -53,8 +55,18 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    logit_bias: LogitBias = None,
     seed: Seed = None,
     stop: Stop = None,
+    stop_token_ids: StopTokenIds = None,
+    min_tokens: MinTokens = 0,
+    ignore_eos: IgnoreEos = False,
+    n: NumOutputs = 1,
+    logprobs: Logprobs = None,
     seq_id: Annotated[
         str | None,
         typer.Option(
@@ -73,18 +85,31 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate from a prompt and stream the text."""
+    params = kvcache.SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=parse_logit_bias(logit_bias or ()),
+        seed=seed,
+        stop=tuple(stop or ()),
+        stop_token_ids=tuple(stop_token_ids or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
     if prompt == "-":
         prompt = sys.stdin.read()
     with (
         kvcache.Client(url, timeout=timeout) as client,
         client.generate(
             prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=tuple(stop or ()),
+            params,
             seq_id=seq_id,
             cache_salt=cache_salt,
             model=model,
@@ -93,10 +118,13 @@ def generate(
         ) as generation,
     ):
         if as_json:
-            print_json(_plain(generation.result()))
+            outputs = [_plain(done) for done in generation.results()]
+            print_json(outputs if n > 1 else outputs[0])
             return
-        done = _show(generation)
-    note(_summary(done))
+        for done in _show_all(generation) if n > 1 else [_show(generation)]:
+            note(_summary(done))
+            if logprobs is not None:
+                print_table(*_logprob_table(done.tokens), to_stderr=True)
 
 
 def chat(
@@ -157,6 +185,13 @@ def _show(generation: kvcache.Generation) -> kvcache.Done:
     return generation.result()
 
 
+def _show_all(generation: kvcache.Generation) -> Iterator[kvcache.Done]:
+    """Write the texts one after the other, each once all are complete; yields how each ended."""
+    for done in generation.results():
+        say(f"{done.text}\n")
+        yield done
+
+
 def _turns() -> Iterator[str]:
     """What the user says, turn by turn, until the end of input or /exit."""
     is_terminal = sys.stdin.isatty()
@@ -196,4 +231,19 @@ def _plain(done: kvcache.Done) -> dict[str, object]:
         "request_id": done.request_id,
         "usage": done.usage,
         "timings": done.timings,
+        **({"tokens": done.tokens} if done.tokens else {}),
     }
+
+
+def _logprob_table(tokens: Sequence[kvcache.Token]) -> tuple[list[str], list[list[object]]]:
+    """Each token with the logarithm of its probability, and the likeliest at its place."""
+    rows: list[list[object]] = [
+        [
+            token.token_id,
+            repr(token.text),
+            f"{token.logprob:.3f}",
+            " ".join(f"{other.token_id}:{other.logprob:.3f}" for other in token.top_logprobs),
+        ]
+        for token in tokens
+    ]
+    return ["#TOKEN", "TEXT", "#LOGPROB", "LIKELIEST"], rows

@@ -6,7 +6,7 @@ from kvcache.client.aio import AsyncClient
 from kvcache.client.arrays import KVPair
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV
-from kvcache.client.results import Done, Event, KvAck, Start, Timings, Token, Usage
+from kvcache.client.results import Alternative, Done, Event, KvAck, Start, Timings, Token, Usage
 from kvcache.client.sync import KV, Client, Generation
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KV",
+    "Alternative",
     "AsyncClient",
     "AsyncGeneration",
     "AsyncKV",

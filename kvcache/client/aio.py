@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 from bus.errors import BadArgument, KVCacheError
 from bus.messages import QueryKind
@@ -18,7 +18,7 @@ from kvcache.client.kv import AsyncKV
 from kvcache.client.link import Link, new_id
 from kvcache.client.prompts import ChatMessages, make_prompt, optional_name
 from kvcache.client.streams import GenerateCall, Wanted
-from kvcache.sampling import SamplingParams
+from kvcache.sampling import SamplingFields, SamplingParams, sampling_params
 
 if TYPE_CHECKING:
     from kvcache.hashing import TokenIds
@@ -59,55 +59,46 @@ class AsyncClient:
     def generate(
         self,
         prompt: str | None = None,
+        params: SamplingParams | None = None,
         *,
         token_ids: TokenIds | None = None,
         messages: ChatMessages | None = None,
-        max_tokens: int = 128,
-        min_tokens: int = 0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        ignore_eos: bool = False,
         seq_id: str | None = None,
         cache_salt: str | None = None,
         model: str | None = None,
         policy: str | None = None,
         deadline: float | None = None,
         explain: bool = False,
+        **sampling: Unpack[SamplingFields],
     ) -> AsyncGeneration:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
 
+        params, sampling: `SamplingParams`, or its fields as keywords (`max_tokens=64, temperature=0`); given both,
+        keywords win. With n > 1 every output is a request of its own, which share the prompt's KV.
         seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
         requests of the same salt. deadline: seconds for all of it. explain: tell in `Start` why this worker.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            stop_token_ids=stop_token_ids,
-            ignore_eos=ignore_eos,
-        )
+        outputs = sampling_params(params, sampling).messages(secrets.randbits(63))
+        if seq_id is not None and len(outputs) > 1:
+            raise BadArgument("a seq_id names one sequence; with it n must be 1")
         model, salt = optional_name("model", model), optional_name("cache_salt", cache_salt)
         wanted = Wanted(
             prompt=make_prompt(prompt, token_ids, messages, model=model, cache_salt=salt),
-            sampling=params.with_seed(secrets.randbits(63)),
+            sampling=outputs[0],
             model=model,
             seq_id=optional_name("seq_id", seq_id),
             cache_salt=salt,
             policy=optional_name("policy", policy),
             explain=bool(explain),
         )
-        call = GenerateCall(new_id(), self._link.deadline(deadline), wanted, time.monotonic())
-        return AsyncGeneration(call, self._link)
+        ends, now = self._link.deadline(deadline), time.monotonic()
+        calls = [
+            GenerateCall(new_id(), ends, replace(wanted, sampling=output, index=index), now)
+            for index, output in enumerate(outputs)
+        ]
+        return AsyncGeneration(calls, self._link)
 
     async def route(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from bus.stats import Explanation
 
@@ -12,7 +12,7 @@ from bus.stats import Explanation
 class Start:
     """The generation was admitted: where, why there, and how much of the prompt needed no computing.
 
-    explanation: every candidate and its load, if `explain=True` was asked for.
+    explanation: every candidate and its load, if `explain=True` was asked for. index: which of the `n` outputs.
     """
 
     worker_id: str
@@ -21,15 +21,30 @@ class Start:
     prompt_tokens: int
     cached_tokens: int
     explanation: Explanation | None = None
+    index: int = 0
+
+
+class Alternative(NamedTuple):
+    """A token that could have come, and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token and the text it released: empty while the text may still become a stop string or a character."""
+    """One token and the text it released: empty while the text may still become a stop string or a character.
+
+    index: which of the `n` outputs it belongs to. logprob, top_logprobs: if `logprobs` were asked for: the natural
+    logarithm of its probability, and the likeliest tokens at its place, the likeliest first.
+    """
 
     seq: int
     token_id: int
     text: str
+    index: int = 0
+    logprob: float | None = None
+    top_logprobs: tuple[Alternative, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of a generation; all its tokens arrived. `finish_reason`: `stop` or `length`."""
+    """The end of a generation; all its tokens arrived. `finish_reason`: `stop` or `length`.
+
+    index: which of the `n` outputs. tokens: all of them, if `logprobs` were asked for, else none.
+    """
 
     text: str
     finish_reason: str
@@ -69,6 +87,8 @@ class Done:
     worker_id: str
     reason: str
     request_id: str
+    index: int = 0
+    tokens: tuple[Token, ...] = ()
 
 
 Event: TypeAlias = Start | Token | Done

@@ -47,6 +47,7 @@ from kvcache.client.calls import (
 )
 from kvcache.client.prompts import Prompt
 from kvcache.client.results import Done, Start, Timings, Token, Usage
+from kvcache.client.tokens import as_tokens
 
 SUBACK_S = 0.5
 SUBACK_TRIES = 3
@@ -67,7 +68,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to generate."""
+    """What to generate. index: which of the outputs that the user asked for together."""
 
     prompt: Prompt
     sampling: Sampling
@@ -76,6 +77,7 @@ class Wanted:
     cache_salt: str = ""
     policy: str = ""
     explain: bool = False
+    index: int = 0
 
 
 class GenerateCall:
@@ -97,6 +99,7 @@ class GenerateCall:
         self._has_begun = False  # the reader got its Start
         self._early: list[Emit] = []  # tokens that overtook it
         self._texts: list[str] = []
+        self._tokens: list[Token] = []  # if they have logprobs, which are part of the result
         self._num_moves = 0
         self._tail_since: float | None = None
         self._began_at = now
@@ -212,6 +215,7 @@ class GenerateCall:
             prompt_tokens=started.prompt_tokens,
             cached_tokens=started.cached_tokens,
             explanation=self._explanation,
+            index=self._wanted.index,
         )
         early, self._early = self._early, []
         return [Emit(self.key, start), *early]
@@ -247,10 +251,10 @@ class GenerateCall:
             self._first_at = now
         self._last_at = now
         self._texts += delivered.texts
-        emits = [
-            Emit(self.key, Token(delivered.seq + index, token, text))
-            for index, (token, text) in enumerate(zip(delivered.tokens, delivered.texts, strict=True))
-        ]
+        tokens = as_tokens(delivered, self._wanted.sampling.logprobs, self._wanted.index)
+        if self._wanted.sampling.logprobs is not None:
+            self._tokens += tokens
+        emits = [Emit(self.key, token) for token in tokens]
         if self._has_begun:
             return emits
         self._early += emits
@@ -268,6 +272,8 @@ class GenerateCall:
             worker_id=self._started.worker_id,
             reason=self._started.reason,
             request_id=self.key.hex(),
+            index=self._wanted.index,
+            tokens=tuple(self._tokens),
         )
         return [Settle(self.key, done)]
 

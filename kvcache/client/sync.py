@@ -10,9 +10,9 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from bus.errors import BadArgument
 from bus.stats import ClusterStats, Explanation, WorkerView
@@ -22,6 +22,7 @@ from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV, Sequences
 from kvcache.client.prompts import ChatMessages
 from kvcache.client.results import Done, Event, KvAck
+from kvcache.sampling import SamplingFields, SamplingParams
 
 if TYPE_CHECKING:
     from kvcache.client.arrays import Array
@@ -144,27 +145,22 @@ class Client:
     def generate(
         self,
         prompt: str | None = None,
+        params: SamplingParams | None = None,
         *,
         token_ids: TokenIds | None = None,
         messages: ChatMessages | None = None,
-        max_tokens: int = 128,
-        min_tokens: int = 0,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        ignore_eos: bool = False,
         seq_id: str | None = None,
         cache_salt: str | None = None,
         model: str | None = None,
         policy: str | None = None,
         deadline: float | None = None,
         explain: bool = False,
+        **sampling: Unpack[SamplingFields],
     ) -> Generation:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
 
+        params, sampling: `SamplingParams`, or its fields as keywords (`max_tokens=64, temperature=0`); given both,
+        keywords win. With n > 1 every output is a request of its own, which share the prompt's KV.
         seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
         requests of the same salt. deadline: seconds for all of it. explain: tell in `Start` why this worker.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
@@ -174,23 +170,16 @@ class Client:
         async def begin() -> AsyncGeneration:
             return self._client.generate(
                 prompt,
+                params,
                 token_ids=token_ids,
                 messages=messages,
-                max_tokens=max_tokens,
-                min_tokens=min_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=top_k,
-                seed=seed,
-                stop=stop,
-                stop_token_ids=stop_token_ids,
-                ignore_eos=ignore_eos,
                 seq_id=seq_id,
                 cache_salt=cache_salt,
                 model=model,
                 policy=policy,
                 deadline=deadline,
                 explain=explain,
+                **sampling,
             )
 
         return Generation(self._thread, self._thread.call(begin()))
@@ -286,8 +275,9 @@ class KV:
 
 
 class Generation:
-    """One generation: iterate over its `Start`, `Token`s and `Done`, or take `text()` or `result()`.
+    """A generation: iterate over its `Start`, `Token`s and `Done`, or take `text()` or `result()`.
 
+    With n > 1 the outputs' events come interleaved, each with its `index`; `results()` gives them in that order.
     As a context manager it is cancelled when left before its end, and so it is when nobody holds it any more. A
     reader that falls behind makes the worker pause. One reader at a time; `cancel` may be called by another thread.
     """
@@ -321,13 +311,19 @@ class Generation:
         self.cancel()
 
     def text(self) -> str:
-        """The whole text; reads what is left of the stream."""
+        """The whole text; reads what is left of the stream. Raises BadArgument if there are several outputs."""
         return self.result().text
 
     def result(self) -> Done:
-        """How it ended; reads what is left of the stream."""
+        """How it ended; reads what is left of the stream. Raises BadArgument if there are several outputs."""
+        result = self._thread.call(self._generation.result())
         self._events.clear()
-        return self._thread.call(self._generation.result())
+        return result
+
+    def results(self) -> list[Done]:
+        """How each output ended, in the order of their `index`; reads what is left of the stream."""
+        self._events.clear()
+        return self._thread.call(self._generation.results())
 
     def cancel(self) -> None:
         """Stop it, unless it has ended or its client is closed; whoever reads on gets `Cancelled`."""

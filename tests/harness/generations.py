@@ -64,8 +64,8 @@ class Reader:
 
 
 class Crowd:
-    """Many generations at once: every other one greedy, the rest drawn with a seed. All are random enough that a
-    token lost, repeated or drawn anew shows."""
+    """Many generations at once: every other one greedy, the rest drawn with a seed and penalties. All are random
+    enough that a token lost, repeated, drawn anew or forgotten in a penalty shows."""
 
     def __init__(self, num: int, num_tokens: int, *, seq_ids: Sequence[str] = ()) -> None:
         self._num_tokens = num_tokens
@@ -102,6 +102,8 @@ class Crowd:
             max_tokens=self._num_tokens,
             temperature=0.0 if index % 2 else 1.0,
             seed=index,
+            repetition_penalty=1.0 if index % 2 else 1.1,
+            frequency_penalty=0.0 if index % 2 else 0.2,
             ignore_eos=True,
             deadline=deadline,
             seq_id=self._seq_ids[index] if self._seq_ids else None,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bus import streams, wire
 from bus.errors import MalformedMessage, ReplayExpired, StreamGap, TokenizerError
-from bus.messages import Ack, FinishReason, Message, Replay, Resume, StreamBeat, StreamEnd, StreamTokens
+from bus.messages import Ack, FinishReason, Message, Replay, Resume, StreamBeat, StreamEnd, StreamTokens, TokenLogprobs
 from bus.streams import Action, Broken, Deliver, Finished, StreamLog, StreamReceiver
 
 REQ = b"r" * 16
@@ -420,3 +420,39 @@ def _survives(data: st.DataObject, loss: int) -> bool:
 
 def _coin(data: st.DataObject) -> bool:
     return data.draw(st.booleans())
+
+
+def test_logprobs_travel_with_their_tokens_whichever_way_these_come() -> None:
+    entries = [TokenLogprobs(-float(n), ((n, -0.5),)) for n in range(1, 6)]
+    log, receiver = StreamLog(REQ, 0, 0.0), StreamReceiver(REQ, 0.0)
+    messages = [part for n in range(5) for part in log.append([n], [""], 0.0, [entries[n]])]
+    [first] = receiver.handle(messages[0], 0.0)
+    assert first == Deliver(0, (0,), ("",), (entries[0],))
+    receiver.handle(messages[3], 0.0)
+    [replay] = log.resume(Resume(req_id=REQ, epoch=0, from_seq=1), 0.0)
+    delivered = [action for action in receiver.handle(replay, 0.0) if isinstance(action, Deliver)]
+    assert [entry for action in delivered for entry in action.logprobs] == entries[1:]
+
+
+def test_tokens_with_many_logprobs_are_cut_into_messages_that_can_be_sent() -> None:
+    top = tuple((2**32 - 1 - n, -1.0) for n in range(20))
+    log = StreamLog(REQ, 0, 0.0)
+    for _ in range(200):
+        log.append([2**32 - 1], ["\u20ac" * 40], 0.0, [TokenLogprobs(-1.0, top)])
+    parts = log.tail()
+    assert sum(len(part.tokens) for part in parts) == 200
+    assert 1 < len(parts[0].tokens) < 256
+    for part in parts:
+        assert len(part.logprobs) == len(part.tokens)
+        assert len(wire.encode(part)) <= wire.MAX_FRAME_BYTES
+
+
+@pytest.mark.parametrize("is_replay", [False, True])
+def test_logprobs_for_some_of_the_tokens_break_the_stream(is_replay: bool) -> None:
+    some = (TokenLogprobs(-1.0),)
+    wrong: StreamTokens | Replay = StreamTokens(epoch=0, seq=0, tokens=(1, 2), texts=("", ""), logprobs=some)
+    if is_replay:
+        wrong = Replay(req_id=REQ, epoch=0, seq=0, tokens=(1, 2), texts=("", ""), logprobs=some)
+    [action] = StreamReceiver(REQ, 0.0).handle(wrong, 0.0)
+    assert isinstance(action, Broken)
+    assert isinstance(action.error, MalformedMessage)

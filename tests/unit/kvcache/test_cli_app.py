@@ -41,7 +41,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["nosuch"], "No such command"),
         (["generate"], "Missing argument"),
-        (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "x", "--max-tokens", "0"], "max_tokens must be an integer from 1"),
         (["generate", "x", "--temperature", "warm"], "--temperature"),
         (["kv", "get", "s"], "--file"),
         (["kv", "length", "s", "--layer", "-1"], "--layer"),

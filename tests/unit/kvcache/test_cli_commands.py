@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from bus.stats import (
 from kvcache.cli import main
 from kvcache.cli.kv_files import read_layers
 from kvcache.client.arrays import kv_pair, kv_tensors
-from kvcache.client.results import Done, Event, KvAck, Start, Timings, Token, Usage
+from kvcache.client.results import Alternative, Done, Event, KvAck, Start, Timings, Token, Usage
 from kvcache.models import ModelRegistry, ModelSource
 from kvcache.pull import PullProgress, Report
+from kvcache.sampling import SamplingParams
 
 EXPLANATION = Explanation(
     policy="consistent_hash",
@@ -72,10 +75,11 @@ BROKER = BrokerStats(incarnation=1, state="serving", policy="consistent_hash", f
 
 
 class FakeGeneration:
-    """A stream of three tokens."""
+    """A stream of three tokens, or several."""
 
-    def __init__(self, explain: bool) -> None:
+    def __init__(self, explain: bool, params: SamplingParams) -> None:
         self._explain = explain
+        self._params = params
         self._done = Done(
             text=" Paris. It",
             finish_reason="length",
@@ -100,7 +104,11 @@ class FakeGeneration:
         yield self._done
 
     def result(self) -> Done:
-        return self._done
+        tokens = () if self._params.logprobs is None else (Token(0, 5, " Paris", 0, -0.125, (Alternative(5, -0.125),)),)
+        return replace(self._done, tokens=tokens)
+
+    def results(self) -> list[Done]:
+        return [replace(self.result(), index=index) for index in range(self._params.n)]
 
 
 class FakeClient:
@@ -120,10 +128,15 @@ class FakeClient:
     def _record(self, name: str, *args: object, **kwargs: object) -> None:
         self.calls.append((name, args, kwargs))
 
-    def generate(self, prompt: str | None = None, **kwargs: Any) -> FakeGeneration:  # noqa: ANN401 - whatever is asked
+    def generate(
+        self,
+        prompt: str | None = None,
+        params: SamplingParams | None = None,
+        **kwargs: Any,  # noqa: ANN401 - whatever is asked
+    ) -> FakeGeneration:
         # A copy of the messages: the chat goes on adding to its list.
-        self._record("generate", prompt, **{k: list(v) if k == "messages" else v for k, v in kwargs.items()})
-        return FakeGeneration(kwargs.get("explain", False))
+        self._record("generate", prompt, params, **{k: list(v) if k == "messages" else v for k, v in kwargs.items()})
+        return FakeGeneration(kwargs.get("explain", False), params or SamplingParams())
 
     def route(self, seq_id: str | None, **kwargs: object) -> Explanation:
         self._record("route", seq_id, **kwargs)
@@ -194,8 +207,62 @@ def test_generate_streams_text_and_says_what_it_cost(
     assert shown.out == " Paris. It\n"
     assert "worker-2: owner of the key; prompt 12 tokens, 8 cached; 3 generated, length; first after 50 ms" in shown.err
     ((args, kwargs),) = calls_named(clients, "generate")
-    assert args == ("The capital is",)
-    assert (kwargs["seq_id"], kwargs["stop"], kwargs["top_k"]) == ("s", ("a", "b"), 5)
+    assert args == ("The capital is", SamplingParams(temperature=0.0, stop=("a", "b"), top_k=5, logit_bias={}))
+    assert kwargs["seq_id"] == "s"
+
+
+def test_every_sampling_option_reaches_the_parameters(clients: list[FakeClient]) -> None:
+    text = """
+        --max-tokens 9 --min-tokens 2 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 3 --n 2 --ignore-eos
+        --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty -0.3 --logprobs 4
+        --logit-bias 5=1.5 --logit-bias 6=-2 --stop-token-id 7 --stop-token-id 8
+    """
+    options = shlex.split(text)
+    assert main(["generate", "x", *options]) == 0
+    (((_, params), _),) = calls_named(clients, "generate")
+    assert params == SamplingParams(
+        n=2,
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.3,
+        logit_bias={5: 1.5, 6: -2.0},
+        seed=3,
+        stop_token_ids=(7, 8),
+        ignore_eos=True,
+        logprobs=4,
+    )
+
+
+@pytest.mark.parametrize("bias", ["5", "=1", "5=", "a=1", "5=1=2"])
+def test_a_bias_that_is_none_is_wrong_usage(
+    clients: list[FakeClient], bias: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "--logit-bias", bias]) == 2
+    assert "TOKEN_ID=X" in capsys.readouterr().err
+
+
+def test_several_outputs_are_written_one_after_the_other_or_as_a_list(
+    clients: list[FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "--n", "3"]) == 0
+    assert capsys.readouterr().out == " Paris. It\n" * 3
+    assert main(["generate", "x", "--n", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 3
+
+
+def test_logprobs_are_a_table_or_part_of_the_json(
+    clients: list[FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "--logprobs", "1"]) == 0
+    assert "5:-0.125" in capsys.readouterr().err
+    assert main(["generate", "x", "--logprobs", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"][0]["logprob"] == -0.125
 
 
 def test_generate_as_json_is_one_object(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +276,7 @@ def test_generate_as_json_is_one_object(clients: list[FakeClient], capsys: pytes
 def test_prompt_of_a_dash_is_read_from_stdin(clients: list[FakeClient], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("from a file"))
     assert main(["generate", "-"]) == 0
-    assert calls_named(clients, "generate")[0][0] == ("from a file",)
+    assert calls_named(clients, "generate")[0][0][0] == "from a file"
 
 
 def test_explain_names_every_candidate_before_the_text(

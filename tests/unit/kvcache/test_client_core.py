@@ -29,17 +29,18 @@ from bus.errors import (
     UnsupportedVersion,
     WorkerLost,
 )
-from bus.streams import stream_digest, token_bytes
+from bus.streams import Deliver, stream_digest, token_bytes
 from bus.tensors import DType, TensorMeta
 from kvcache.client import requests
 from kvcache.client.calls import Action, Emit, Fail, Settle, ToBulk, ToControl, Unwatch, Watch
 from kvcache.client.config import client_config
 from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, ClientCore
 from kvcache.client.prompts import check_index, check_name, check_seconds, make_prompt, optional_name
-from kvcache.client.results import Done, Start, Token
+from kvcache.client.results import Alternative, Done, Start, Token
 from kvcache.client.retries import RetryBudget, retry_delay
 from kvcache.client.session import Session
 from kvcache.client.streams import GenerateCall, Wanted
+from kvcache.client.tokens import as_tokens
 
 A = TypeVar("A")
 _ids = count(1)
@@ -746,3 +747,35 @@ def test_an_error_of_the_users_making_is_its_own() -> None:
     fails = of(client.on_message(failed(wire.NO_REQUEST, UnsupportedVersion("x")), (), 0.0), Fail)
     assert [fail.error.request_id for fail in fails] == [call.key.hex() for call in calls]
     assert not any(isinstance(fail.error, Cancelled) for fail in fails)
+
+
+# --- what tokens carry ---------------------------------------------------------------------------
+
+
+def delivered(asked: int | None, *entries: m.TokenLogprobs) -> list[Token]:
+    return as_tokens(Deliver(4, (7, 8), ("x", "y"), entries), asked, 2)
+
+
+def test_tokens_have_the_logprobs_that_were_asked_for() -> None:
+    assert delivered(None) == [Token(4, 7, "x", 2), Token(5, 8, "y", 2)]
+    first, second = delivered(1, m.TokenLogprobs(-2.0, ((9, -0.5),)), m.TokenLogprobs(-0.25))
+    assert (first.logprob, first.top_logprobs) == (-2.0, (Alternative(9, -0.5),))
+    assert (second.logprob, second.top_logprobs) == (-0.25, ())
+
+
+@pytest.mark.parametrize(
+    ("asked", "entries"),
+    [
+        (None, (m.TokenLogprobs(-1.0),) * 2),
+        (0, ()),
+        (1, (m.TokenLogprobs(-1.0),)),
+        (1, (m.TokenLogprobs(-1.0), m.TokenLogprobs(-1.0, ((1, -1.0), (2, -1.0))))),
+        (0, (m.TokenLogprobs(math.nan), m.TokenLogprobs(-1.0))),
+        (0, (m.TokenLogprobs(-1.0), m.TokenLogprobs(0.5))),
+        (1, (m.TokenLogprobs(-1.0, ((3, math.inf),)), m.TokenLogprobs(-1.0))),
+    ],
+    ids=["unasked", "missing", "too-few", "too-many-alternatives", "nan", "above-one", "infinite"],
+)
+def test_logprobs_that_cannot_be_right_are_refused(asked: int | None, entries: tuple[m.TokenLogprobs, ...]) -> None:
+    with pytest.raises(MalformedMessage):
+        delivered(asked, *entries)

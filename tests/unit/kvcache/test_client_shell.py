@@ -20,12 +20,13 @@ from bus.errors import (
     MalformedMessage,
     NoSpace,
     StreamGap,
+    TooLarge,
     WorkerLost,
 )
 from bus.stats import BrokerStats, ClusterStats, Explanation, SequenceInfo, SequencePage, WorkerView, pack
 from bus.streams import StreamLog
 from bus.tensors import DType, TensorMeta
-from kvcache import AsyncClient, Done, Event, Start, Token
+from kvcache import Alternative, AsyncClient, Done, Event, SamplingParams, Start, Token
 from kvcache.client import AsyncGeneration
 from tests.unit.kvcache.scripted_broker import (
     ScriptedBroker,
@@ -510,3 +511,70 @@ async def test_list_asks_every_worker_page_by_page(broker: ScriptedBroker, clien
         packed = pack(SequencePage(worker_id=page.worker_id, sequences=shown, more=len(names) > 2))
         broker.reply(m.KvListed(req_id=page.req_id, payload=wire.describe([packed])), packed)
     assert [info.seq_id for info in await listing] == ["a", "b", "c", "d"]
+
+
+# --- sampling parameters and several outputs -----------------------------------------------------
+
+
+async def test_parameters_may_be_an_object_keywords_or_both(broker: ScriptedBroker, client: AsyncClient) -> None:
+    params = SamplingParams(max_tokens=5, top_k=3, seed=1, logit_bias={7: -1})
+    for extra, top_k in (({}, 3), ({"top_k": 9}, 9)):
+        generation = client.generate("hello", params, **extra)  # type: ignore[arg-type]
+        asked, _ = await broker.expect(m.Generate)
+        assert (asked.sampling.max_tokens, asked.sampling.top_k, asked.sampling.seed) == (5, top_k, 1)
+        assert asked.sampling.logit_bias == ((7, -1.0),)
+        await generation.cancel()
+        await broker.expect(m.Cancel)
+
+
+async def test_logprobs_are_in_the_events_and_in_the_result(broker: ScriptedBroker, client: AsyncClient) -> None:
+    generation, asked = await begin(broker, client, logprobs=1)
+    assert asked.sampling.logprobs == 1
+    broker.reply(started(asked))
+    entry = m.TokenLogprobs(-0.5, ((9, -0.25),))
+    broker.publish(asked.stream_id, m.StreamTokens(epoch=0, seq=0, tokens=(10,), texts=("10 ",), logprobs=(entry,)))
+    broker.reply(ended(asked, [10]))
+    _, token, done = [event async for event in generation]
+    assert token == Token(0, 10, "10 ", 0, -0.5, (Alternative(9, -0.25),))
+    assert isinstance(done, Done)
+    assert done.tokens == (token,)
+
+
+async def two_outputs(broker: ScriptedBroker, client: AsyncClient) -> tuple[AsyncGeneration, list[m.Generate]]:
+    generation = client.generate("hello", SamplingParams(n=2, seed=7))
+    asked = [(await broker.expect(m.Generate))[0] for _ in range(2)]
+    return generation, sorted(asked, key=lambda request: request.sampling.seed)
+
+
+async def test_several_outputs_are_requests_of_their_own_with_seeds_one_apart(
+    broker: ScriptedBroker, client: AsyncClient
+) -> None:
+    generation, (first, second) = await two_outputs(broker, client)
+    assert (first.sampling.seed, second.sampling.seed) == (7, 8)
+    assert first.chain == second.chain
+    for request, tokens in ((second, [3, 4]), (first, [1])):
+        broker.reply(started(request))
+        broker.publish(request.stream_id, some_tokens(request, 0, tokens))
+        broker.reply(ended(request, tokens))
+    events = [event async for event in generation]
+    assert {(event.index, event.token_id) for event in events if isinstance(event, Token)} == {(0, 1), (1, 3), (1, 4)}
+    results = await generation.results()
+    assert [(done.index, done.text) for done in results] == [(0, "1 "), (1, "3 4 ")]
+    assert [done.request_id for done in results] == [first.req_id.hex(), second.req_id.hex()]
+    with pytest.raises(BadArgument, match="results"):
+        await generation.result()
+
+
+async def test_an_output_that_fails_ends_the_others_too(broker: ScriptedBroker, client: AsyncClient) -> None:
+    generation, (first, second) = await two_outputs(broker, client)
+    broker.reply(started(first))
+    broker.reply(wire.failed(second.req_id, TooLarge("no")))
+    with pytest.raises(TooLarge):
+        await generation.results()
+    cancel, _ = await broker.expect(m.Cancel)
+    assert cancel.req_id == first.req_id
+
+
+async def test_a_sequence_has_one_output(client: AsyncClient) -> None:
+    with pytest.raises(BadArgument, match="n must be 1"):
+        client.generate("hello", n=2, seq_id="s")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ from bus.errors import (
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.streams import token_bytes
 from tests.unit.workers.conftest import EOS_ID, Family
-from workers.batch import Batch, Draw
+from workers.batch import Batch, Draw, Drawn
 from workers.engine import EngineThread, JobThread
 from workers.engine_api import (
     Admitted,
@@ -50,6 +51,7 @@ from workers.engine_api import (
     RunId,
     Start,
     Stop,
+    TextCommand,
     Ticket,
     UnpinKV,
 )
@@ -59,6 +61,7 @@ from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
 from workers.slot import Model
 from workers.text import TextStream
+from workers.texts import Texts
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
 
 PROMPT = (5, 9, 2, 7, 11, 3, 8, 1, 4, 6)
@@ -89,12 +92,24 @@ class FakeModels:
 
 
 class Bench:
-    """A host whose jobs wait until they are run; time stands still unless a test moves it."""
+    """A host and the texts of its tokens. Jobs wait until they are run; time stands still unless a test moves it.
+
+    late_steps: how many steps further the engine is when it hears where an output ends.
+    """
 
     def __init__(
-        self, models: FakeModels, *, shares_prefixes: bool = True, max_tokens_per_step: int = 4, max_num_seqs: int = 8
+        self,
+        models: FakeModels,
+        *,
+        shares_prefixes: bool = True,
+        max_tokens_per_step: int = 4,
+        max_num_seqs: int = 8,
+        late_steps: int = 0,
     ) -> None:
         self.jobs: list[Job] = []
+        self.texts = Texts()
+        self._late_steps = late_steps
+        self._on_their_way: list[tuple[int, TextCommand]] = []
         self.now = 0.0
         self.host = Host(
             models,
@@ -108,7 +123,15 @@ class Bench:
     def tell(self, *commands: Any) -> list[Event]:  # noqa: ANN401  # any command
         for command in commands:
             self.host.handle(command, self.now)
-        return self.host.take_events()
+        return self.hear()
+
+    def hear(self) -> list[Event]:
+        """What has come since the last time, with its text."""
+        heard, commands = self.texts.translate(self.host.take_events())
+        self._on_their_way += [(self._late_steps, command) for command in commands]
+        due = [command for left, command in self._on_their_way if left == 0]
+        self._on_their_way = [(left - 1, command) for left, command in self._on_their_way if left]
+        return heard + self.tell(*due) if due else heard
 
     def work(self) -> None:
         """Run the jobs that wait, and those that follow from them."""
@@ -123,9 +146,9 @@ class Bench:
         self.work()
         events: list[Event] = []
         while self.step():
-            events += self.host.take_events()
+            events += self.hear()
             self.work()
-        return events + self.host.take_events()
+        return events + self.hear()
 
 
 def start(
@@ -201,7 +224,7 @@ def test_the_times_at_the_end_say_where_they_went(make: Callable[[], TorchModel]
     bench = Bench(FakeModels(tiny=lambda: load()))
 
     class Slow(TorchModel):
-        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
             bench.now += 0.5
             return super().compute(batch, draws)
 
@@ -393,7 +416,7 @@ def test_stop_takes_effect_before_the_next_step(bench: Bench) -> None:
     bench.tell(start(1), start(2))
     bench.work()
     bench.step()
-    bench.host.take_events()
+    bench.hear()
     bench.tell(Stop(run_id(1)))
     events = bench.run()
     assert tokens_of(events, 1) == []
@@ -435,7 +458,7 @@ def test_a_held_generation_computes_nothing_until_it_may_proceed(bench: Bench) -
 class Faulty(TorchModel):
     """Raises on a prompt that begins with 13, and has no numbers for one that begins with 14."""
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         if any(piece.token_ids[0] == 13 and piece.start == 0 for piece in batch):
             raise RuntimeError("out of luck")
         drawn = super().compute(batch, draws)
@@ -514,8 +537,8 @@ def test_a_token_that_cannot_be_decoded_fails_its_own_generation_even_if_it_is_t
             return ""
 
     class Mute(TorchModel):
-        def open_text(self, stops: Sequence[str]) -> TextStream:
-            return TextStream(Undecodable(), stops)
+        def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
+            return TextStream(Undecodable(), stops, min_tokens)
 
     def load() -> Model:
         model = make()
@@ -537,8 +560,8 @@ def test_a_resumed_output_that_cannot_be_decoded_fails_at_once(make: Callable[[]
             raise TokenizerError("not text")
 
     class Mute(TorchModel):
-        def open_text(self, stops: Sequence[str]) -> TextStream:
-            return TextStream(Undecodable(), stops)
+        def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
+            return TextStream(Undecodable(), stops, min_tokens)
 
     def load() -> Model:
         model = make()
@@ -601,7 +624,7 @@ def test_a_sequence_that_is_being_generated_is_not_dropped(bench: Bench) -> None
     bench.tell(start(1, seq_id="chat"))
     bench.work()
     bench.step()
-    bench.host.take_events()
+    bench.hear()
     assert isinstance(only(bench.tell(DropKV(Ticket(1), SequenceKey("t", "chat"))), Answered).answer, Conflict)
 
 
@@ -630,7 +653,7 @@ def test_a_name_that_another_model_is_writing_is_a_conflict(make: Callable[[], T
     bench.tell(start(1, model="one", seq_id="s"))
     bench.work()
     bench.step()
-    bench.host.take_events()
+    bench.hear()
     bench.tell(start(2, model="two", seq_id="s"))
     events = bench.run()
     assert isinstance(only(events, Broke).error, Conflict)
@@ -734,3 +757,77 @@ def test_a_device_that_is_not_here_is_a_model_that_is_unavailable(model_dirs: di
     options = LoadOptions(dtype="float32", device="abacus", max_model_len=None, block_size=4, threads=None)
     with pytest.raises(ModelUnavailable, match="abacus"):
         TorchModels(tmp_path, [str(model_dirs["llama"])], 1 << 20, options).load("llama")
+
+
+@pytest.mark.parametrize("late_steps", [0, 1, 4])
+def test_what_is_kept_of_a_stopped_output_does_not_depend_on_when_the_engine_hears_of_it(
+    make: Callable[[], TorchModel], late_steps: int
+) -> None:
+    long = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
+    plain = Bench(FakeModels(tiny=make))
+    plain.tell(start(1, sampling=long))
+    whole = plain.run()
+    text = text_of(whole, 1)
+    stop = next(c for c in text[2:] if c != "\ufffd")
+    bench = Bench(FakeModels(tiny=make), late_steps=late_steps)
+    bench.tell(start(2, sampling=msgspec.structs.replace(long, stop=(stop,)), seq_id="s"))
+    events = bench.run()
+    had = tokens_of(events, 2)
+    assert text_of(events, 2) == text[: text.index(stop)]
+    assert had == tokens_of(whole, 1)[: len(had)]
+    assert only(events, Ended).finish_reason is FinishReason.STOP
+    measured = bench.tell(MeasureKV(Ticket(1), SequenceKey("t", "s"), 0))
+    assert only(measured, Answered).answer == len(PROMPT) + len(had) - 1
+    bench.tell(start(3, prompt=(*PROMPT, *had), seq_id="s"))
+    again = bench.run()
+    assert only(again, Admitted).cached_tokens == len(PROMPT) + len(had) - 1
+    assert tokens_of(again, 3) == tokens_of(whole, 1)[len(had) : len(had) + 6]
+
+
+@pytest.mark.parametrize("num_had", [1, 4, 11])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=12, temperature=1.3, seed=5, repetition_penalty=1.5, ignore_eos=True),
+        Sampling(max_tokens=12, temperature=0.0, frequency_penalty=-2.0, presence_penalty=-2.0, ignore_eos=True),
+        Sampling(max_tokens=12, temperature=1.0, seed=6, min_p=0.01, logit_bias=((7, 3.0), (8, 3.0)), ignore_eos=True),
+    ],
+    ids=["repetition", "frequency", "bias"],
+)
+def test_a_resumed_stream_is_penalised_as_it_would_have_been(bench: Bench, sampling: Sampling, num_had: int) -> None:
+    bench.tell(
+        start(1, sampling=sampling), start(9, sampling=Sampling(max_tokens=12, temperature=0.0, ignore_eos=True))
+    )
+    events = bench.run()
+    tokens = tokens_of(events, 1)
+    assert tokens != tokens_of(events, 9), "the parameters change something"
+    bench.tell(start(2, sampling=sampling, resume=tuple(tokens[:num_had])))
+    assert tokens_of(bench.run(), 2) == tokens[num_had:]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Sampling(stop_token_ids=(300,)),
+        Sampling(stop_token_ids=(2**32 - 1,), min_tokens=3),
+        Sampling(logit_bias=((2**31, 1.0),)),
+    ],
+    ids=["stop", "stop-and-min", "bias"],
+)
+def test_a_token_id_that_the_model_lacks_is_refused_by_name_and_harms_nobody(bench: Bench, wrong: Sampling) -> None:
+    bench.tell(start(1), start(2, sampling=wrong))
+    events = bench.run()
+    error = only(events, Broke).error
+    assert isinstance(error, BadArgument)
+    assert "this model's are 0 to 299" in str(error)
+    assert len(tokens_of(events, 1)) == 6
+
+
+def test_logprobs_come_with_every_token_if_they_were_asked_for(bench: Bench) -> None:
+    bench.tell(start(1, sampling=msgspec.structs.replace(GREEDY, logprobs=2)), start(2))
+    events = bench.run()
+    produced = [event for event in events if isinstance(event, Produced)]
+    assert all((len(event.logprobs) == 1) == (event.run == run_id(1)) for event in produced)
+    tops = [event.logprobs[0].top for event in produced if event.run == run_id(1)]
+    assert [top[0][0] for top in tops] == tokens_of(events, 1), "greedy takes the likeliest"
+    assert all(len(top) == 2 for top in tops)

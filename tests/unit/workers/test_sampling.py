@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from bus.errors import InternalError
 from bus.messages import Sampling
-from workers.batch import Draw
-from workers.sampling import sample, uniform
+from workers.batch import Draw, Drawn
+from workers.draws import uniform
+from workers.sampling import sample as sample_drawn
 
 VECTORS = [0.011546754286331562, 0.3035680343067586, 0.5023796042735054, 0.1653810847067234]
 TOKENS = [96, 83, 97, 67, 99, 99, 96, 84]
@@ -21,6 +22,11 @@ TOKENS = [96, 83, 97, 67, 99, 99, 96, 84]
 
 def draw_of(position: int = 0, banned_ids: tuple[int, ...] = (), **parameters: Any) -> Draw:  # noqa: ANN401
     return Draw(sampling=Sampling(**parameters), position=position, banned_ids=banned_ids)
+
+
+def sample(logits: torch.Tensor, draws: list[Draw]) -> list[int | InternalError]:
+    """The tokens alone."""
+    return [drawn.token_id if isinstance(drawn, Drawn) else drawn for drawn in sample_drawn(logits, draws)]
 
 
 def draw_many(logits: list[float], count: int, **parameters: Any) -> Counter[int | InternalError]:  # noqa: ANN401

@@ -228,10 +228,10 @@ def test_stop_string_found_outside_ends_it_well() -> None:
     engine.submit(b"a", max_tokens=100)
     for _ in range(4):
         engine.step()
-    engine.events += engine.scheduler.finish(b"a", FinishReason.STOP, engine.now)
+    engine.events += engine.scheduler.finish(b"a", FinishReason.STOP, engine.now, 1)
     assert engine.tokens(b"a") == oracle(PROMPT, 3)
     assert isinstance(engine.end(b"a"), Finished)
-    assert engine.scheduler.finish(b"a", FinishReason.STOP, engine.now) == []
+    assert engine.scheduler.finish(b"a", FinishReason.STOP, engine.now, 1) == []
     assert engine.step().batch == ()
 
 

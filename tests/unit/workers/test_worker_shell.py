@@ -45,7 +45,7 @@ from bus.tensors import DType, TensorMeta
 from bus.topics import topic_of
 from bus.wire import Buffer
 from tests.unit.workers.core_bench import welcome
-from workers.batch import Batch, BlockId, Draw
+from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine_api import ReadResult
 from workers.failpoints import Failpoint
 from workers.main import EXIT_USAGE, main
@@ -82,14 +82,14 @@ class CountingModel:
         assert kind is PromptKind.TOKENS
         return tuple(prompt[::4])
 
-    def open_text(self, stops: Sequence[str]) -> TextStream:
-        return TextStream(self, stops)
+    def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
+        return TextStream(self, stops, min_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(f"{token} " for token in token_ids)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
-        return [(piece.token_ids[-1] + 1) % VOCAB if piece.wants_logits else None for piece in batch]
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+        return [Drawn((piece.token_ids[-1] + 1) % VOCAB) if piece.wants_logits else None for piece in batch]
 
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
         raise NotImplementedError
