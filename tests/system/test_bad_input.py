@@ -294,7 +294,10 @@ RAW_SAMPLING: list[m.Sampling] = [
     m.Sampling(max_tokens=4, min_tokens=5), m.Sampling(temperature=NAN), m.Sampling(temperature=INF),
     m.Sampling(temperature=-1.0), m.Sampling(top_p=0.0), m.Sampling(top_p=2.0), m.Sampling(top_p=NAN),
     m.Sampling(top_k=-1), m.Sampling(seed=-1), m.Sampling(stop=("",)), m.Sampling(stop=("x",) * 60),
-    m.Sampling(stop_token_ids=(-1,)), m.Sampling(stop_token_ids=(2**33,)),
+    m.Sampling(stop_token_ids=(-1,)), m.Sampling(stop_token_ids=(2**33,)), m.Sampling(min_p=NAN),
+    m.Sampling(repetition_penalty=0.0), m.Sampling(presence_penalty=INF), m.Sampling(frequency_penalty=NAN),
+    m.Sampling(logit_bias=((1, NAN),)), m.Sampling(logit_bias=((1, 1.0), (1, 1.0))), m.Sampling(logprobs=99),
+    m.Sampling(logit_bias=((2**32 - 1, 1.0),)), m.Sampling(stop_token_ids=(2**32 - 1,), min_tokens=4),
 ]  # fmt: skip
 
 

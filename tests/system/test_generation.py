@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bus.errors import Conflict, NotFound
-from kvcache import AsyncClient, Done, Start, Token
+from kvcache import AsyncClient, Done, SamplingParams, Start, Token
 from tests.harness.generations import greedy
 from tests.harness.models import NUM_LAYERS, Reference
 from tests.harness.placement import owned_by
@@ -48,6 +48,21 @@ async def test_events_come_in_order_and_the_text_is_that_of_the_tokens(client: A
 async def test_same_seed_gives_the_same_tokens_and_another_seed_others(client: AsyncClient) -> None:
     texts = [await client.generate(PROMPT, max_tokens=40, seed=seed, ignore_eos=True).text() for seed in (7, 7, 8)]
     assert texts[0] == texts[1] != texts[2]
+
+
+async def test_outputs_of_one_prompt_share_it_and_are_those_of_their_seeds(client: AsyncClient) -> None:
+    prompt = token_prompt(30, 96)
+    params = SamplingParams(n=3, max_tokens=12, seed=50, repetition_penalty=1.2, ignore_eos=True, logprobs=2)
+    one_worker = client.generate(token_ids=prompt, params=params, policy="consistent_hash")
+    outputs = await one_worker.results()
+    assert [done.index for done in outputs] == [0, 1, 2]
+    assert len({done.text for done in outputs}) == 3
+    assert sum(done.usage.cached_tokens for done in outputs) >= 2 * 64, "one of them computed the prompt"
+    for done in outputs:
+        alone = await client.generate(token_ids=prompt, params=params, n=1, seed=50 + done.index).result()
+        assert alone.text == done.text
+        assert [token.token_id for token in alone.tokens] == [token.token_id for token in done.tokens]
+        assert all(token.logprob is not None and len(token.top_logprobs) == 2 for token in done.tokens)
 
 
 async def test_second_turn_under_one_name_reads_what_the_first_left(client: AsyncClient, reference: Reference) -> None:
