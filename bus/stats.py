@@ -18,8 +18,22 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """The root: plain data, encoded as a map so that a newer peer may add a field."""
 
 
+class SaltStats(Figures, frozen=True):
+    """What one tenant's requests of one salt looked up and found. `salt` names it without giving it away."""
+
+    tenant: str
+    salt: str
+    lookup_tokens: int
+    hit_tokens: int
+
+
 class PoolStats(Figures, frozen=True):
-    """One model's block pool and prefix cache."""
+    """One model's block pool and prefix cache.
+
+    copied_tokens: of `hit_tokens`, those whose KV was copied out of a block that goes on otherwise. block_hits: times
+    that a block served another sequence. blocks_by_hits: findable blocks now, by how often each has served: never,
+    1, 2-3, 4-7, ... salts: those that looked up the most.
+    """
 
     num_blocks: int = 0
     free_blocks: int = 0
@@ -30,6 +44,11 @@ class PoolStats(Figures, frozen=True):
     lookup_tokens: int = 0
     hit_tokens: int = 0
     preemptions: int = 0
+    eviction_policy: str = ""
+    copied_tokens: int = 0
+    block_hits: int = 0
+    blocks_by_hits: tuple[int, ...] = ()
+    salts: tuple[SaltStats, ...] = ()
 
 
 class ModelStats(Figures, frozen=True):

@@ -128,6 +128,15 @@ class PagedKV:
         write_kv(self.keys[layer], keys.transpose(0, 1).to(self.device), rows)
         write_kv(self.values[layer], values.transpose(0, 1).to(self.device), rows)
 
+    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
+        """Make each target hold what its source holds, in every layer; all are read before any is written.
+
+        As many targets as sources, the targets distinct.
+        """
+        from_rows, to_rows = (torch.tensor(blocks, device=self.device) for blocks in (sources, targets))
+        for cache in (*self.keys, *self.values):
+            cache.index_copy_(0, to_rows, cache.index_select(0, from_rows))
+
     def _check_range(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> None:
         if not 0 <= layer < self.plan.num_layers:
             raise BadArgument(f"layer {layer} is not in 0..{self.plan.num_layers - 1}")

@@ -7,11 +7,12 @@ in a bounded log of events. Sequences live elsewhere; here there are blocks, dig
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from kvcache.hashing import BlockHash
+from kvcache.hashing import BlockHash, HashSeed
 from workers.batch import BlockId
 from workers.blocks import BlockPool
+from workers.eviction import EvictionPolicy
 from workers.prefix import BlockEvent, PrefixIndex
 
 MAX_EVENTS = 4096
@@ -20,17 +21,25 @@ MAX_EVENTS = 4096
 class PrefixCache:
     """`num_blocks` blocks of `block_size` tokens. Raises ValueError unless both are at least 1."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, policy: EvictionPolicy = "lru") -> None:
         if block_size < 1:
             raise ValueError(f"a block needs at least 1 token, not {block_size}")
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self.policy = policy
+        self.pool = BlockPool(num_blocks, block_size, policy)
         self._index = PrefixIndex(block_size)
         self._events: deque[BlockEvent] = deque(maxlen=MAX_EVENTS)
 
     def longest(self, digests: Sequence[BlockHash], tokens: bytes) -> list[BlockId]:
         """Blocks of the longest prefix that can be shared; pin them before anything is allocated."""
         return self._index.longest(digests, tokens)
+
+    def most_alike(self, seed: HashSeed, parent: BlockId | None, tokens: bytes) -> tuple[BlockId, int] | None:
+        """The block after `parent` that has the most of these tokens at its beginning, and how many; None if none has.
+
+        It is not to be shared, since it goes on otherwise, but those tokens' KV may be copied.
+        """
+        return self._index.most_alike(seed, parent, tokens)
 
     def allocate(self, num: int) -> list[BlockId] | None:
         """Take `num` blocks, evicting cached ones where free ones run out; None, and nothing changed, if too few."""
@@ -40,7 +49,9 @@ class PrefixCache:
             self._events.append(self._index.remove(block))
         return self.pool.allocate(num)
 
-    def publish(self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes) -> BlockId:
+    def publish(
+        self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes, seed: HashSeed
+    ) -> BlockId:
         """Make a full, computed block findable, and return the block that its holder is to use from now on.
 
         That is another block when the same tokens were published before: the holder's own is let go, so that
@@ -49,9 +60,9 @@ class PrefixCache:
         twin = self.exchange(block, digest, parent, tokens)
         if twin is not None:
             return twin
-        stored = self._index.insert(block, digest, parent, tokens)
+        stored = self._index.insert(block, digest, parent, tokens, seed)
         if stored is not None:
-            self.pool.keep(block)
+            self.pool.keep(block, parent)
             self._events.append(stored)
         return block
 
@@ -73,12 +84,28 @@ class PrefixCache:
             self._events.append(self._index.remove(block))
             self.pool.forget(block)
 
-    def flush(self) -> None:
-        """Make every block unfindable; cached ones become free, held ones stay with their holders."""
-        blocks, event = self._index.flush()
+    def flush(self, is_wanted: Callable[[HashSeed], bool] = lambda seed: True) -> int:
+        """Make all blocks of the wanted seeds unfindable; returns how many there were.
+
+        Cached ones become free, held ones stay with their holders.
+        """
+        blocks = self._index.matching(is_wanted)
+        if len(blocks) < len(self._index):
+            return self._forget(blocks)
         for block in blocks:
             self.pool.forget(block)
-        self._events.append(event)
+        self._events.append(self._index.flush())
+        return len(blocks)
+
+    def drop(self, block: BlockId) -> int:
+        """Make a block unfindable, and all that hang on it, if it is still findable; returns how many there were."""
+        return self._forget(self._index.below(block)) if block in self._index else 0
+
+    def _forget(self, leaves_first: Sequence[BlockId]) -> int:
+        for block in leaves_first:
+            self._events.append(self._index.remove(block))
+            self.pool.forget(block)
+        return len(leaves_first)
 
     def events_since(self, sequence: int) -> list[BlockEvent] | None:
         """Events numbered above `sequence`, or None if some of them are no longer in the log."""

@@ -29,7 +29,7 @@ from workers.generation import Generation, check_task
 from workers.lifecycle import Change, State
 from workers.prefix_cache import PrefixCache
 from workers.sequences import Sequence, SequenceTable
-from workers.tasks import Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step
+from workers.tasks import BlockCopy, Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step
 from workers.turns import Shares, in_line
 
 
@@ -120,13 +120,13 @@ class Scheduler:
         for generation in chosen:
             self._note_turn(generation)
         batch = tuple(generation.sequence.next_slice(num_tokens) for generation, num_tokens in chosen.items())
-        step = Step(tuple(generation.task.key for generation in chosen), batch, tuple(events))
+        step = Step(tuple(generation.task.key for generation in chosen), batch, tuple(events), self._copies())
         if chosen:
             self._in_step = (step, tuple(chosen))
         return step
 
     def commit(self, step: Step, sampled: AbstractSequence[int | None], now: float) -> list[Event]:
-        """Record that the step's batch was run.
+        """Record that the step's copies were made and its batch was run.
 
         sampled: one per slice, the new token where logits were wanted, else None. Those of generations that have
         ended since the plan are ignored. Raises ValueError if there are not as many as slices.
@@ -138,6 +138,9 @@ class Scheduler:
             raise ValueError(f"{len(sampled)} tokens were sampled for {len(step.batch)} slices")
         self._in_step = None
         self._totals["steps"] += 1
+        for copy in step.copies:
+            if copy.key in self._live:
+                self.sequences.copied(self._live[copy.key].sequence)
         events: list[Event] = []
         for generation, piece, token_id in zip(generations, step.batch, sampled, strict=True):
             if generation.state is not State.FINISHED:
@@ -159,7 +162,7 @@ class Scheduler:
         return EngineStats(running=running, waiting=len(self._live) - running, **self._totals)
 
     def pool_stats(self) -> PoolStats:
-        blocks, table = self._cache.pool.counts(), self.sequences.counts()
+        blocks, table, hits = self._cache.pool.counts(), self.sequences.counts(), self.sequences.hits
         return PoolStats(
             num_blocks=blocks.total,
             free_blocks=blocks.free,
@@ -167,9 +170,14 @@ class Scheduler:
             cached_blocks=blocks.cached,
             block_size=self._cache.block_size,
             evictions=blocks.evictions,
-            lookup_tokens=table.lookup_tokens,
-            hit_tokens=table.hit_tokens,
+            lookup_tokens=hits.lookup_tokens,
+            hit_tokens=hits.hit_tokens,
             preemptions=self._num_preempted,
+            eviction_policy=self._cache.policy,
+            copied_tokens=table.copied_tokens,
+            block_hits=blocks.hits,
+            blocks_by_hits=blocks.by_hits,
+            salts=hits.top(),
         )
 
     # --- who is in: deadlines, admission, preemption ---
@@ -234,6 +242,11 @@ class Scheduler:
 
     def _victim(self) -> Generation:
         return max(self._admitted, key=lambda generation: (generation.state is State.PAUSED, generation.number))
+
+    def _copies(self) -> tuple[BlockCopy, ...]:
+        """The copies that those need who were let in just now."""
+        needed = [(generation.task.key, generation.sequence.copy) for generation in self._admitted]
+        return tuple(BlockCopy(key, *copy) for key, copy in needed if copy is not None)
 
     def _preempt(self, generation: Generation) -> None:
         generation.move(Change.PREEMPT)

@@ -8,7 +8,8 @@ its full blocks then become cached, its tail is free. All that hands out blocks 
     |------- KV in the block table -|-- not yet computed --|
     |-- full blocks, findable --|tail|
 
-Invariant: a sequence writes only into blocks that nobody else holds and that nobody can find.
+Invariant: a sequence writes only into blocks that nobody else holds and that nobody can find. A block that goes
+on like it for a while, and then otherwise, is copied: that far the copy needs no computing.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from bus.errors import Conflict, NotFound
-from kvcache.hashing import BlockHash, HashSeed, block_digests, encode_token_ids, extend
+from kvcache.hashing import TOKEN_BYTES, BlockHash, HashSeed, block_digests, encode_token_ids, extend
 from workers.batch import BlockId, Slice
+from workers.hits import HitTable
 from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One prompt with its growing output. Only the table touches all but the tokens."""
+    """One prompt with its growing output. Only the table touches all but the tokens.
+
+    copy: a block, and one of its own that it is still to be copied to; computed tokens count on it.
+    """
 
     seed: HashSeed
     token_ids: list[int]
@@ -34,6 +39,7 @@ class Sequence:
     block_table: list[BlockId] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
+    copy: tuple[BlockId, BlockId] | None = None
     digests: list[BlockHash] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,12 +77,20 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableCounts:
-    """retained: sequences kept now. evictions: of whole sequences. lookup/hit_tokens: asked for and found."""
+    """retained: sequences kept now. evictions: of whole ones. copied_tokens: found in blocks that go on otherwise."""
 
     retained: int
     evictions: int
-    lookup_tokens: int
-    hit_tokens: int
+    copied_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Blocks to share, one to copy the beginning of, if any, and how many tokens that makes together."""
+
+    blocks: list[BlockId]
+    alike: BlockId | None
+    num_tokens: int
 
 
 class SequenceTable:
@@ -88,9 +102,9 @@ class SequenceTable:
         self._claimed: dict[SequenceKey, Sequence] = {}
         self._retained: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._pins: dict[SequenceKey, float] = {}
+        self.hits = HitTable()
         self._evictions = 0
-        self._lookup_tokens = 0
-        self._hit_tokens = 0
+        self._copied_tokens = 0
 
     # --- the life of a running sequence ---
 
@@ -109,20 +123,18 @@ class SequenceTable:
 
         Reuses the retained sequence of its name or the longest findable prefix, whichever has more tokens, and
         leaves at least the last token to compute. Returns how many tokens need no computing, or None, with
-        nothing changed, if there is no room.
+        nothing changed, if there is no room. `Sequence.copy` is then to be made in the very next step.
         """
         kept = None if sequence.key is None else self._retained.get(sequence.key)
         num_kept = 0 if kept is None else self._num_reusable(kept, sequence)
-        limit = (len(sequence.token_ids) - 1) // self.cache.block_size
-        shared = self.cache.longest(sequence.digests[:limit], encode_token_ids(sequence.token_ids))
-        if kept is not None and num_kept > len(shared) * self.cache.block_size:
+        found = self._find(sequence)
+        if kept is not None and num_kept >= found.num_tokens and num_kept > len(found.blocks) * self.cache.block_size:
             admitted = self._take_over(kept, sequence, num_kept, num_blocks, now)
         else:
-            admitted = self._share(sequence, shared, num_blocks, now)
+            admitted = self._share(sequence, found, num_blocks, now)
         if not admitted:
             return None
-        self._lookup_tokens += len(sequence.token_ids)
-        self._hit_tokens += sequence.num_computed
+        self.hits.count(sequence.seed, lookup_tokens=len(sequence.token_ids), hit_tokens=sequence.num_computed)
         return sequence.num_computed
 
     def grow(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
@@ -148,11 +160,14 @@ class SequenceTable:
             found = self.cache.exchange(sequence.block_table[i], sequence.digests[i], parent, tokens)
             if found is None:
                 break
+            self.cache.pool.count_hits([found])
+            sequence.copy = None  # it was for this block
             sequence.block_table[i] = found
             sequence.num_published = i + 1
             sequence.num_computed = (i + 1) * size
         num_saved = sequence.num_computed - before
-        self._hit_tokens += num_saved
+        if num_saved:
+            self.hits.count(sequence.seed, hit_tokens=num_saved)
         return num_saved
 
     def advance(self, sequence: Sequence, num_computed: int) -> None:
@@ -163,7 +178,7 @@ class SequenceTable:
             parent = sequence.block_table[i - 1] if i else None
             tokens = encode_token_ids(sequence.token_ids[i * size : (i + 1) * size])
             block = sequence.block_table[i]
-            sequence.block_table[i] = self.cache.publish(block, sequence.digests[i], parent, tokens)
+            sequence.block_table[i] = self.cache.publish(block, sequence.digests[i], parent, tokens, sequence.seed)
             sequence.num_published = i + 1
 
     def shorten(self, sequence: Sequence, num_tokens: int) -> None:
@@ -177,11 +192,16 @@ class SequenceTable:
             sequence.num_published = min(sequence.num_published, sequence.num_computed // self.cache.block_size)
         sequence.token_ids[:] = tokens
 
+    def copied(self, sequence: Sequence) -> None:
+        """Its copy was made."""
+        sequence.copy = None
+
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back; what was full can still be found."""
         self.cache.pool.unpin(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = sequence.num_published = 0
+        sequence.copy = None
 
     def end(self, sequence: Sequence) -> None:
         """The sequence runs no more. If it has a name, its computed part is kept under it, however it ended.
@@ -189,6 +209,9 @@ class SequenceTable:
         One that has computed nothing leaves what its name stood for before. Its tokens are cut to what is kept.
         """
         self._live.remove(sequence)
+        if sequence.copy is not None:  # it was not made, so there is nothing behind the shared blocks
+            sequence.num_computed = sequence.num_published * self.cache.block_size
+            sequence.copy = None
         key = sequence.key
         if key is not None:
             del self._claimed[key]
@@ -247,8 +270,7 @@ class SequenceTable:
         return TableCounts(
             retained=len(self._retained),
             evictions=self._evictions,
-            lookup_tokens=self._lookup_tokens,
-            hit_tokens=self._hit_tokens,
+            copied_tokens=self._copied_tokens,
         )
 
     def check(self) -> None:
@@ -268,6 +290,17 @@ class SequenceTable:
             self.release(before)
         self._cut(sequence, sequence.num_computed)
         self._retained[key] = sequence
+
+    def _find(self, sequence: Sequence) -> _Found:
+        """What can be found of all its tokens but the last."""
+        size = self.cache.block_size
+        limit = len(sequence.token_ids) - 1
+        data = encode_token_ids(sequence.token_ids[:limit])
+        blocks = self.cache.longest(sequence.digests[: limit // size], data)
+        at = len(blocks) * size
+        rest = data[at * TOKEN_BYTES : (at + size) * TOKEN_BYTES]
+        alike = self.cache.most_alike(sequence.seed, blocks[-1] if blocks else None, rest)
+        return _Found(blocks, alike[0], at + alike[1]) if alike else _Found(blocks, None, at)
 
     def _num_reusable(self, kept: Sequence, sequence: Sequence) -> int:
         """Tokens of `kept` that `sequence` can take over: the common prefix, less a tail it must not write into."""
@@ -291,20 +324,27 @@ class SequenceTable:
         self._cut(kept, num)
         if num % self.cache.block_size:
             self.cache.withdraw(kept.block_table[-1])
+        self.cache.pool.count_hits(kept.block_table)
         sequence.block_table = kept.block_table + self._allocate(need, now)
         sequence.num_computed, sequence.num_published = num, num // self.cache.block_size
         return True
 
-    def _share(self, sequence: Sequence, shared: list[BlockId], num_blocks: int, now: float) -> bool:
-        """Hold the findable blocks with whoever else does, and take fresh ones for the rest."""
+    def _share(self, sequence: Sequence, found: _Found, num_blocks: int, now: float) -> bool:
+        """Hold the findable blocks with whoever else does, and take fresh ones for the rest, one perhaps for a copy."""
+        shared = found.blocks
         self.cache.pool.pin(shared)
         need = num_blocks - len(shared)
         if need > self._obtainable(need, now):
             self.cache.pool.unpin(shared)
             return False
+        self.cache.pool.count_hits(shared)
         sequence.block_table = shared + self._allocate(need, now)
-        sequence.num_computed = len(shared) * self.cache.block_size
+        sequence.num_computed = found.num_tokens
         sequence.num_published = len(shared)
+        if found.alike is not None:
+            # It may just have been evicted, even to be the target. Nothing is written before the copies are made.
+            sequence.copy = (found.alike, sequence.block_table[len(shared)])
+            self._copied_tokens += found.num_tokens - len(shared) * self.cache.block_size
         return True
 
     def _cut(self, sequence: Sequence, num_tokens: int) -> None:

@@ -83,6 +83,9 @@ class Model(Protocol):
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         """One step: per slice the token drawn, what was wrong with its numbers, or None where nothing was wanted."""
 
+    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
+        """Make each target block hold what its source holds; all are read before any is written."""
+
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
         """Copy one layer's K and V out of the pool; `length` is `stop`. Raises BadArgument for a wrong layer."""
 
@@ -164,6 +167,11 @@ class Slot:
         now = clock()
         failed: list[tasks.Event] = []
         tokens: list[int | None] = []
+        if isinstance(sampled, KVCacheError):
+            # A copy that was not made would be missed later, by one who had no turn in this step.
+            touched = dict.fromkeys([*step.keys, *(copy.key for copy in step.copies)])
+            failed += [event for key in touched for event in self._scheduler.fail(key, sampled, now)]
+            sampled = [None] * len(step.batch)
         for key, result in zip(step.keys, sampled, strict=True):
             if isinstance(result, KVCacheError):
                 failed += self._scheduler.fail(key, result, now)
@@ -274,13 +282,17 @@ class Slot:
             output.changes.add(drawn.token_id)
         return drawn.token_id
 
-    def _compute(self, step: tasks.Step, draws: Sequence[Draw | None]) -> Sequence[Drawn | KVCacheError | None]:
+    def _compute(
+        self, step: tasks.Step, draws: Sequence[Draw | None]
+    ) -> Sequence[Drawn | KVCacheError | None] | KVCacheError:
+        """What `Model.compute` returns, or one error for all when it could not."""
         try:
+            if step.copies:
+                self.model.copy_blocks([copy.source for copy in step.copies], [copy.target for copy in step.copies])
             return self.model.compute(step.batch, draws)
         except Exception:  # whatever a model raises ends its step, never the engine
             log.exception("a step of model %s failed", self.model.facts.name)
-            error = InternalError("the model failed in this step; the worker's log has the traceback")
-            return [error] * len(step.batch)
+            return InternalError("the model failed in this step; the worker's log has the traceback")
 
     def _translate(self, events: Sequence[tasks.Event]) -> list[EngineEvent]:
         """The scheduler's events as the engine's."""

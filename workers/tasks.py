@@ -9,7 +9,7 @@ from typing import TypeAlias
 from bus.errors import KVCacheError
 from bus.messages import FinishReason
 from kvcache.hashing import HashSeed
-from workers.batch import Slice
+from workers.batch import BlockId, Slice
 from workers.keys import SequenceKey
 
 MAX_NUM_SEQS = 64
@@ -114,9 +114,20 @@ class Failed:
 Event: TypeAlias = Started | Sampled | Finished | Failed
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """All keys and values of one block are to be another's, which is held by generation `key`."""
+
+    key: bytes
+    source: BlockId
+    target: BlockId
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """One forward pass to run, and what happened while it was planned.
+
+    copies: to be made before the pass, as one: no target is written before all sources were read.
 
     keys, batch: the generations in it and their slices, in the same order; both empty when nothing can run.
     """
@@ -124,3 +135,4 @@ class Step:
     keys: tuple[bytes, ...]
     batch: tuple[Slice, ...]
     events: tuple[Event, ...]
+    copies: tuple[BlockCopy, ...] = ()

@@ -103,6 +103,11 @@ class TorchModel:
         drawn = iter(sampling.sample(logits, wanted) if wanted else ())
         return [None if draw is None else next(drawn) for draw in draws]
 
+    @torch.inference_mode()
+    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
+        """Make each target block hold what its source holds; all are read before any is written."""
+        self._kv.copy_blocks(sources, targets)
+
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
         """Copy tokens `start .. stop` of one layer out of the pool; `length` is `stop`."""
         keys, values = self._kv.read(layer, block_table, start, stop)

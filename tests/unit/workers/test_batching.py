@@ -41,6 +41,7 @@ class Rig:
     max_num_seqs: int
     events: list[Event] = field(default_factory=list)
     most_in_step: int = 0
+    num_copies: int = 0
 
     def __post_init__(self) -> None:
         self.runner = TorchRunner(self.family.loaded, self.family.make_kv(self.num_blocks))
@@ -57,6 +58,9 @@ class Rig:
         """One step, its invariants checked; False if there was nothing to compute."""
         step = self.scheduler.plan(0.0)
         self.events += step.events
+        if step.copies:
+            self.runner.kv.copy_blocks([copy.source for copy in step.copies], [copy.target for copy in step.copies])
+            self.num_copies += len(step.copies)
         if step.batch:
             rows = iter(self.runner.run(step.batch).argmax(dim=1).tolist())
             sampled = [next(rows) if piece.wants_logits else None for piece in step.batch]
@@ -142,6 +146,7 @@ def test_any_schedule_gives_every_sequence_what_it_gets_alone(family: Family, se
         pass
     assert rig.ended.keys() == tasks.keys()
     assert rig.most_in_step > 2
+    assert rig.num_copies > 0
     alone = Alone(family)
     for key, task in tasks.items():
         assert alone.would_say(task.prompt, rig.output(key))

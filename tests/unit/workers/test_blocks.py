@@ -43,19 +43,19 @@ def test_block_is_free_again_only_when_its_last_holder_leaves() -> None:
 def test_kept_block_becomes_cached_and_can_be_taken_up_again() -> None:
     pool = BlockPool(2)
     blocks = taken(pool, 1)
-    pool.keep(blocks[0])
+    pool.keep(blocks[0], None)
     pool.unpin(blocks)
     assert (pool.counts().cached, pool.num_free, pool.num_available) == (1, 1, 2)
     pool.pin(blocks)
     counts = pool.counts()
-    assert (counts.cached, counts.held, counts.hits) == (0, 1, 1)
+    assert (counts.cached, counts.held) == (0, 1)
     pool.check()
 
 
 def test_allocate_never_takes_a_cached_block_by_itself() -> None:
     pool = BlockPool(1)
     blocks = taken(pool, 1)
-    pool.keep(blocks[0])
+    pool.keep(blocks[0], None)
     pool.unpin(blocks)
     assert pool.allocate(1) is None
     assert pool.evict(1) == blocks
@@ -66,7 +66,7 @@ def test_eviction_takes_the_tail_of_the_least_recent_sequence_first() -> None:
     pool = BlockPool(6)
     old, new = taken(pool, 3), taken(pool, 3)
     for block in old + new:
-        pool.keep(block)
+        pool.keep(block, None)
     pool.unpin(new)
     pool.unpin(old)
     pool.pin(new)  # used again: now `old` is the least recent
@@ -81,7 +81,7 @@ def test_eviction_leaves_held_blocks_alone() -> None:
     pool = BlockPool(2)
     held = taken(pool, 2)
     for block in held:
-        pool.keep(block)
+        pool.keep(block, None)
     assert pool.evict(2) == []
     assert pool.counts().held == 2
 
@@ -89,8 +89,8 @@ def test_eviction_leaves_held_blocks_alone() -> None:
 def test_forgotten_block_is_free_at_once_or_when_let_go() -> None:
     pool = BlockPool(2)
     cached, held = taken(pool, 2)
-    pool.keep(cached)
-    pool.keep(held)
+    pool.keep(cached, None)
+    pool.keep(held, None)
     pool.unpin([cached])
     pool.forget(cached)
     pool.forget(held)
@@ -101,6 +101,43 @@ def test_forgotten_block_is_free_at_once_or_when_let_go() -> None:
     pool.check()
 
 
+def test_inner_block_is_evicted_only_when_its_last_child_is_gone() -> None:
+    pool = BlockPool(5)
+    top, *below = taken(pool, 4)
+    pool.keep(top, None)
+    for child in below:
+        pool.keep(child, top)
+    pool.unpin([top, *below])
+    pool.pin([top, below[1]])
+    pool.unpin([top, below[1]])
+    assert pool.evict(2) == [below[2], below[0]]
+    with pytest.raises(AssertionError, match="before its 1 children"):
+        pool.forget(top)
+    pool.check()
+    pool.forget(below[1])
+    assert pool.evict(9) == [top]
+    pool.check()
+
+
+def test_hits_are_counted_per_block_from_its_allocation_on() -> None:
+    pool = BlockPool(3)
+    blocks = taken(pool, 2)
+    pool.count_hits(blocks[:1])
+    pool.keep(blocks[0], None)
+    pool.keep(blocks[1], blocks[0])
+    for _ in range(4):
+        pool.count_hits(blocks[1:])
+    counts = pool.counts()
+    assert (counts.hits, counts.by_hits[:4]) == (5, (0, 1, 0, 1))
+    pool.unpin(blocks)
+    pool.evict(2)
+    assert sum(pool.counts().by_hits) == 0
+    fresh = taken(pool, 1)
+    pool.keep(fresh[0], None)
+    assert pool.counts().by_hits[0] == 1
+    pool.check()
+
+
 def test_misuse_of_a_block_is_caught() -> None:
     pool = BlockPool(1)
     with pytest.raises(AssertionError, match="is free"):
@@ -108,7 +145,7 @@ def test_misuse_of_a_block_is_caught() -> None:
     with pytest.raises(AssertionError, match="not held"):
         pool.unpin([BlockId(0)])
     with pytest.raises(AssertionError, match="not held"):
-        pool.keep(BlockId(0))
+        pool.keep(BlockId(0), None)
     pool.check()
 
 
@@ -157,8 +194,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def keep(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(data.draw(st.sampled_from(self.holders))))
-        self.pool.keep(block)
-        self.kept.add(block)
+        if block not in self.kept:
+            self.pool.keep(block, None)
+            self.kept.add(block)
 
     @precondition(lambda self: self.kept)
     @rule(data=st.data())

@@ -28,7 +28,7 @@ from bus.errors import (
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.streams import token_bytes
 from tests.unit.workers.conftest import EOS_ID, Family
-from workers.batch import Batch, Draw, Drawn
+from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine import EngineThread, JobThread
 from workers.engine_api import (
     Admitted,
@@ -294,7 +294,7 @@ def test_the_same_prefix_is_found_in_the_pool_the_second_time(bench: Bench) -> N
     first = bench.run()
     bench.tell(start(2))
     second = bench.run()
-    assert only(second, Admitted).cached_tokens == 8
+    assert only(second, Admitted).cached_tokens == 9
     assert tokens_of(second, 2) == tokens_of(first, 1)
 
 
@@ -314,7 +314,7 @@ def test_neither_tenants_nor_salts_share_prefixes(bench: Bench) -> None:
     bench.tell(replace(start(3, tenant="a"), cache_salt="mine"))
     assert only(bench.run(), Admitted).cached_tokens == 0
     bench.tell(replace(start(4, tenant="a"), cache_salt="mine"))
-    assert only(bench.run(), Admitted).cached_tokens == 8
+    assert only(bench.run(), Admitted).cached_tokens == 9
 
 
 def test_a_salt_that_is_wrong_breaks_its_own_request(bench: Bench) -> None:
@@ -493,6 +493,26 @@ def test_a_step_that_raises_ends_those_that_were_in_it_and_the_engine_lives_on(
     events = faulty.run()
     assert len(tokens_of(events, 3)) == len(tokens_of(events, 4)) == 6
     assert faulty.host.figures().models[0].pool.held_blocks == 0
+
+
+def test_a_copy_that_fails_ends_those_that_counted_on_it_in_the_step_or_not(make: Callable[[], TorchModel]) -> None:
+    class Scratched(TorchModel):
+        def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
+            raise OSError("the memory is gone")
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Scratched
+        return model
+
+    bench = Bench(FakeModels(tiny=load), max_num_seqs=2, max_tokens_per_step=1)
+    bench.tell(start(1, seq_id="kept"))
+    bench.run()
+    bench.tell(start(2, prompt=[*PROMPT[:6], 77], seq_id="in"), start(3, prompt=[*PROMPT[:7], 78], seq_id="out"))
+    events = bench.run()
+    assert {event.run for event in events if isinstance(event, Broke)} == {run_id(2), run_id(3)}
+    lengths = bench.tell(*(MeasureKV(Ticket(n), SequenceKey("t", name), 0) for n, name in enumerate(("in", "out"))))
+    assert [event.answer for event in lengths if isinstance(event, Answered)] == [4, 4]
 
 
 def test_numbers_that_are_none_end_one_generation_of_a_step_and_not_the_others(faulty: Bench) -> None:

@@ -131,6 +131,19 @@ def test_write_with_too_few_rows_is_an_error() -> None:
         write_kv(kv.keys[0], states_of(3)[0].transpose(0, 1), rows)
 
 
+def test_blocks_are_copied_in_every_layer_as_one_and_others_stay() -> None:
+    kv = make_kv()
+    for cache in (*kv.keys, *kv.values):
+        cache.copy_(torch.randn_like(cache))
+    before = [cache.clone() for cache in (*kv.keys, *kv.values)]
+    kv.copy_blocks(table_of(0, 1), table_of(2, 0))
+    for cache, was in zip((*kv.keys, *kv.values), before, strict=True):
+        assert torch.equal(cache[2], was[0])
+        assert torch.equal(cache[0], was[1])
+        assert torch.equal(cache[1], was[1])
+        assert torch.equal(cache[3:], was[3:])
+
+
 def test_import_keeps_every_bit_of_odd_numbers() -> None:
     kv, table = make_kv(torch.bfloat16), table_of(4)
     patterns = torch.tensor([0x7FC1, 0xFF80, 0x8000, 0x0001], dtype=torch.uint16).view(torch.bfloat16)

@@ -21,7 +21,7 @@ def compute(cache: PrefixCache, tokens: list[int], seed: HashSeed = SEED) -> lis
     data = encode_token_ids(tokens)
     for position, digest in enumerate(block_digests(seed, tokens)):
         parent = table[position - 1] if position else None
-        table[position] = cache.publish(table[position], digest, parent, data[position * 8 : position * 8 + 8])
+        table[position] = cache.publish(table[position], digest, parent, data[position * 8 : position * 8 + 8], seed)
     return table
 
 
@@ -48,7 +48,7 @@ def test_other_tenants_never_find_it() -> None:
 def test_hit_needs_equal_token_ids_and_not_only_an_equal_digest() -> None:
     index = PrefixIndex(1)
     digest = BlockHash(b"d" * 32)
-    index.insert(BlockId(0), digest, None, b"\x01\0\0\0")
+    index.insert(BlockId(0), digest, None, b"\x01\0\0\0", SEED)
     assert index.longest([digest], b"\x01\0\0\0") == [0]
     assert index.longest([digest], b"\x02\0\0\0") == []
 
@@ -57,8 +57,8 @@ def test_hit_needs_the_same_parent_and_not_only_an_equal_block() -> None:
     """A chain that goes on below a colliding block must not lead to the KV of the other one's children."""
     index = PrefixIndex(1)
     top, below = BlockHash(b"t" * 32), BlockHash(b"b" * 32)
-    index.insert(BlockId(0), top, None, b"aaaa")
-    index.insert(BlockId(1), below, BlockId(0), b"bbbb")
+    index.insert(BlockId(0), top, None, b"aaaa", SEED)
+    index.insert(BlockId(1), below, BlockId(0), b"bbbb", SEED)
     assert index.longest([top, below], b"aaaabbbb") == [0, 1]
     assert index.longest([below], b"bbbb") == []
 
@@ -68,9 +68,9 @@ def test_colliding_digest_is_not_indexed_and_nothing_below_it_either() -> None:
     blocks = cache.allocate(3)
     assert blocks is not None
     collided = BlockHash(b"c" * 32)
-    assert cache.publish(blocks[0], collided, None, b"aaaa") == blocks[0]
-    assert cache.publish(blocks[1], collided, None, b"bbbb") == blocks[1]
-    assert cache.publish(blocks[2], BlockHash(b"x" * 32), blocks[1], b"cccc") == blocks[2]
+    assert cache.publish(blocks[0], collided, None, b"aaaa", SEED) == blocks[0]
+    assert cache.publish(blocks[1], collided, None, b"bbbb", SEED) == blocks[1]
+    assert cache.publish(blocks[2], BlockHash(b"x" * 32), blocks[1], b"cccc", SEED) == blocks[2]
     assert cache.longest([collided], b"aaaa") == [blocks[0]]
     assert cache.longest([collided], b"bbbb") == []
     cache.pool.unpin(blocks)
@@ -126,7 +126,7 @@ def test_flush_forgets_all_and_what_goes_on_below_is_not_indexed() -> None:
     assert find(cache, [1, 2]) == find(cache, [7, 8]) == []
     assert cache.pool.counts().cached == 0
     (below,) = cache.allocate(1) or []
-    cache.publish(below, block_digests(SEED, [1, 2, 3, 4])[1], table[0], encode_token_ids([3, 4]))
+    cache.publish(below, block_digests(SEED, [1, 2, 3, 4])[1], table[0], encode_token_ids([3, 4]), SEED)
     cache.pool.unpin([table[0], below])
     assert cache.pool.counts().free == 4
     cache.check()
@@ -151,8 +151,8 @@ def test_block_may_be_written_again_only_by_its_one_holder_and_as_a_leaf() -> No
 
 def test_index_refuses_to_lose_a_parent_before_its_children() -> None:
     index = PrefixIndex(1)
-    index.insert(BlockId(0), BlockHash(b"t" * 32), None, b"aaaa")
-    index.insert(BlockId(1), BlockHash(b"b" * 32), BlockId(0), b"bbbb")
+    index.insert(BlockId(0), BlockHash(b"t" * 32), None, b"aaaa", SEED)
+    index.insert(BlockId(1), BlockHash(b"b" * 32), BlockId(0), b"bbbb", SEED)
     with pytest.raises(AssertionError, match="before its 1 children"):
         index.remove(BlockId(0))
 
@@ -181,7 +181,7 @@ def test_found_blocks_always_hold_the_tokens_asked_for(work: list[tuple[list[int
             for i, block in enumerate(fresh, len(table)):
                 written[block] = tuple(tokens[: 2 * i + 2])
                 table.append(block)
-                table[i] = cache.publish(block, digests[i], table[i - 1] if i else None, data[8 * i : 8 * i + 8])
+                table[i] = cache.publish(block, digests[i], table[i - 1] if i else None, data[8 * i : 8 * i + 8], SEED)
             running.append(table)
         while len(running) > num_kept:
             cache.pool.unpin(running.pop(0))
@@ -189,3 +189,73 @@ def test_found_blocks_always_hold_the_tokens_asked_for(work: list[tuple[list[int
     for table in running:
         cache.pool.unpin(table)
     assert cache.pool.counts().held == 0
+
+
+def test_block_that_begins_most_alike_is_found_among_its_siblings_only() -> None:
+    cache = PrefixCache(16, 2)
+    other = HashSeed(model="m", dtype="float32", block_size=2, cache_salt="other")
+    table = compute(cache, [1, 2, 3, 4])
+    compute(cache, [1, 2, 5, 6])
+    compute(cache, [1, 2, 9, 6])
+    assert cache.most_alike(SEED, table[0], encode_token_ids([3, 7])) == (table[1], 1)
+    assert cache.most_alike(SEED, table[0], encode_token_ids([3])) == (table[1], 1)
+    assert cache.most_alike(SEED, table[0], encode_token_ids([3, 4, 5])) == (table[1], 2)
+    assert cache.most_alike(SEED, table[0], encode_token_ids([4, 4])) is None
+    assert cache.most_alike(SEED, table[1], encode_token_ids([3, 4])) is None
+    assert cache.most_alike(SEED, None, encode_token_ids([1, 7])) == (table[0], 1)
+    assert cache.most_alike(other, None, encode_token_ids([1, 7])) is None, (
+        "another salt's first blocks are not its own"
+    )
+    cache.flush()
+    assert cache.most_alike(SEED, table[0], encode_token_ids([3, 7])) is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 300), min_size=3, max_size=3), max_size=12),
+    st.lists(st.integers(0, 300), max_size=4),
+)
+def test_no_sibling_begins_more_alike_than_the_one_found(siblings: list[list[int]], tokens: list[int]) -> None:
+    seed = HashSeed(model="m", dtype="float32", block_size=3)
+    index = PrefixIndex(3)
+    for number, ids in enumerate(siblings):
+        index.insert(BlockId(number), block_digests(seed, ids)[0], None, encode_token_ids(ids), seed)
+
+    def alike(ids: list[int]) -> int:
+        return next((at for at in range(min(3, len(tokens))) if ids[at] != tokens[at]), min(3, len(tokens)))
+
+    best = max(map(alike, siblings), default=0)
+    found = index.most_alike(seed, None, encode_token_ids(tokens))
+    assert (0 if found is None else found[1]) == best
+    assert found is None or alike(siblings[found[0]]) == best
+    index.check()
+
+
+def test_flush_of_one_salt_leaves_the_others() -> None:
+    cache = PrefixCache(8, 2)
+    other = HashSeed(model="m", dtype="float32", block_size=2, cache_salt="other")
+    mine, theirs = compute(cache, [1, 2, 3, 4]), compute(cache, [1, 2], other)
+    cache.pool.unpin(mine)
+    since = cache.events_since(0)
+    assert cache.flush(lambda seed: seed.cache_salt == "") == 2
+    assert find(cache, [1, 2, 3, 4]) == []
+    assert find(cache, [1, 2], other) == theirs
+    top, leaf = block_digests(SEED, [1, 2, 3, 4])
+    assert since is not None
+    assert cache.events_since(len(since)) == [BlockRemoved(4, leaf), BlockRemoved(5, top)]
+    assert cache.pool.counts().free == 7
+    cache.check()
+
+
+def test_dropped_block_takes_all_that_hang_on_it_along() -> None:
+    cache = PrefixCache(16, 2)
+    table = compute(cache, [1, 2, 3, 4, 5, 6])
+    branch = compute(cache, [1, 2, 3, 4, 7, 8])
+    assert cache.drop(table[1]) == 3
+    assert find(cache, [1, 2, 3, 4, 5, 6]) == table[:1]
+    assert cache.drop(branch[2]) == 0, "it is gone already"
+    cache.check()
+    cache.pool.unpin(table)
+    cache.pool.unpin(branch)
+    assert (cache.pool.counts().cached, cache.pool.counts().held) == (1, 0)
+    cache.check()

@@ -56,8 +56,12 @@ class FakeRunner:
     memory: dict[tuple[int, int], int] = field(default_factory=dict)
     num_tokens: int = 0
 
-    def run(self, batch: tuple[Slice, ...]) -> list[int | None]:
-        """All slices at once: none sees what another writes."""
+    def run(self, step: Step) -> list[int | None]:
+        """Copies first. Then all slices at once: none sees what another writes."""
+        size, batch = self.cache.block_size, step.batch
+        copied = {(copy.target, at): self.memory.get((copy.source, at)) for copy in step.copies for at in range(size)}
+        assert len({copy.target for copy in step.copies}) == len(step.copies)
+        self.memory |= {slot: kv for slot, kv in copied.items() if kv is not None}
         starts = [self._context(piece) for piece in batch]
         return [self._run_slice(piece, kv) for piece, kv in zip(batch, starts, strict=True)]
 
@@ -110,7 +114,7 @@ class Engine:
         step = self.scheduler.plan(self.now)
         self.events += step.events
         if step.batch:
-            self.events += self.scheduler.commit(step, self.runner.run(step.batch), self.now)
+            self.events += self.scheduler.commit(step, self.runner.run(step), self.now)
         self.scheduler.sequences.check()
         return step
 
@@ -639,7 +643,7 @@ def test_cancel_between_plan_and_commit_ignores_what_was_sampled() -> None:
     engine.submit(b"a")
     engine.step()
     step = engine.scheduler.plan(engine.now)
-    sampled = engine.runner.run(step.batch)
+    sampled = engine.runner.run(step)
     engine.events += engine.scheduler.cancel(b"a", engine.now)
     assert engine.scheduler.commit(step, sampled, engine.now) == []
     assert engine.tokens(b"a") == []
@@ -762,7 +766,7 @@ def test_steps_are_committed_one_by_one_and_whole() -> None:
         engine.scheduler.commit(step, [None, None], 0.0)
     with pytest.raises(AssertionError, match="another step"):
         engine.scheduler.commit(Step((), (), ()), [], 0.0)
-    engine.scheduler.commit(step, engine.runner.run(step.batch), 0.0)
+    engine.scheduler.commit(step, engine.runner.run(step), 0.0)
     with pytest.raises(AssertionError, match="no step was planned"):
         engine.scheduler.commit(step, [None], 0.0)
 
@@ -800,7 +804,7 @@ def test_ten_thousand_random_cancels_leave_no_block_held() -> None:
         live.append(key)
         if draw.random() < 0.7:
             step = engine.scheduler.plan(0.0)
-            sampled = engine.runner.run(step.batch)
+            sampled = engine.runner.run(step)
             if draw.random() < 0.3:
                 engine.scheduler.cancel(draw.choice(live), 0.0)
             if step.batch:
@@ -882,7 +886,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         engine = self.engine
         step = engine.scheduler.plan(engine.now)
         engine.events += step.events
-        sampled = engine.runner.run(step.batch)
+        sampled = engine.runner.run(step)
         if in_flight:
             engine.events += engine.scheduler.cancel(key, engine.now)
         if step.batch:

@@ -8,6 +8,7 @@ import pytest
 
 from bus.errors import Conflict, NotFound
 from kvcache.hashing import HashSeed, block_digests
+from workers.hits import MAX_SALTS, TOP_SALTS, HitTable
 from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
 from workers.sequences import Sequence, SequenceTable
@@ -26,6 +27,7 @@ def run(table: SequenceTable, ids: list[int], key: SequenceKey | None = None, se
     sequence = Sequence(seed, list(ids), key)
     table.begin(sequence)
     assert table.admit(sequence, -(-len(ids) // 4), now=0.0) is not None
+    table.copied(sequence)
     table.advance(sequence, len(ids))
     table.check()
     return sequence
@@ -44,6 +46,7 @@ def reused(table: SequenceTable, ids: list[int], key: SequenceKey | None, seed: 
     table.begin(sequence)
     num = table.admit(sequence, -(-len(ids) // 4), now=0.0)
     table.check()
+    table.copied(sequence)
     table.end(sequence)
     table.check()
     return num
@@ -85,8 +88,9 @@ def test_going_on_reuses_everything_with_the_partial_tail(table: SequenceTable) 
 
 def test_at_least_the_last_token_is_left_to_compute(table: SequenceTable) -> None:
     keep(table, tokens(0, 8), S)
-    assert reused(table, tokens(0, 8), None) == 4
+    assert reused(table, tokens(0, 8), None) == 7, "four of one block, and a copy of three"
     assert reused(table, tokens(0, 9), None) == 8
+    assert reused(table, tokens(0, 5), None) == 4
     assert reused(table, tokens(0, 8), S) == 7
 
 
@@ -101,18 +105,86 @@ def test_block_that_others_can_find_is_withdrawn_before_it_is_written_into(table
     assert reused(table, tokens(0, 9), None) == 4, "the second block no longer holds these tokens"
 
 
+def test_block_that_goes_on_otherwise_is_copied_and_stays_as_it_is(table: SequenceTable) -> None:
+    first = keep(table, tokens(0, 8), S)
+    sequence = Sequence(SEED, [*tokens(0, 6), 99, 98, 97])
+    table.begin(sequence)
+    assert table.admit(sequence, 3, now=0.0) == 6
+    assert sequence.copy == (first.block_table[1], sequence.block_table[1])
+    assert sequence.block_table[0] == first.block_table[0]
+    assert sequence.block_table[1] != first.block_table[1]
+    assert table.counts().copied_tokens == 2
+    table.copied(sequence)
+    table.advance(sequence, 9)
+    table.end(sequence)
+    assert reused(table, tokens(0, 9), None) == 8
+    assert reused(table, [*tokens(0, 6), 99, 98, 97], None) == 8
+
+
+def test_first_block_is_copied_too_but_never_one_of_another_salt(table: SequenceTable) -> None:
+    keep(table, tokens(0, 8), S)
+    assert reused(table, [0, 1, 77], None) == 2
+    assert reused(table, [0, 1, 77], None, OTHER_SEED) == 0
+
+
+def test_copy_that_was_never_made_leaves_nothing_under_the_name(table: SequenceTable) -> None:
+    keep(table, tokens(0, 8), S)
+    sequence = Sequence(SEED, [*tokens(0, 6), 99], T)
+    table.begin(sequence)
+    assert table.admit(sequence, 2, now=0.0) == 6
+    table.end(sequence)
+    assert table.find(T).num_computed == 4
+    assert table.find(T).token_ids == tokens(0, 4)
+    table.check()
+
+
+def test_copy_is_given_up_when_another_has_computed_the_block(table: SequenceTable) -> None:
+    keep(table, tokens(0, 8), S)
+    ids = [*tokens(0, 6), 99, 98, 97]
+    first, second = Sequence(SEED, ids), Sequence(SEED, ids)
+    for sequence in (first, second):
+        table.begin(sequence)
+        assert table.admit(sequence, 3, now=0.0) == 6
+    table.copied(first)
+    table.advance(first, 8)
+    assert table.catch_up(second) == 2
+    assert second.copy is None
+    table.check()
+
+
+def test_hits_are_told_by_tenant_and_salt_without_giving_the_salt_away(table: SequenceTable) -> None:
+    run(table, tokens(0, 6))
+    run(table, tokens(0, 6))
+    run(table, tokens(0, 9), seed=HashSeed(model="m", dtype="float32", block_size=4, tenant="t", cache_salt="secret"))
+    plain, salted = table.hits.top()
+    assert (plain.tenant, plain.salt, plain.lookup_tokens, plain.hit_tokens) == ("", "", 12, 4)
+    assert (salted.tenant, salted.lookup_tokens, salted.hit_tokens) == ("t", 9, 0)
+    assert salted.salt
+    assert "secret" not in repr(table.hits.top())
+
+
+def test_table_of_salts_is_bounded_and_its_totals_are_not() -> None:
+    hits = HitTable()
+    for number in range(3 * MAX_SALTS):
+        seed = HashSeed(model="m", dtype="float32", block_size=4, cache_salt=str(number))
+        hits.count(seed, lookup_tokens=number)
+    assert len(hits.top()) == TOP_SALTS
+    assert hits.top()[0].lookup_tokens == 3 * MAX_SALTS - 1
+    assert hits.lookup_tokens == sum(range(3 * MAX_SALTS))
+
+
 def test_block_that_another_sequence_holds_is_never_taken_over_in_part(table: SequenceTable) -> None:
     keep(table, tokens(0, 8), S)
     other = run(table, tokens(0, 9), T)
     shared = other.block_table[1]
-    assert reused(table, [*tokens(0, 6), 99, 98, 97], S) == 4
+    assert reused(table, [*tokens(0, 6), 99, 98, 97], S) == 6
     assert other.block_table[1] == shared
     assert table.cache.pool.ref_count(shared) == 1
 
 
 def test_block_that_others_build_on_is_never_taken_over_in_part(table: SequenceTable) -> None:
     keep(table, tokens(0, 12), S)
-    assert reused(table, [*tokens(0, 6), 99, 98, 97], S) == 4
+    assert reused(table, [*tokens(0, 6), 99, 98, 97], S) == 6
     assert reused(table, tokens(0, 13), None) == 12
 
 
@@ -159,7 +231,7 @@ def test_admission_without_room_changes_nothing(table: SequenceTable) -> None:
         assert (after.free, after.held, after.cached) == (before.free, before.held, before.cached)
         assert table.find(S).num_computed == 7
         table.check()
-    assert table.counts().lookup_tokens == 31
+    assert table.hits.lookup_tokens == 31
     table.end(held)
 
 

@@ -91,6 +91,9 @@ class CountingModel:
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         return [Drawn((piece.token_ids[-1] + 1) % VOCAB) if piece.wants_logits else None for piece in batch]
 
+    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
+        """There is no KV."""
+
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
         raise NotImplementedError
 
