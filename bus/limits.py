@@ -14,5 +14,8 @@ MAX_INLINE_BYTES = 256 * 1024
 MAX_PROMPT_BYTES = 1 << 20
 """A prompt as it travels, in any of its forms."""
 
+MAX_PRIORITY = 100
+"""A request's class is from minus this, which goes first, to this."""
+
 WINDOW_TOKENS = 1024
 """Tokens of one stream that may be unacknowledged before its sequence pauses."""

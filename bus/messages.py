@@ -265,7 +265,8 @@ class StreamOpened(Message, frozen=True):
 
 class Generate(Message, frozen=True):
     """Generate from a prompt. Payloads: the prompt (utf-8 text, `<u4` token ids, or JSON messages), and, when
-    the stream goes on after a fault, the `<u4` tokens that the client already has; `epoch` is then higher."""
+    the stream goes on after a fault, the `<u4` tokens that the client already has; `epoch` is then higher.
+    Of two that wait the one of lower `priority` is sooner."""
 
     opcode = 34
     payloads = (1, 2)
@@ -283,6 +284,7 @@ class Generate(Message, frozen=True):
     chain: Chain = ()
     explain: bool = False
     payload: Parts = ()
+    priority: I63 = 0
 
 
 class Cancel(Message, frozen=True):
@@ -496,7 +498,7 @@ class ListSequences(Message, frozen=True):
 class KvDone(Message, frozen=True):
     """A KV request took effect. `durability` says what an acknowledged write survives: `mem1` is one memory.
 
-    length: tokens now in the layer. count: layers or sequences concerned. duplicate: it had been applied before.
+    length: tokens now in the layer. count: layers, sequences or blocks concerned. duplicate: it was applied before.
     """
 
     opcode = 72
@@ -544,6 +546,20 @@ class Chunk(Message, frozen=True):
     req_id: Id16
     offset: U63
     payload: Parts
+
+
+class FlushPrefixCache(Message, frozen=True):
+    """Forget the prefixes on one worker that the sender's tenant may share; `cache_salt`: only those of this salt.
+
+    The client asks each worker in turn. Answered with a `KvDone` that counts blocks.
+    """
+
+    opcode = 77
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    worker_id: Name
+    cache_salt: Name | None = None
 
 
 # --- ends and envelopes --------------------------------------------------------------------------
@@ -597,7 +613,7 @@ class Release(Message, frozen=True):
     call: U63
 
 
-Dispatched = Generate | Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences
+Dispatched = Generate | Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences | FlushPrefixCache
 """Requests that the broker hands to a worker."""
 
 FollowUp = Cancel | Resume | Ack | Credit | Chunk

@@ -32,7 +32,8 @@ class PoolStats(Figures, frozen=True):
 
     copied_tokens: of `hit_tokens`, those whose KV was copied out of a block that goes on otherwise. block_hits: times
     that a block served another sequence. blocks_by_hits: findable blocks now, by how often each has served: never,
-    1, 2-3, 4-7, ... salts: those that looked up the most.
+    1, 2-3, 4-7, ... salts: those that looked up the most. audits_failed: found blocks that were not what the model
+    computes; each is an alarm.
     """
 
     num_blocks: int = 0
@@ -49,6 +50,9 @@ class PoolStats(Figures, frozen=True):
     block_hits: int = 0
     blocks_by_hits: tuple[int, ...] = ()
     salts: tuple[SaltStats, ...] = ()
+    audits_passed: int = 0
+    audits_failed: int = 0
+    audits_skipped: int = 0
 
 
 class ModelStats(Figures, frozen=True):

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 from bus.endpoints import DEFAULT_URL, endpoints
 from bus.errors import BadArgument
 from kvcache.models import DEFAULT_HOME
+from workers.eviction import EVICTION_POLICIES, EvictionPolicy
 
 GIB = 1 << 30
 PLANE_SHARE = 4  # the KV plane gets one part in this many, unless told otherwise
@@ -39,6 +40,7 @@ class WorkerConfig:
     kv_cache_memory_bytes: hard cap over all KV memory, the models' block pools and the KV plane together.
     kv_plane_bytes: the KV plane's part of it; None: a quarter.
     max_model_len: tokens of a sequence; None: what the model allows.
+    audit: the part of found blocks that is computed again and compared; 0 for none.
     failpoint: `NAME:kill9@N` kills the process when it reaches point NAME the Nth time; for fault tests.
     """
 
@@ -58,6 +60,8 @@ class WorkerConfig:
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 64
     enable_prefix_caching: bool = True
+    eviction_policy: EvictionPolicy = "lru"
+    audit: float = 0.0
     threads: int | None = None
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
@@ -82,6 +86,9 @@ class WorkerConfig:
         if self.kv_plane_bytes is not None:
             most = self.kv_cache_memory_bytes - MIN_PART_BYTES
             _check_range("--kv-plane-bytes", self.kv_plane_bytes, MIN_PART_BYTES, most)
+        _check_choice("--eviction-policy", self.eviction_policy, EVICTION_POLICIES)
+        if not 0 <= self.audit <= 1:
+            raise BadArgument(f"--audit must be from 0 to 1, not {self.audit}")
         _check_choice("--dtype", self.dtype, get_args(DTypeChoice))
         _check_choice("--runner", self.runner, get_args(RunnerChoice))
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
@@ -138,6 +145,8 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
         max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
         enable_prefix_caching=True if caching is None else _boolean("--enable-prefix-caching", caching),
+        eviction_policy=given("eviction_policy") or "lru",  # type: ignore[arg-type]  # as above
+        audit=_share("--audit", given("audit")),
         threads=_optional(_integer, "--threads", given("threads")),
         log_level=given("log_level") or "info",  # type: ignore[arg-type]  # as above
         log_format=given("log_format") or "text",  # type: ignore[arg-type]  # as above
@@ -177,6 +186,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
     add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="share KV by prefix (default)")
+    add("--eviction-policy", metavar="NAME", help="which cached block goes first: lru (default), lfu or cost")
+    add("--audit", metavar="SHARE", help="compute this part of found blocks again and compare, 0 to 1 (default 0)")
     add("--threads", metavar="N", help="threads of one model step (default: the runner decides)")
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     add("--log-format", metavar="FORMAT", help="text or json (default text)")
@@ -200,6 +211,13 @@ def _integer(flag: str, text: str | None, default: int = 0) -> int:
         return int(text)
     except ValueError:
         raise BadArgument(f"{flag} must be a whole number, not {text!r}") from None
+
+
+def _share(flag: str, text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:
+        raise BadArgument(f"{flag} must be a number from 0 to 1, not {text!r}") from None
 
 
 def _boolean(flag: str, value: str | bool) -> bool:

@@ -26,7 +26,7 @@ from typing import Self
 from workers.engine_api import Command, EngineEvent, EngineFigures, OnEvents
 from workers.host import Host, Result
 from workers.shelf import Models
-from workers.tasks import MAX_NUM_SEQS
+from workers.tasks import MAX_NUM_SEQS, CacheConfig
 from workers.texts import Texts
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class EngineThread:
         max_tokens_per_step: int,
         max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
@@ -92,6 +93,7 @@ class EngineThread:
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
             shares_prefixes=shares_prefixes,
+            cache=cache,
         )
         self._figures = self._host.figures()
         self._thread = threading.Thread(target=self._run, name="kvcache-engine", daemon=True)

@@ -31,6 +31,7 @@ class Start:
     """Generate. `prompt`: utf-8 text, `<u4` token ids or JSON messages; `resume`: output tokens there are already.
 
     model: a registered name; empty for the default. deadline: monotonic seconds, for the queue's sake only.
+    priority: its class, lower is sooner.
     """
 
     run: RunId
@@ -43,6 +44,7 @@ class Start:
     seq_id: str
     cache_salt: str
     deadline: float
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +146,18 @@ class ListKV:
     limit: int
 
 
+@dataclass(frozen=True, slots=True)
+class FlushKV:
+    """Forget a tenant's prefixes, in all models; with a salt only those of it. Answered with the number of blocks."""
+
+    ticket: Ticket
+    tenant: str
+    cache_salt: str | None
+
+
+Question: TypeAlias = ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV | FlushKV
 TextCommand: TypeAlias = Finish | Fail
-Command: TypeAlias = (
-    Start | Stop | Hold | Proceed | TextCommand | Load | ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV
-)
+Command: TypeAlias = Start | Stop | Hold | Proceed | TextCommand | Load | Question
 
 
 # --- events --------------------------------------------------------------------------------------

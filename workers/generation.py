@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bus.errors import BadArgument, TooLarge
+from bus.limits import MAX_PRIORITY
 from bus.messages import FinishReason
 from workers.lifecycle import Change, State, after
 from workers.sequences import Sequence
-from workers.tasks import GenerationTask, SchedulerConfig, Usage
+from workers.tasks import CLASS_S, GenerationTask, SchedulerConfig, Usage
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """`number` is its place in the order of arrival; times are monotonic seconds; `max_len` counts all its tokens.
+    """`number` counts arrivals; times are monotonic seconds; `max_len` counts all its tokens.
 
+    place: in line, for room and for turns: the time of its arrival, `CLASS_S` seconds later for each class; equals in
+    order of arrival. It does not change while others come, so nobody of any class is overtaken for ever.
     last_turn: the number of the step in which it last got on, or was admitted.
     """
 
@@ -28,6 +31,10 @@ class Generation:
     first_token_at: float | None = None
     cached_tokens: int = 0
     last_turn: int = 0
+    place: tuple[float, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = (self.arrived_at + CLASS_S * self.task.priority, self.number)
 
     @property
     def num_outputs(self) -> int:
@@ -78,5 +85,7 @@ def check_task(task: GenerationTask, config: SchedulerConfig, block_size: int) -
         raise BadArgument(f"min_tokens must be from 0 to max_tokens ({task.max_tokens}), not {task.min_tokens}")
     if len(task.resume) > task.max_tokens:
         raise BadArgument(f"resume has {len(task.resume)} tokens, more than max_tokens ({task.max_tokens})")
+    if not -MAX_PRIORITY <= task.priority <= MAX_PRIORITY:
+        raise BadArgument(f"priority must be from {-MAX_PRIORITY} to {MAX_PRIORITY}, not {task.priority}")
     if task.seed.block_size != block_size:
         raise BadArgument(f"the hash seed is for blocks of {task.seed.block_size} tokens, the pool's have {block_size}")

@@ -135,6 +135,7 @@ class Generations:
             seq_id=message.seq_id,
             cache_salt=message.cache_salt,
             deadline=call.deadline,
+            priority=message.priority,
         )
         return [*actions, Tell(start)]
 

@@ -28,12 +28,14 @@ from workers.engine_api import (
     EngineFigures,
     Fail,
     Finish,
+    FlushKV,
     Hold,
     ListKV,
     Load,
     MeasureKV,
     PinKV,
     Proceed,
+    Question,
     ReadKV,
     RunId,
     Start,
@@ -44,6 +46,7 @@ from workers.engine_api import (
 from workers.keys import SequenceKey
 from workers.shelf import Loaded, Models, Shelf
 from workers.slot import Model, Slot
+from workers.tasks import CacheConfig
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,7 @@ class Host:
         max_tokens_per_step: int,
         max_num_seqs: int,
         shares_prefixes: bool,
+        cache: CacheConfig,
     ) -> None:
         self._models = models
         self._run_encode = encode
@@ -83,6 +87,7 @@ class Host:
                 max_tokens_per_step=max_tokens_per_step,
                 max_num_seqs=max_num_seqs,
                 shares_prefixes=shares_prefixes,
+                cache=cache,
             ),
         )
         self._slot_of: dict[RunId, Slot | None] = {}  # None: not in a slot yet
@@ -111,7 +116,7 @@ class Host:
                 self._loaded(item, now)
             case Encoded():
                 self._encoded(item, now)
-            case ReadKV() | MeasureKV() | DropKV() | PinKV() | UnpinKV() | ListKV():
+            case ReadKV() | MeasureKV() | DropKV() | PinKV() | UnpinKV() | ListKV() | FlushKV():
                 self._answer(item, now)
             case _:
                 assert_never(item)
@@ -250,14 +255,14 @@ class Host:
 
     # --- computed sequences ---
 
-    def _answer(self, command: ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV, now: float) -> None:
+    def _answer(self, command: Question, now: float) -> None:
         try:
             answer: Answer = self._look_up(command, now)
         except KVCacheError as error:
             answer = error
         self._events.append(Answered(Ticket(command.ticket), answer))
 
-    def _look_up(self, command: ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV, now: float) -> Answer:
+    def _look_up(self, command: Question, now: float) -> Answer:
         """Raises NotFound, BadArgument or Conflict."""
         if isinstance(command, ListKV):
             found = chain.from_iterable(
@@ -265,6 +270,8 @@ class Host:
                 for slot in self._shelf.slots()
             )
             return tuple(sorted(found, key=lambda info: info.seq_id)[: command.limit])
+        if isinstance(command, FlushKV):
+            return sum(slot.flush(command.tenant, command.cache_salt) for slot in self._shelf.slots())
         slot = self._slot_with(command.sequence)
         match command:
             case ReadKV():

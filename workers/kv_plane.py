@@ -26,6 +26,7 @@ from bus.messages import (
     Chunk,
     Credit,
     Delete,
+    FlushPrefixCache,
     Generate,
     Get,
     KvDone,
@@ -44,10 +45,12 @@ from workers.calls import Action, Call, CallId, Calls, Channel, Tell
 from workers.engine_api import (
     Answered,
     DropKV,
+    FlushKV,
     Forgotten,
     ListKV,
     MeasureKV,
     PinKV,
+    Question,
     ReadKV,
     ReadResult,
     Retained,
@@ -59,7 +62,7 @@ from workers.replies import Replies
 from workers.store import Committed, KVStore
 from workers.transfers import Transfer
 
-KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences
+KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences | FlushPrefixCache
 
 
 @dataclass(slots=True)
@@ -103,6 +106,9 @@ class KVPlane:
         assert not isinstance(message, Generate), "generations are not served here"
         if isinstance(message, ListSequences):
             return self._list(call, message, now)
+        if isinstance(message, FlushPrefixCache):
+            question = FlushKV(self._next_ticket(), call.request.tenant, message.cache_salt)
+            return self._ask_engine(call, question)
         key = SequenceKey(call.request.tenant, message.seq_id)
         if isinstance(message, Put | Append):
             return self._write(call, message, key, payload, now)
@@ -288,8 +294,11 @@ class KVPlane:
                 question = UnpinKV(ticket, key)
             case _:
                 assert_never(message)
-        self._work[call.id] = _Question(ticket)
-        self._asking[ticket] = call
+        return self._ask_engine(call, question)
+
+    def _ask_engine(self, call: Call, question: Question) -> list[Action]:
+        self._work[call.id] = _Question(question.ticket)
+        self._asking[question.ticket] = call
         return [Tell(question)]
 
     def _answered(self, event: Answered) -> list[Action]:

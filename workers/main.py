@@ -18,6 +18,7 @@ from bus.messages import WorkerHello
 from kvcache import logs
 from kvcache.allocator import keep_freed_memory
 from workers.config import WorkerConfig, parse_config, plan_memory
+from workers.tasks import CacheConfig
 
 log = logging.getLogger("workers")
 
@@ -81,6 +82,7 @@ async def _run(config: WorkerConfig) -> None:
         max_tokens_per_step=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         shares_prefixes=config.enable_prefix_caching,
+        cache=CacheConfig(eviction_policy=config.eviction_policy, audit_share=config.audit),
         preload=models.names() if config.models and config.preload else (),
         failpoint=config.failpoint,
     )

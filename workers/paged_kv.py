@@ -137,6 +137,18 @@ class PagedKV:
         for cache in (*self.keys, *self.values):
             cache.index_copy_(0, to_rows, cache.index_select(0, from_rows))
 
+    def difference(self, one: BlockId, other: BlockId) -> float:
+        """How far two blocks differ: the largest difference of two numbers, as a part of the largest in its layer.
+
+        The worst of all layers, keys and values; not a number if any of them is none.
+        """
+        worst = torch.zeros((), dtype=torch.float32, device=self.device)
+        for cache in (*self.keys, *self.values):
+            first, second = cache[one].float(), cache[other].float()
+            largest = first.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+            worst = torch.maximum(worst, (first - second).abs().max() / largest)
+        return float(worst)
+
     def _check_range(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> None:
         if not 0 <= layer < self.plan.num_layers:
             raise BadArgument(f"layer {layer} is not in 0..{self.plan.num_layers - 1}")

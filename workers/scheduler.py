@@ -4,13 +4,15 @@ The engine, for ever: feed what clients asked (`submit`, `cancel`, `pause`, `res
 `commit` what was sampled. Each returns events in the order in which clients must see them, and what was submitted
 without an exception ends in exactly one Finished or Failed. There is no clock, model or socket here.
 
-- Admission is in order of arrival and all-or-nothing: blocks for all tokens and one more, or it waits.
+- There is one line, by arrival and class (`Generation.place`); waiting makes up for class, so the wait of each is
+  bounded whoever else comes. Admission goes along it and is all-or-nothing: blocks for all tokens and one more, or
+  it waits. For want of a seat or of blocks, one of a lower class and further back yields.
 - A step is shared out anew each time (Yu et al. 2022, Orca, section 4.1): a token for every decode, and chunks of
   prefills in what is left of `max_tokens_per_step` (Agrawal et al. 2024, Sarathi-Serve). `workers.turns` has the
   rules, by which nobody starves.
 - No block is computed twice at the same time: who needs one that another is computing waits for it and shares it.
-- A sequence grows block by block. When there is no room the youngest gives up its blocks and waits again, to be
-  recomputed (Kwon et al. 2023, PagedAttention, section 4.5); paused ones first. So the oldest always proceeds.
+- A sequence grows block by block. When there is no room the last in line gives up its blocks and waits again, to be
+  recomputed (Kwon et al. 2023, PagedAttention, section 4.5); paused ones first. So the first always proceeds.
 - What can never run, as the pool is too small or all else in it is pinned, fails with NoSpace instead of waiting.
 """
 
@@ -19,8 +21,10 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as AbstractSequence
+from itertools import chain
+from operator import attrgetter
 
 from bus.errors import Cancelled, Conflict, DeadlineExceeded, KVCacheError, NoSpace
 from bus.messages import FinishReason
@@ -42,7 +46,7 @@ class Scheduler:
         self._cache = cache
         self._capacity = cache.pool.num_blocks * cache.block_size
         self._live: dict[bytes, Generation] = {}
-        self._waiting: list[Generation] = []  # in order of arrival
+        self._waiting: list[Generation] = []  # by place
         self._admitted: dict[Generation, None] = {}  # longest waiting first
         self._in_step: tuple[Step, tuple[Generation, ...]] | None = None
         self._num_submitted = 0
@@ -68,7 +72,7 @@ class Scheduler:
         generation = Generation(task, sequence, self._num_submitted, self._max_len(task), now)
         self._num_submitted += 1
         self._live[task.key] = generation
-        self._waiting.append(generation)
+        self._queue(generation)
         reason = generation.finish_reason()
         return [] if reason is None else [self._finish(generation, reason, now)]
 
@@ -187,11 +191,11 @@ class Scheduler:
         return [self._fail(generation, DeadlineExceeded("the deadline has passed"), now) for generation in late]
 
     def _admit(self, now: float) -> list[Event]:
-        """Let in, in order of arrival, whom there is room for; the first who must wait keeps all behind waiting."""
+        """Let in, in their places, whom there is room for; the first who must wait keeps all behind waiting."""
         events: list[Event] = []
-        for generation in [waiting for waiting in self._waiting if waiting.state is State.WAITING]:
-            if self._num_active() >= self._config.max_num_seqs:
-                break
+        for generation in tuple(self._waiting):
+            if generation.state is State.PARKED:
+                continue
             if not self._try_admit(generation, now):
                 if self._admitted:
                     break
@@ -201,17 +205,32 @@ class Scheduler:
         return events
 
     def _try_admit(self, generation: Generation, now: float) -> bool:
-        """Give it blocks; when only paused ones hold the room it needs, they yield. False if it must wait."""
-        sequence = generation.sequence
+        """Give it a seat and blocks, which others may have to give up for it. False if it must wait."""
         num_blocks = self._blocks_to_start(generation)
-        while self.sequences.admit(sequence, num_blocks, now) is None:
-            if not self._admitted or self._num_active() > 0:
+        while not self._has_seat() or self.sequences.admit(generation.sequence, num_blocks, now) is None:
+            victim = self._who_yields_to(generation, num_blocks, now)
+            if victim is None:
                 return False
-            self._preempt(self._victim())
+            self._preempt(victim)
         self._waiting.remove(generation)
         generation.move(Change.ADMIT)
         self._note_turn(generation)
         return True
+
+    def _who_yields_to(self, generation: Generation, num_blocks: int, now: float) -> Generation | None:
+        """Who gives up seat or blocks for one that waits; None if nobody has to, or all who do would not be enough."""
+        if self._num_active() == 0:
+            return self._victim(self._admitted)  # only paused ones are in
+        lower = [other for other in self._admitted if _yields(other, generation)]
+        leaving = chain.from_iterable(other.sequence.block_table for other in lower)
+        if not lower or not self.sequences.has_room(generation.sequence, num_blocks, now, leaving):
+            return None
+        if self._has_seat():
+            return self._victim(lower)
+        return self._victim(other for other in lower if other.state is not State.PAUSED)
+
+    def _has_seat(self) -> bool:
+        return self._num_active() < self._config.max_num_seqs
 
     def _start(self, generation: Generation, now: float) -> Started:
         prompt_tokens = len(generation.task.prompt)
@@ -222,17 +241,18 @@ class Scheduler:
         return Started(generation.task.key, prompt_tokens, generation.cached_tokens)
 
     def _with_room(self, shares: dict[Generation, int], now: float, events: list[Event]) -> dict[Generation, int]:
-        """Those of the chosen who have blocks for their tokens. The oldest grows first, so who yields has not grown."""
-        for generation in sorted(shares, key=lambda chosen: chosen.number):
+        """Those of the chosen who have blocks for their tokens. The first in line grows first: who yields has not."""
+        for generation in sorted(shares, key=_place):
             if generation in self._admitted:
                 self._grow(generation, shares[generation], now, events)
         return {generation: num for generation, num in shares.items() if generation in self._admitted}
 
     def _grow(self, generation: Generation, num_tokens: int, now: float, events: list[Event]) -> None:
-        """Give it blocks for its next tokens, taken from the youngest if need be, which may be itself."""
+        """Give it blocks for its next tokens, taken from the last in line if need be, which may be itself."""
         sequence = generation.sequence
         while not self.sequences.grow(sequence, sequence.num_computed + num_tokens, now):
-            victim = self._victim()
+            victim = self._victim(self._admitted)
+            assert victim is not None, "one that is not admitted grows"
             if victim is generation and len(self._admitted) == 1:
                 events.append(self._fail(generation, NoSpace("all other blocks of the pool are pinned"), now))
                 return
@@ -240,8 +260,9 @@ class Scheduler:
             if victim is generation:
                 return
 
-    def _victim(self) -> Generation:
-        return max(self._admitted, key=lambda generation: (generation.state is State.PAUSED, generation.number))
+    def _victim(self, among: Iterable[Generation]) -> Generation | None:
+        """The first to give up its blocks: paused ones before others, the last in line before those before it."""
+        return max(among, key=lambda generation: (generation.state is State.PAUSED, generation.place), default=None)
 
     def _copies(self) -> tuple[BlockCopy, ...]:
         """The copies that those need who were let in just now."""
@@ -252,8 +273,11 @@ class Scheduler:
         generation.move(Change.PREEMPT)
         self.sequences.release(generation.sequence)
         del self._admitted[generation]
-        insort(self._waiting, generation, key=lambda waiting: waiting.number)
+        self._queue(generation)
         self._num_preempted += 1
+
+    def _queue(self, generation: Generation) -> None:
+        insort(self._waiting, generation, key=_place)
 
     # --- who takes part in a step, and with how much ---
 
@@ -342,3 +366,11 @@ class Scheduler:
         generation.move(Change.END)
         del self._live[generation.task.key]
         self.sequences.end(generation.sequence)
+
+
+_place = attrgetter("place")
+
+
+def _yields(other: Generation, generation: Generation) -> bool:
+    """Whether `other`, who is in, gives way to one that is not: of a lower class, and it has not waited that off."""
+    return other.task.priority > generation.task.priority and other.place > generation.place

@@ -147,6 +147,15 @@ class SequenceTable:
         sequence.block_table += self._allocate(need, now)
         return True
 
+    def has_room(self, sequence: Sequence, num_blocks: int, now: float, leaving: Iterable[BlockId]) -> bool:
+        """Whether `admit` would find room once the holders of `leaving` have let go of them."""
+        shared = self._find(sequence).blocks
+        need = num_blocks - len(shared)
+        self.cache.pool.pin(shared)
+        room = self._obtainable(need, now, leaving)
+        self.cache.pool.unpin(shared)
+        return need <= room
+
     def catch_up(self, sequence: Sequence) -> int:
         """Share the next blocks that others have computed since it was admitted; returns the tokens that saves.
 

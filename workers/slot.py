@@ -13,12 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never
 
+import msgspec
+
 from bus.errors import BadArgument, InternalError, KVCacheError, NotFound
 from bus.messages import FinishReason, PromptKind, Sampling, TokenLogprobs
 from bus.stats import EngineStats, LayerInfo, PoolStats, SequenceInfo
 from kvcache.hashing import HashSeed
 from kvcache.sampling_checks import check_vocabulary
 from workers import tasks
+from workers.audit import Auditor
 from workers.batch import Batch, BlockId, Draw, Drawn, Slice
 from workers.engine_api import (
     Admitted,
@@ -46,6 +49,7 @@ log = logging.getLogger(__name__)
 class ModelFacts:
     """What is known of a loaded model and its pool. Lengths in tokens; `block_bytes` covers all layers.
 
+    kv_tolerance: how far the KV of a token may differ when it is computed in other company, as `Model.difference` says.
     runner: what computes it, `torch` or `openvino`. runner_reason: why not the faster one, or empty.
     """
 
@@ -62,6 +66,7 @@ class ModelFacts:
     num_blocks: int
     block_size: int
     block_bytes: int
+    kv_tolerance: float
     runner: str = "torch"
     runner_reason: str = ""
 
@@ -83,6 +88,9 @@ class Model(Protocol):
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         """One step: per slice the token drawn, what was wrong with its numbers, or None where nothing was wanted."""
 
+    def difference(self, one: BlockId, other: BlockId) -> float:
+        """How far the KV of two blocks differs, as a part of the largest number there; NaN if a number is none."""
+
     def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
         """Make each target block hold what its source holds; all are read before any is written."""
 
@@ -93,8 +101,9 @@ class Model(Protocol):
 @dataclass(slots=True)
 class _Output:
     """A generation's side that the scheduler does not know: how it is drawn, the newest token's logprobs, and whether
-    its client has heard that it was admitted."""
+    its client has heard that it was admitted; and its task, for audits."""
 
+    task: tasks.GenerationTask
     sampling: Sampling
     changes: LogitChanges | None
     num_tokens: int
@@ -105,7 +114,15 @@ class _Output:
 class Slot:
     """One model at work. Every method that changes something returns the events that follow."""
 
-    def __init__(self, model: Model, *, max_tokens_per_step: int, max_num_seqs: int, shares_prefixes: bool) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_tokens_per_step: int,
+        max_num_seqs: int,
+        shares_prefixes: bool,
+        cache: tasks.CacheConfig,
+    ) -> None:
         facts = model.facts
         self.model = model
         config = tasks.SchedulerConfig(
@@ -114,7 +131,9 @@ class Slot:
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
         )
-        self._scheduler = Scheduler(config, PrefixCache(facts.num_blocks, facts.block_size))
+        self._cache = PrefixCache(facts.num_blocks, facts.block_size, cache.eviction_policy)
+        self._auditor = Auditor(self._cache, cache.audit_share, facts.kv_tolerance)
+        self._scheduler = Scheduler(config, self._cache)
         self._shares_prefixes = shares_prefixes
         # A checkpoint may name ends of text that its own vocabulary does not have.
         self._eos_ids = frozenset(token for token in facts.eos_ids if token < facts.vocab_size)
@@ -128,11 +147,12 @@ class Slot:
         sampling = start.sampling
         try:
             check_vocabulary(sampling, self.model.facts.vocab_size)
-            events = self._scheduler.submit(self._task(start, prompt), now)
+            task = self._task(start, prompt)
+            events = self._scheduler.submit(task, now)
         except KVCacheError as error:
             return [Broke(start.run, error)]
         changes = changes_of(sampling, prompt, start.resume)
-        self._outputs[start.run] = _Output(sampling, changes, len(start.resume))
+        self._outputs[start.run] = _Output(task, sampling, changes, len(start.resume))
         text = self.model.open_text(sampling.stop, sampling.min_tokens)
         return [Opened(start.run, text, start.resume), *self._translate(events)]
 
@@ -153,7 +173,14 @@ class Slot:
         self._scheduler.resume(run)
 
     def step(self, clock: Callable[[], float]) -> tuple[bool, list[EngineEvent]]:
-        """Run one forward pass, if anything can run; says whether it did. The pass takes time, hence a clock."""
+        """Run one forward pass, if anything can run; says whether it did. The pass takes time, hence a clock.
+
+        An audit that is due follows in a pass of its own.
+        """
+        ran, events = self._step(clock)
+        return self._audit() or ran, events
+
+    def _step(self, clock: Callable[[], float]) -> tuple[bool, list[EngineEvent]]:
         now = clock()
         step = self._scheduler.plan(now)
         events = self._translate(step.events)
@@ -214,6 +241,12 @@ class Slot:
     def unpin(self, sequence: SequenceKey) -> None:
         self._scheduler.sequences.unpin(sequence)
 
+    def flush(self, tenant: str, cache_salt: str | None) -> int:
+        """Forget the prefixes of a tenant, or of one salt of it; returns how many blocks they had."""
+        return self._cache.flush(
+            lambda seed: seed.tenant == tenant and (cache_salt is None or seed.cache_salt == cache_salt)
+        )
+
     def describe(self, tenant: str, prefix: str, after: str, limit: int, now: float) -> list[SequenceInfo]:
         """A tenant's sequences by id."""
         names = [
@@ -237,7 +270,13 @@ class Slot:
         return self._scheduler.engine_stats()
 
     def pool_stats(self) -> PoolStats:
-        return self._scheduler.pool_stats()
+        audits = self._auditor.counts()
+        return msgspec.structs.replace(
+            self._scheduler.pool_stats(),
+            audits_passed=audits.passed,
+            audits_failed=audits.failed,
+            audits_skipped=audits.skipped,
+        )
 
     # --- inside ---
 
@@ -264,6 +303,7 @@ class Slot:
             sequence=SequenceKey(start.tenant, start.seq_id) if start.seq_id else None,
             resume=start.resume,
             deadline=start.deadline,
+            priority=start.priority,
         )
 
     def _draw(self, run: RunId, piece: Slice) -> Draw:
@@ -294,6 +334,28 @@ class Slot:
             log.exception("a step of model %s failed", self.model.facts.name)
             return InternalError("the model failed in this step; the worker's log has the traceback")
 
+    def _audit(self) -> bool:
+        """Make the audit that is due, if one is."""
+        audit = self._auditor.begin()
+        if audit is None:
+            return False
+        difference = None
+        try:
+            self.model.compute([audit.piece], [None])
+            difference = self.model.difference(audit.block, audit.scratch)
+        except Exception:  # as in a step; here it harms nobody
+            log.exception("an audit of model %s could not be made", self.model.facts.name)
+        if not self._auditor.end(audit, difference):
+            log.critical(
+                "ALARM: cached KV of model %s is not what it computes: block %d differs by %.3g, more than %.3g; "
+                "all that was computed from its prefix is forgotten",
+                self.model.facts.name,
+                audit.block,
+                difference,
+                self.model.facts.kv_tolerance,
+            )
+        return True
+
     def _translate(self, events: Sequence[tasks.Event]) -> list[EngineEvent]:
         """The scheduler's events as the engine's."""
         out: list[EngineEvent] = []
@@ -301,6 +363,8 @@ class Slot:
             run = RunId(event.key)
             match event:
                 case tasks.Started():
+                    task = self._outputs[run].task
+                    self._auditor.note(task.seed, task.prompt, event.cached_tokens)
                     out.append(self._admitted(run, event.prompt_tokens, event.cached_tokens))
                 case tasks.Sampled():
                     follower = events[position + 1] if position + 1 < len(events) else None

@@ -10,9 +10,13 @@ from bus.errors import KVCacheError
 from bus.messages import FinishReason
 from kvcache.hashing import HashSeed
 from workers.batch import BlockId, Slice
+from workers.eviction import EvictionPolicy
 from workers.keys import SequenceKey
 
 MAX_NUM_SEQS = 64
+
+CLASS_S = 10.0
+"""Seconds. Long enough that a class is worth something, short enough that the next one waits no minute for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,17 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """How the prefix cache is run.
+
+    audit_share: of the blocks that are found, 0 to 1, this part is computed again and compared (`workers.audit`).
+    """
+
+    eviction_policy: EvictionPolicy = "lru"
+    audit_share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationTask:
     """One prompt to go on from.
 
@@ -43,7 +58,8 @@ class GenerationTask:
     as output, and the next token's index is `len(resume)`.
     eos_ids end the output unless `ignore_eos`; stop_ids always do; neither before `min_tokens` output tokens.
     sequence: the client's name for the KV, which then outlives the generation; None for none.
-    deadline: monotonic seconds.
+    deadline: monotonic seconds; whoever has not ended by then fails, and one that never began computes nothing.
+    priority: its class, -MAX_PRIORITY to MAX_PRIORITY, lower is sooner; `CLASS_S` seconds of waiting make up for one.
     """
 
     key: bytes
@@ -57,6 +73,7 @@ class GenerationTask:
     sequence: SequenceKey | None = None
     resume: tuple[int, ...] = ()
     deadline: float = math.inf
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

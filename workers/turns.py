@@ -5,7 +5,7 @@ Three rules, in this order:
 - Who has waited `PATIENCE` steps goes first, the longest waiting before the others. A prefill among them takes
   half of the step's tokens at most, so that decodes go on beside it.
 - Then every decode gets its one token. They are many and each is cheap, and their readers are waiting.
-- Then the prefills, in order of arrival, fill what is left: the first gets all it can use.
+- Then the prefills, in their places in line, fill what is left: the first gets all it can use.
 
 No wait is longer than `PATIENCE` steps and one for each other that is admitted: whoever is first in line gets a
 token, and is then behind all who wait. A prefill whose next block is computed by another in this step sits it
@@ -22,6 +22,9 @@ from workers.lifecycle import State
 
 PATIENCE = 16
 """Steps. Long enough that short prompts are computed one after the other, which makes the mean wait shortest."""
+
+
+_BY_WAIT = (0.0, 0)
 
 
 class Shares:
@@ -61,13 +64,13 @@ def in_line(runnable: Iterable[Generation], step: int) -> list[Generation]:
     return sorted(runnable, key=lambda generation: _place(generation, step))
 
 
-def _place(generation: Generation, step: int) -> tuple[int, int]:
+def _place(generation: Generation, step: int) -> tuple[int, tuple[float, int]]:
     """Equals stay in the order of their waits."""
     if _is_overdue(generation, step):
-        return 0, 0
+        return 0, _BY_WAIT
     if generation.state is State.DECODE:
-        return 1, 0
-    return 2, generation.number
+        return 1, _BY_WAIT
+    return 2, generation.place
 
 
 def _is_overdue(generation: Generation, step: int) -> bool:

@@ -29,7 +29,7 @@ from workers.failpoints import Failpoint
 from workers.memory import HostMemory
 from workers.shelf import Models
 from workers.store import KVStore
-from workers.tasks import MAX_NUM_SEQS
+from workers.tasks import MAX_NUM_SEQS, CacheConfig
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Worker:
         max_tokens_per_step: int,
         max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
         preload: Sequence[str] = (),
         failpoint: str = "",
     ) -> None:
@@ -61,6 +62,7 @@ class Worker:
         self._max_tokens_per_step = max_tokens_per_step
         self._max_num_seqs = max_num_seqs
         self._shares_prefixes = shares_prefixes
+        self._cache = cache
         self._preload = tuple(preload)
         self._security = SecurityConfig()
         self._failpoint = Failpoint(failpoint) if failpoint else None
@@ -86,6 +88,7 @@ class Worker:
                     max_tokens_per_step=self._max_tokens_per_step,
                     max_num_seqs=self._max_num_seqs,
                     shares_prefixes=self._shares_prefixes,
+                    cache=self._cache,
                 )
             )
             for name in self._preload:

@@ -102,6 +102,7 @@ class BrokerCore:
                 | m.Pin()
                 | m.Unpin()
                 | m.ListSequences()
+                | m.FlushPrefixCache()
             ):
                 return self._requests.submit(client, message, frames, now)
             case m.OpenStream():

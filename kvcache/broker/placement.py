@@ -15,8 +15,10 @@ from kvcache.routing.views import Choice, Refusal, Request
 RETRY_AFTER_MS = 200
 NAMELESS = "seq_id must not be empty"
 
-Placed = m.Generate | m.Put | m.Append | m.Get | m.Length | m.Delete | m.Pin | m.Unpin | m.ListSequences | m.Route
+Placed = m.Dispatched | m.Route
 
+NAMED = (m.ListSequences, m.FlushPrefixCache)
+"""What names its worker, so there is nothing to choose."""
 
 POLICED = (m.Generate, m.Route)
 """What a policy may place: all else names its sequence, or its worker."""
@@ -33,7 +35,7 @@ class Placement:
 
     def place(self, tenant: str, message: Placed, now: float) -> tuple[Choice, Worker]:
         """The worker for a request, and why. Raises NoWorkers, Overloaded or BadArgument."""
-        if isinstance(message, m.ListSequences):
+        if isinstance(message, NAMED):
             return self._named(message.worker_id)
         self._check_ready()
         choice = self._owner(tenant, message) if message.seq_id else self._by_policy(tenant, message, now)
@@ -87,7 +89,7 @@ class Placement:
 
     def _owner(self, tenant: str, message: Placed) -> Choice:
         """A sequence lives on its owner and nowhere else, so its requests have no second choice."""
-        assert not isinstance(message, m.ListSequences)
+        assert not isinstance(message, NAMED)
         if isinstance(message, POLICED) and message.policy not in {"", "consistent_hash"}:
             raise BadArgument(f"a request with a seq_id goes to its owner; leave out policy {message.policy!r}")
         key = sequence_key(tenant, message.seq_id)

@@ -39,6 +39,7 @@ app.command("chat")(generation.chat)
 app.command("route")(cluster.route)
 app.command("workers")(cluster.workers)
 app.command("stats")(cluster.stats)
+app.command("reset-prefix-cache")(cluster.reset_prefix_cache)
 app.add_typer(kv_app, name="kv")
 for name in kv_plane.COMMANDS:
     kv_app.command(name.removesuffix("_"))(getattr(kv_plane, name))

@@ -1,4 +1,4 @@
-"""`kvcache route`, `workers` and `stats`: what the broker knows."""
+"""`kvcache route`, `workers`, `stats` and `reset-prefix-cache`: what the cluster knows, and may forget."""
 
 from __future__ import annotations
 
@@ -60,6 +60,27 @@ def stats(url: Url = None, timeout: Timeout = 10.0, as_json: AsJson = False) -> 
         print_json(figures)
         return
     _print_stats(figures)
+
+
+def reset_prefix_cache(
+    cache_salt: Annotated[
+        str | None,
+        typer.Option("--cache-salt", help="Only prefixes of this salt.", show_default="all", metavar="SALT"),
+    ] = None,
+    url: Url = None,
+    timeout: Timeout = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Forget your cached prefixes, on all workers.
+
+    What runs keeps what it uses; what is kept under a sequence's id stays.
+    """
+    with kvcache.Client(url, timeout=timeout) as client:
+        num_blocks = client.flush_prefix_cache(cache_salt=cache_salt)
+    if as_json:
+        print_json({"blocks": num_blocks})
+    else:
+        note(f"forgot {num_blocks} {'block' if num_blocks == 1 else 'blocks'}")
 
 
 def explained(explanation: Explanation) -> tuple[Sequence[str], list[Sequence[object]], str]:
@@ -129,6 +150,8 @@ def _worker_rows(workers: list[WorkerStats]) -> list[tuple[object, ...]]:
         ("blocks held", *(sum(model.pool.held_blocks for model in it.models) for it in workers)),
         ("blocks cached", *(sum(model.pool.cached_blocks for model in it.models) for it in workers)),
         ("blocks free", *(sum(model.pool.free_blocks for model in it.models) for it in workers)),
+        ("blocks evicted", *(sum(model.pool.evictions for model in it.models) for it in workers)),
+        ("audits passed, failed", *(_audits(it) for it in workers)),
         ("KV plane sequences", *(it.store.sequences for it in workers)),
         ("KV plane bytes", *(human_bytes(it.store.used_bytes) for it in workers)),
         ("KV plane evictions", *(it.store.evictions for it in workers)),
@@ -142,6 +165,12 @@ def _runners(worker: WorkerStats) -> str:
         for model in worker.models
         if model.runner
     )
+
+
+def _audits(worker: WorkerStats) -> str:
+    """Found blocks that were computed again, and those among them that were wrong."""
+    pools = [model.pool for model in worker.models]
+    return f"{sum(pool.audits_passed for pool in pools)}, {sum(pool.audits_failed for pool in pools)}"
 
 
 def _part(part: int, whole: int) -> str:

@@ -47,6 +47,10 @@ CacheSalt = Annotated[
         metavar="SALT",
     ),
 ]
+Priority = Annotated[
+    int,
+    typer.Option("--priority", min=-100, max=100, help="Of those that wait the lower are sooner.", metavar="N"),
+]
 
 
 def generate(
@@ -79,6 +83,7 @@ def generate(
     cache_salt: CacheSalt = None,
     model: Model = None,
     policy: Policy = None,
+    priority: Priority = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Say why this worker, before the text.")] = False,
     url: Url = None,
     timeout: Timeout = 120.0,
@@ -114,6 +119,7 @@ def generate(
             cache_salt=cache_salt,
             model=model,
             policy=policy,
+            priority=priority,
             explain=explain,
         ) as generation,
     ):

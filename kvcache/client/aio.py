@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
-from bus.errors import BadArgument, KVCacheError
+from bus.errors import BadArgument, KVCacheError, WorkerLost
+from bus.limits import MAX_PRIORITY
 from bus.messages import QueryKind
 from bus.stats import ClusterStats, Explanation, WorkerView
 from kvcache.client import requests
@@ -16,7 +18,7 @@ from kvcache.client.config import client_config
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV
 from kvcache.client.link import Link, new_id
-from kvcache.client.prompts import ChatMessages, make_prompt, optional_name
+from kvcache.client.prompts import ChatMessages, check_index, make_prompt, optional_name
 from kvcache.client.streams import GenerateCall, Wanted
 from kvcache.sampling import SamplingFields, SamplingParams, sampling_params
 
@@ -67,6 +69,7 @@ class AsyncClient:
         cache_salt: str | None = None,
         model: str | None = None,
         policy: str | None = None,
+        priority: int = 0,
         deadline: float | None = None,
         explain: bool = False,
         **sampling: Unpack[SamplingFields],
@@ -76,7 +79,8 @@ class AsyncClient:
         params, sampling: `SamplingParams`, or its fields as keywords (`max_tokens=64, temperature=0`); given both,
         keywords win. With n > 1 every output is a request of its own, which share the prompt's KV.
         seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
-        requests of the same salt. deadline: seconds for all of it. explain: tell in `Start` why this worker.
+        requests of the same salt. priority: -100 to 100; of those that wait on a worker the lower ones are sooner.
+        deadline: seconds for all of it. explain: tell in `Start` why this worker.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -92,6 +96,7 @@ class AsyncClient:
             cache_salt=salt,
             policy=optional_name("policy", policy),
             explain=bool(explain),
+            priority=check_index("priority", priority, MAX_PRIORITY, least=-MAX_PRIORITY),
         )
         ends, now = self._link.deadline(deadline), time.monotonic()
         calls = [
@@ -131,6 +136,21 @@ class AsyncClient:
     async def stats(self) -> ClusterStats:
         """The figures of the broker and, as far as they have reported, of every worker."""
         return await self._query(QueryKind.STATS, self._link.deadline(None))
+
+    async def flush_prefix_cache(self, *, cache_salt: str | None = None, deadline: float | None = None) -> int:
+        """Have all workers forget the prefixes that your requests left, or only those of one salt.
+
+        Returns how many blocks there were. What runs keeps what it uses, and what is kept under a seq_id stays.
+        """
+        salt = None if cache_salt is None else optional_name("cache_salt", cache_salt)
+        until = self._link.deadline(deadline)
+        num_blocks = 0
+        for worker in (await self._query(QueryKind.WORKERS, until)).workers:
+            call = requests.flush(new_id(), until, worker_id=worker.worker_id, cache_salt=salt)
+            # One that is lost meanwhile has no prefixes any more.
+            with suppress(WorkerLost, BadArgument):
+                num_blocks += await self._link.ask(call, int)
+        return num_blocks
 
     async def health(self) -> bool:
         """Whether the broker answers within two seconds and has a worker that is ready."""

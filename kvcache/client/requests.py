@@ -12,6 +12,7 @@ from bus.errors import BadArgument
 from bus.messages import (
     Append,
     Delete,
+    FlushPrefixCache,
     KvDone,
     KvListed,
     Length,
@@ -172,6 +173,18 @@ def page(key: bytes, deadline: float, *, worker_id: str, prefix: str, after: str
             limit=limit,
         ),
         _figures(KvListed, SequencePage),
+    )
+
+
+def flush(key: bytes, deadline: float, *, worker_id: str, cache_salt: str | None) -> UnaryCall:
+    """One worker forgets prefixes."""
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: FlushPrefixCache(
+            req_id=req_id, attempt=attempt, deadline_ms=ms, worker_id=worker_id, cache_salt=cache_salt
+        ),
+        _done("count"),
     )
 
 

@@ -78,6 +78,7 @@ class Wanted:
     policy: str = ""
     explain: bool = False
     index: int = 0
+    priority: int = 0
 
 
 class GenerateCall:
@@ -198,6 +199,7 @@ class GenerateCall:
             chain=() if wanted.seq_id else wanted.prompt.chain,
             explain=wanted.explain and not self._has_begun,
             payload=wire.describe(payload),
+            priority=wanted.priority,
         )
         return [ToControl(message, payload)]
 

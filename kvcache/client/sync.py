@@ -153,6 +153,7 @@ class Client:
         cache_salt: str | None = None,
         model: str | None = None,
         policy: str | None = None,
+        priority: int = 0,
         deadline: float | None = None,
         explain: bool = False,
         **sampling: Unpack[SamplingFields],
@@ -162,7 +163,8 @@ class Client:
         params, sampling: `SamplingParams`, or its fields as keywords (`max_tokens=64, temperature=0`); given both,
         keywords win. With n > 1 every output is a request of its own, which share the prompt's KV.
         seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
-        requests of the same salt. deadline: seconds for all of it. explain: tell in `Start` why this worker.
+        requests of the same salt. priority: -100 to 100; of those that wait on a worker the lower ones are sooner.
+        deadline: seconds for all of it. explain: tell in `Start` why this worker.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -177,6 +179,7 @@ class Client:
                 cache_salt=cache_salt,
                 model=model,
                 policy=policy,
+                priority=priority,
                 deadline=deadline,
                 explain=explain,
                 **sampling,
@@ -215,6 +218,13 @@ class Client:
     def stats(self) -> ClusterStats:
         """The figures of the broker and, as far as they have reported, of every worker."""
         return self._thread.call(self._client.stats())
+
+    def flush_prefix_cache(self, *, cache_salt: str | None = None, deadline: float | None = None) -> int:
+        """Have all workers forget the prefixes that your requests left, or only those of one salt.
+
+        Returns how many blocks there were. What runs keeps what it uses, and what is kept under a seq_id stays.
+        """
+        return self._thread.call(self._client.flush_prefix_cache(cache_salt=cache_salt, deadline=deadline))
 
     def health(self) -> bool:
         """Whether the broker answers within two seconds and has a worker that is ready."""

@@ -23,6 +23,7 @@ from bus.stats import (
     Explanation,
     LayerInfo,
     ModelStats,
+    PoolStats,
     SequenceInfo,
     WorkerStats,
     WorkerView,
@@ -64,7 +65,9 @@ WORKER = WorkerView(
         incarnation=1,
         state="ready",
         models=(
-            ModelStats(name="smollm2", state="ready", runner="openvino"),
+            ModelStats(
+                name="smollm2", state="ready", runner="openvino", pool=PoolStats(audits_passed=41, audits_failed=1)
+            ),
             ModelStats(name="tiny", state="ready", runner="torch", runner_reason="no such operator"),
             ModelStats(name="other", state="absent"),
         ),
@@ -161,6 +164,10 @@ class FakeClient:
         k, v = kv_tensors(np.full((4, 1, 2), 1.5, np.float32), np.zeros((4, 1, 2), np.float32), 1 << 20)
         return kv_pair(k.meta, v.meta, k.data, v.data)
 
+    def flush_prefix_cache(self, **kwargs: object) -> int:
+        self._record("flush", **kwargs)
+        return 7
+
     def length(self, seq_id: str, layer: int) -> int:
         if seq_id != "paris":
             raise NotFound(f"no sequence {seq_id!r}")
@@ -202,13 +209,31 @@ def calls_named(clients: list[FakeClient], name: str) -> list[tuple[tuple[Any, .
 def test_generate_streams_text_and_says_what_it_cost(
     clients: list[FakeClient], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", "The capital is", "--seq-id", "s", "--stop", "a", "--stop", "b", "--top-k", "5"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "The capital is",
+                "--seq-id",
+                "s",
+                "--stop",
+                "a",
+                "--stop",
+                "b",
+                "--top-k",
+                "5",
+                "--priority",
+                "-3",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     assert shown.out == " Paris. It\n"
     assert "worker-2: owner of the key; prompt 12 tokens, 8 cached; 3 generated, length; first after 50 ms" in shown.err
     ((args, kwargs),) = calls_named(clients, "generate")
     assert args == ("The capital is", SamplingParams(temperature=0.0, stop=("a", "b"), top_k=5, logit_bias={}))
-    assert kwargs["seq_id"] == "s"
+    assert (kwargs["seq_id"], kwargs["priority"]) == ("s", -3)
 
 
 def test_every_sampling_option_reaches_the_parameters(clients: list[FakeClient]) -> None:
@@ -336,8 +361,19 @@ def test_stats_show_the_share_of_cached_tokens(clients: list[FakeClient], capsys
     shown = capsys.readouterr().out
     assert "150 (75%)" in shown
     assert "DEADLINE 2" in shown
+    assert "41, 1" in shown
     assert main(["stats", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["broker"]["requests"] == 9
+
+
+def test_reset_prefix_cache_says_how_much_is_forgotten(
+    clients: list[FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reset-prefix-cache"]) == 0
+    assert "forgot 7 blocks" in capsys.readouterr().err
+    assert main(["reset-prefix-cache", "--cache-salt", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"blocks": 7}
+    assert calls_named(clients, "flush") == [((), {"cache_salt": None}), ((), {"cache_salt": "mine"})]
 
 
 def test_route_marks_the_chosen_worker(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:

@@ -472,6 +472,13 @@ def end_at(epoch: int, call: GenerateCall, tokens: list[int]) -> m.StreamEnd:
     )
 
 
+def test_a_request_says_its_class() -> None:
+    client = core()
+    call = generate_call(priority=-5)
+    client.submit(call, 0.0)
+    assert run_up(client, call).priority == -5
+
+
 def test_a_stream_without_confirmation_goes_ahead_in_the_end() -> None:
     client = core()
     call = generate_call()

@@ -513,6 +513,29 @@ async def test_list_asks_every_worker_page_by_page(broker: ScriptedBroker, clien
     assert [info.seq_id for info in await listing] == ["a", "b", "c", "d"]
 
 
+async def test_flush_asks_every_worker_and_adds_up(broker: ScriptedBroker, client: AsyncClient) -> None:
+    flushing = asyncio.create_task(client.flush_prefix_cache(cache_salt="mine"))
+    asked, _ = await broker.expect(m.Query)
+    packed = pack(cluster("w1", "gone", "w2"))
+    broker.reply(m.QueryReply(req_id=asked.req_id, payload=wire.describe([packed])), packed)
+    for _ in range(3):
+        flush, _ = await broker.expect(m.FlushPrefixCache)
+        assert flush.cache_salt == "mine"
+        if flush.worker_id == "gone":
+            broker.reply(wire.failed(flush.req_id, BadArgument("no live worker is called 'gone'")))
+        else:
+            broker.reply(m.KvDone(req_id=flush.req_id, count=3))
+    assert await flushing == 6
+
+
+async def test_a_bad_salt_or_priority_is_refused_before_anything_is_sent(client: AsyncClient) -> None:
+    with pytest.raises(BadArgument, match="cache_salt"):
+        await client.flush_prefix_cache(cache_salt="a\nb")
+    for priority in (101, -101, 1.5, "high", True):
+        with pytest.raises(BadArgument, match="priority must be an integer from -100 to 100"):
+            client.generate("hello", priority=priority)  # type: ignore[arg-type]  # what a caller may pass
+
+
 # --- sampling parameters and several outputs -----------------------------------------------------
 
 

@@ -82,10 +82,12 @@ def test_a_kv_request_must_name_its_sequence() -> None:
     assert place(cluster(), length(1, "")) == "BAD_ARG"
 
 
-def test_a_list_is_of_the_worker_it_names() -> None:
+def test_a_list_or_flush_is_of_the_worker_it_names() -> None:
     driver = cluster()
     for number, name in enumerate(NAMES):
         assert place(driver, m.ListSequences(req_id=rid(number), attempt=0, deadline_ms=1000, worker_id=name)) == name
+        flush = m.FlushPrefixCache(req_id=rid(20 + number), attempt=0, deadline_ms=1000, worker_id=name)
+        assert place(driver, flush) == name
     nobody = m.ListSequences(req_id=rid(9), attempt=0, deadline_ms=1000, worker_id="nobody")
     assert place(driver, nobody) == "BAD_ARG"
 

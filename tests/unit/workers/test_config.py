@@ -25,6 +25,11 @@ def test_a_flag_wins_over_its_variable_and_a_variable_over_the_default() -> None
     assert config.brokers == ("tcp://127.0.0.1:6000", "ipc:///tmp/b")
 
 
+def test_policy_and_audit_of_the_prefix_cache_are_read() -> None:
+    config = parsed(["--eviction-policy", "cost"], {"KVCACHE_AUDIT": "0.01"})
+    assert (config.eviction_policy, config.audit) == ("cost", 0.01)
+
+
 def test_switches_can_be_turned_off_by_flag_and_by_variable() -> None:
     assert not parsed(["--no-preload"]).preload
     assert not parsed(["--no-enable-prefix-caching"]).enable_prefix_caching
@@ -51,6 +56,11 @@ def test_sizes_are_read_in_their_usual_forms(text: str, size: int) -> None:
         (["--block-size", "0"], "--block-size"),
         (["--dtype", "int4"], "--dtype"),
         (["--runner", "walker"], "--runner"),
+        (["--eviction-policy", "random"], "--eviction-policy"),
+        (["--audit", "1.5"], "--audit"),
+        (["--audit", "-0.1"], "--audit"),
+        (["--audit", "nan"], "--audit"),
+        (["--audit", "some"], "--audit"),
         (["--threads", "0"], "--threads"),
         (["--max-model-len", "1"], "--max-model-len"),
         (["--max-num-batched-tokens", "0"], "--max-num-batched-tokens"),

@@ -37,6 +37,7 @@ from workers.engine_api import (
     DropKV,
     Ended,
     Event,
+    FlushKV,
     Forgotten,
     Hold,
     ListKV,
@@ -60,6 +61,7 @@ from workers.keys import SequenceKey
 from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
 from workers.slot import Model
+from workers.tasks import CacheConfig
 from workers.text import TextStream
 from workers.texts import Texts
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
@@ -105,6 +107,7 @@ class Bench:
         max_tokens_per_step: int = 4,
         max_num_seqs: int = 8,
         late_steps: int = 0,
+        audit_share: float = 0.0,
     ) -> None:
         self.jobs: list[Job] = []
         self.texts = Texts()
@@ -118,6 +121,7 @@ class Bench:
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
             shares_prefixes=shares_prefixes,
+            cache=CacheConfig(audit_share=audit_share),
         )
 
     def tell(self, *commands: Any) -> list[Event]:  # noqa: ANN401  # any command
@@ -296,6 +300,74 @@ def test_the_same_prefix_is_found_in_the_pool_the_second_time(bench: Bench) -> N
     second = bench.run()
     assert only(second, Admitted).cached_tokens == 9
     assert tokens_of(second, 2) == tokens_of(first, 1)
+
+
+@pytest.mark.parametrize("is_corrupt", [False, True])
+def test_an_audit_finds_what_is_wrong_in_the_pool_and_changes_nothing_that_is_generated(
+    family: Family, caplog: pytest.LogCaptureFixture, is_corrupt: bool
+) -> None:
+    said: list[list[int]] = []
+    for share in (0.0, 1.0):
+        kv = family.make_kv()
+        model = TorchModel(family.loaded, kv, choose_runner("torch", family.loaded, kv, threads=None))
+        bench = Bench(FakeModels(tiny=lambda model=model: model), audit_share=share)  # type: ignore[misc]  # mypy and defaults
+        bench.tell(start(1))
+        bench.run()
+        if is_corrupt:
+            kv.values[0][1, 0] += 3.0  # the second block that was taken
+        bench.tell(start(2))
+        said.append(tokens_of(bench.run(), 2))
+        bench.tell(start(3))
+        again = bench.run()
+        pool = bench.host.figures().models[0].pool
+        assert pool.held_blocks == 0
+        if share == 0:
+            assert (pool.audits_passed, pool.audits_failed) == (0, 0)
+            continue
+        assert pool.audits_failed == is_corrupt
+        assert pool.audits_passed == (1 if is_corrupt else 4)
+        assert ("ALARM" in caplog.text) == is_corrupt
+        assert only(again, Admitted).cached_tokens == (0 if is_corrupt else 9)
+        assert tokens_of(again, 3) == family.plain_greedy(PROMPT, 6)
+    assert said[0] == said[1]
+    assert (said[0] == family.plain_greedy(PROMPT, 6)) == (not is_corrupt)
+
+
+def test_an_audit_that_raises_harms_nobody(make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture) -> None:
+    class Blind(TorchModel):
+        def difference(self, one: BlockId, other: BlockId) -> float:
+            raise RuntimeError("no sight")
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Blind
+        return model
+
+    bench = Bench(FakeModels(tiny=load), audit_share=1.0)
+    bench.tell(start(1))
+    first = bench.run()
+    bench.tell(start(2))
+    assert tokens_of(bench.run(), 2) == tokens_of(first, 1)
+    assert "no sight" in caplog.text
+    pool = bench.host.figures().models[0].pool
+    assert (pool.audits_skipped, pool.audits_failed, pool.held_blocks) == (2, 0, 0)
+
+
+def test_a_flush_forgets_the_prefixes_of_its_tenant_and_salt_alone(bench: Bench) -> None:
+    for number, (tenant, salt) in enumerate((("a", ""), ("a", "mine"), ("b", ""))):
+        bench.tell(replace(start(number, tenant=tenant), cache_salt=salt))
+    bench.run()
+
+    def cached(number: int, tenant: str, salt: str) -> int:
+        bench.tell(replace(start(number, tenant=tenant), cache_salt=salt))
+        found: int = only(bench.run(), Admitted).cached_tokens
+        return found
+
+    assert only(bench.tell(FlushKV(Ticket(1), "a", "mine")), Answered).answer == 3
+    assert (cached(4, "a", ""), cached(5, "a", "mine"), cached(6, "b", "")) == (9, 0, 9)
+    assert only(bench.tell(FlushKV(Ticket(2), "a", None)), Answered).answer == 6
+    assert (cached(7, "a", ""), cached(8, "a", "mine"), cached(9, "b", "")) == (0, 0, 9)
+    assert only(bench.tell(FlushKV(Ticket(3), "nobody", None)), Answered).answer == 0
 
 
 def test_without_shared_prefixes_nothing_is_found(make: Callable[[], TorchModel]) -> None:

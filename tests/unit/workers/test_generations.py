@@ -53,7 +53,9 @@ def ended(run: RunId) -> Ended:
 
 
 def test_the_engine_is_told_all_it_needs(bench: CoreBench) -> None:
-    message = bench.generate(model="m", seq_id="s", cache_salt="salt", sampling=Sampling(max_tokens=9, seed=4))
+    message = bench.generate(
+        priority=-2, model="m", seq_id="s", cache_salt="salt", sampling=Sampling(max_tokens=9, seed=4)
+    )
     _, start = bench.start(message, resume=[7, 8], tenant="acme", deadline_ms=5000)
     assert start == Start(
         run=start.run,
@@ -66,6 +68,7 @@ def test_the_engine_is_told_all_it_needs(bench: CoreBench) -> None:
         seq_id="s",
         cache_salt="salt",
         deadline=bench.now + 5.0,
+        priority=-2,
     )
 
 

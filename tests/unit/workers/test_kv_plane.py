@@ -18,6 +18,7 @@ from bus.messages import (
     Chunk,
     Credit,
     Delete,
+    FlushPrefixCache,
     Get,
     KvDone,
     KvListed,
@@ -38,6 +39,7 @@ from workers.engine_api import (
     Answered,
     DropKV,
     Ended,
+    FlushKV,
     Forgotten,
     ListKV,
     MeasureKV,
@@ -461,6 +463,18 @@ def test_an_answer_nobody_waits_for_any_more_is_dropped(bench: CoreBench) -> Non
     (question,) = commands(actions, ReadKV)
     bench.control(Release(call=call))
     assert bench.engine(Answered(question.ticket, 1), Answered(Ticket(999), 1)) == []
+
+
+@pytest.mark.parametrize("salt", [None, "", "mine"])
+def test_a_flush_is_of_the_senders_tenant_and_answered_with_the_number_of_blocks(
+    bench: CoreBench, salt: str | None
+) -> None:
+    message = FlushPrefixCache(req_id=bench.req_id(), attempt=0, deadline_ms=9000, worker_id="w", cache_salt=salt)
+    _, actions = bench.assign(message, tenant="me")
+    (question,) = commands(actions, FlushKV)
+    assert (question.tenant, question.cache_salt) == ("me", salt)
+    said = only(answers(bench.engine(Answered(question.ticket, 12))))
+    assert (said.final, said.message.count) == (True, 12)
 
 
 def test_a_list_joins_stored_and_computed_sequences_in_the_order_of_their_ids(bench: CoreBench) -> None:

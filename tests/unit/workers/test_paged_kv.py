@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -142,6 +143,21 @@ def test_blocks_are_copied_in_every_layer_as_one_and_others_stay() -> None:
         assert torch.equal(cache[0], was[1])
         assert torch.equal(cache[1], was[1])
         assert torch.equal(cache[3:], was[3:])
+
+
+def test_difference_of_blocks_is_that_of_their_worst_layer() -> None:
+    kv = make_kv()
+    for cache in (*kv.keys, *kv.values):
+        cache[0] = torch.rand_like(cache[0]) - 0.5
+        cache[0, 0, 0, 0] = 2.0
+        cache[1] = cache[0]
+    one, other = table_of(0, 1)
+    assert kv.difference(one, other) == 0.0
+    assert kv.difference(BlockId(2), BlockId(2)) == 0.0, "a layer of zeros"
+    kv.values[-1][1, -1, -1, -1] += 0.5
+    assert kv.difference(one, other) == pytest.approx(0.25)
+    kv.keys[0][1, 0, 0, 0] = torch.nan
+    assert math.isnan(kv.difference(one, other))
 
 
 def test_import_keeps_every_bit_of_odd_numbers() -> None:

@@ -12,14 +12,27 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from bus.errors import BadArgument, Conflict, InternalError, KVCacheError, NoSpace, TooLarge
+from bus.errors import BadArgument, Conflict, DeadlineExceeded, InternalError, KVCacheError, NoSpace, TooLarge
 from bus.messages import FinishReason
 from kvcache.hashing import HashSeed
+from workers.audit import Auditor
 from workers.batch import Slice
+from workers.eviction import EVICTION_POLICIES, EvictionPolicy
 from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
-from workers.tasks import Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step, Usage
+from workers.tasks import (
+    CLASS_S,
+    Event,
+    Failed,
+    Finished,
+    GenerationTask,
+    Sampled,
+    SchedulerConfig,
+    Started,
+    Step,
+    Usage,
+)
 from workers.turns import PATIENCE
 
 VOCAB = 50
@@ -93,10 +106,11 @@ class Engine:
     max_model_len: int = 1000
     max_num_seqs: int = 64
     now: float = 0.0
+    policy: EvictionPolicy = "lru"
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.cache = PrefixCache(self.num_blocks, 4)
+        self.cache = PrefixCache(self.num_blocks, 4, self.policy)
         config = SchedulerConfig(
             max_model_len=self.max_model_len,
             vocab_size=VOCAB,
@@ -561,6 +575,119 @@ def test_youngest_that_needs_room_itself_yields_to_the_older() -> None:
     assert engine.tokens(b"young") == oracle((1, 2, 3), 12)
 
 
+# --- classes ---
+
+
+def begun(engine: Engine) -> list[bytes]:
+    """Who was let in, in this order."""
+    return [event.key for event in engine.events if isinstance(event, Started)]
+
+
+def test_lower_class_waits_behind_those_that_come_later() -> None:
+    engine = Engine(max_num_seqs=1)
+    engine.submit(b"first", max_tokens=2)
+    engine.step()
+    for key, priority in ((b"batch", 1), (b"plain", 0), (b"urgent", -1), (b"late", 0)):
+        engine.submit(key, max_tokens=2, priority=priority)
+    engine.run()
+    assert begun(engine) == [b"first", b"urgent", b"plain", b"late", b"batch"]
+    assert all(engine.tokens(key) == oracle(PROMPT, 2) for key in begun(engine))
+
+
+def test_prefills_of_a_higher_class_are_computed_first() -> None:
+    engine = Engine(num_blocks=64, max_tokens_per_step=8)
+    engine.submit(b"batch", tuple(range(10, 34)), 1, priority=1)
+    engine.step()
+    engine.submit(b"plain", tuple(range(20, 34)), 1)
+    assert shape(engine.step()) == [(b"plain", 8)]
+
+
+@pytest.mark.parametrize("priority", [1, 3])
+def test_nobody_of_a_lower_class_starves(priority: int) -> None:
+    """Requests of a higher class that fill the worker never stop coming; waiting makes up for the class in the end."""
+    engine = Engine(num_blocks=12, max_num_seqs=2)
+    numbers = iter(range(10_000))
+    for _ in range(4):
+        engine.submit(next(numbers).to_bytes(2), max_tokens=8)
+    engine.submit(b"batch", max_tokens=8, priority=priority)
+    while not any(isinstance(event, Finished) and event.key == b"batch" for event in engine.events):
+        engine.now += 0.25
+        if engine.scheduler.engine_stats().waiting < 4:
+            engine.submit(next(numbers).to_bytes(2), max_tokens=8)
+        engine.step()
+        assert engine.now < CLASS_S * priority + 10, "a higher class kept it out for ever"
+    assert engine.tokens(b"batch") == oracle(PROMPT, 8)
+    assert engine.now > CLASS_S * priority, "it was let in before its time"
+
+
+def test_one_of_a_lower_class_gives_up_its_seat_and_goes_on_later() -> None:
+    engine = Engine(max_num_seqs=2)
+    engine.submit(b"batch", max_tokens=20, priority=1)
+    engine.submit(b"plain", (9, 8, 7), 20)
+    for _ in range(4):
+        engine.step()
+    engine.submit(b"urgent", (3, 4, 5), 4, priority=-1)
+    assert set(engine.step().keys) == {b"plain", b"urgent"}
+    engine.run()
+    assert engine.scheduler.pool_stats().preemptions == 1
+    assert engine.tokens(b"batch") == oracle(PROMPT, 20)
+    assert engine.tokens(b"urgent") == oracle((3, 4, 5), 4)
+    assert engine.tokens(b"plain") == oracle((9, 8, 7), 20)
+
+
+def test_those_of_a_lower_class_give_up_blocks_the_last_in_line_first_and_no_more_than_needed() -> None:
+    engine = Engine(num_blocks=9, max_tokens_per_step=12)
+    for number in range(3):
+        engine.submit(bytes([number]), (number, 8, 9, 10, 11), 8, priority=2 - number)
+    engine.step()
+    assert engine.cache.pool.num_free == 0
+    engine.submit(b"plain", tuple(range(20, 30)), 4)
+    engine.step()
+    assert begun(engine)[-1] == b"plain"
+    assert engine.scheduler.pool_stats().preemptions == 2
+    engine.run()
+    assert [engine.tokens(bytes([number])) for number in range(3)] == [
+        oracle((number, 8, 9, 10, 11), 8) for number in range(3)
+    ]
+
+
+def test_nobody_yields_when_that_would_not_be_enough() -> None:
+    engine = Engine(num_blocks=8, max_num_seqs=2)
+    engine.submit(b"plain", tuple(range(10, 22)), 4)
+    engine.submit(b"batch", (1, 2), 4, priority=1)
+    engine.step()
+    engine.submit(b"big", tuple(range(20, 45)), 4)
+    engine.step()
+    assert engine.scheduler.pool_stats().preemptions == 0
+    engine.run()
+    assert engine.tokens(b"big") == oracle(tuple(range(20, 45)), 4)
+
+
+def test_room_is_taken_from_the_lowest_class_even_if_it_came_first() -> None:
+    engine = Engine(num_blocks=6, max_tokens_per_step=8)
+    engine.submit(b"batch", (1, 2, 3), 12, priority=1)
+    engine.submit(b"plain", (4, 5, 6), 12)
+    engine.run()
+    ends = [event.key for event in engine.events if isinstance(event, Finished)]
+    assert (engine.scheduler.pool_stats().preemptions, ends) == (1, [b"plain", b"batch"])
+    assert engine.tokens(b"batch") == oracle((1, 2, 3), 12)
+
+
+def test_one_whose_deadline_passes_in_the_queue_computes_nothing() -> None:
+    engine = Engine(max_num_seqs=1)
+    engine.submit(b"running", max_tokens=30)
+    engine.submit(b"waiting", (9, 8, 7), deadline=4.0)
+    for _ in range(3):
+        engine.step()
+    engine.now = 4.0
+    before = engine.runner.num_tokens
+    engine.events += engine.scheduler.cancel(b"running", engine.now)
+    assert engine.step().batch == ()
+    assert isinstance(engine.error(b"waiting"), DeadlineExceeded)
+    assert b"waiting" not in begun(engine)
+    assert engine.runner.num_tokens == before
+
+
 # --- pause and resume ---
 
 
@@ -730,6 +857,8 @@ def test_output_that_grows_against_pinned_blocks_is_refused_when_alone() -> None
         ({"prompt": (-1,)}, BadArgument, "token id -1"),
         ({"resume": (VOCAB,)}, BadArgument, "resume has token id 50"),
         ({"prompt": (1,) * 100}, TooLarge, "takes 100 tokens, at least one of them generated"),
+        ({"priority": 101}, BadArgument, "priority must be from -100 to 100, not 101"),
+        ({"priority": -101}, BadArgument, "priority must be from -100 to 100, not -101"),
         ({"max_tokens": 0}, BadArgument, "max_tokens must be at least 1, not 0"),
         ({"min_tokens": -1}, BadArgument, "min_tokens must be from 0 to max_tokens"),
         ({"min_tokens": 6}, BadArgument, "min_tokens must be from 0 to max_tokens"),
@@ -794,12 +923,14 @@ def test_figures_add_up() -> None:
 
 def test_ten_thousand_random_cancels_leave_no_block_held() -> None:
     draw = random.Random(1)
-    engine = Engine(num_blocks=12)
+    engine = Engine(num_blocks=12, max_num_seqs=4)
     live: deque[bytes] = deque()
     for number in range(10_000):
         key = number.to_bytes(4)
         prompt = tuple(draw.randrange(3) for _ in range(draw.randint(1, 20)))
-        task = GenerationTask(key=key, prompt=prompt, seed=SEED, max_tokens=draw.randint(1, 9))
+        task = GenerationTask(
+            key=key, prompt=prompt, seed=SEED, max_tokens=draw.randint(1, 9), priority=draw.randint(-1, 1)
+        )
         engine.scheduler.submit(task, 0.0)
         live.append(key)
         if draw.random() < 0.7:
@@ -821,19 +952,27 @@ def test_ten_thousand_random_cancels_leave_no_block_held() -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Arrivals, cancels, pauses and pins in a tiny pool; every output must be the start of the oracle's."""
+    """Arrivals of all classes, cancels, pauses, pins, flushes and audits in a tiny pool, under each eviction policy;
+    every output must be the start of the oracle's, and every block that is looked at what it should be."""
 
     NAMES = tuple(SequenceKey("", name) for name in "xy")
 
     def __init__(self) -> None:
         super().__init__()
         self.engine = Engine()
+        self.auditor = Auditor(self.engine.cache, 1.0, 0.0)
         self.tasks: dict[bytes, GenerationTask] = {}
         self.paused: set[bytes] = set()
 
-    @initialize(num_blocks=st.integers(5, 12), max_tokens=st.integers(1, 12), max_seqs=st.integers(1, 6))
-    def begin(self, num_blocks: int, max_tokens: int, max_seqs: int) -> None:
-        self.engine = Engine(num_blocks, max_tokens_per_step=max_tokens, max_num_seqs=max_seqs)
+    @initialize(
+        num_blocks=st.integers(5, 12),
+        max_tokens=st.integers(1, 12),
+        max_seqs=st.integers(1, 6),
+        policy=st.sampled_from(EVICTION_POLICIES),
+    )
+    def begin(self, num_blocks: int, max_tokens: int, max_seqs: int, policy: EvictionPolicy) -> None:
+        self.engine = Engine(num_blocks, max_tokens_per_step=max_tokens, max_num_seqs=max_seqs, policy=policy)
+        self.auditor = Auditor(self.engine.cache, 1.0, 0.0)
 
     def live(self) -> list[bytes]:
         ended = {event.key for event in self.engine.events if isinstance(event, Finished | Failed)}
@@ -845,9 +984,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         name=st.sampled_from([None, *NAMES]),
         deadline=st.sampled_from([math.inf, 3.0]),
         num_resumed=st.integers(0, 3),
+        priority=st.integers(-1, 1),
     )
     def arrive(
-        self, prompt: list[int], max_tokens: int, name: SequenceKey | None, deadline: float, num_resumed: int
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        name: SequenceKey | None,
+        deadline: float,
+        num_resumed: int,
+        priority: int,
     ) -> None:
         key = len(self.tasks).to_bytes(2)
         task = GenerationTask(
@@ -859,6 +1005,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline=self.engine.now + deadline,
             eos_ids=frozenset({EOS}),
             resume=tuple(oracle(tuple(prompt), min(num_resumed, max_tokens), frozenset({EOS}))),
+            priority=priority,
         )
         busy = name is not None and name in {self.tasks[other].sequence for other in self.live()}
         try:
@@ -912,6 +1059,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def flush(self) -> None:
         self.engine.cache.flush()
+
+    @precondition(lambda self: self.tasks)
+    @rule(data=st.data())
+    def audit(self, data: st.DataObject) -> None:
+        engine, prompt = self.engine, data.draw(st.sampled_from([*self.tasks.values()])).prompt
+        self.auditor.note(SEED, prompt, len(prompt))
+        while (audit := self.auditor.begin()) is not None:
+            engine.runner.run(Step((), (audit.piece,), ()))
+            seen, wanted = (engine.runner.read([block], 4) for block in (audit.block, audit.scratch))
+            assert self.auditor.end(audit, float(seen != wanted)), "a block that can be found is wrong"
 
     @invariant()
     def outputs_are_right_and_blocks_accounted_for(self) -> None:

@@ -76,6 +76,7 @@ class CountingModel:
         num_blocks=64,
         block_size=16,
         block_bytes=16,
+        kv_tolerance=0.0,
     )
 
     def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
@@ -90,6 +91,9 @@ class CountingModel:
 
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         return [Drawn((piece.token_ids[-1] + 1) % VOCAB) if piece.wants_logits else None for piece in batch]
+
+    def difference(self, one: BlockId, other: BlockId) -> float:
+        return 0.0
 
     def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
         """There is no KV."""
