@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-kv_app = typer.Typer(help="Put, append and get KV tensors, per sequence and layer.", no_args_is_help=True)
+kv_app = typer.Typer(help="Put, append and get KV tensors by layer.", no_args_is_help=True)
 models_app = typer.Typer(help="Fetch and list models.", no_args_is_help=True)
 
 app.command("up")(up.up)

@@ -37,6 +37,18 @@ async def test_a_real_model_answers_over_the_bus_and_its_kv_is_reused_and_read(
     assert await client.kv.delete("smoke") == NUM_LAYERS
 
 
+async def test_flushed_prefixes_are_computed_again(client: AsyncClient) -> None:
+    async def cached(salt: str) -> int:
+        done = await client.generate(token_ids=PROMPT, max_tokens=1, cache_salt=salt, priority=-1).result()
+        return done.usage.cached_tokens
+
+    assert [await cached(salt) for salt in ("x", "y", "x", "y")] == [0, 0, len(PROMPT) - 1, len(PROMPT) - 1]
+    assert await client.flush_prefix_cache(cache_salt="x") > 0
+    assert [await cached(salt) for salt in ("x", "y")] == [0, len(PROMPT) - 1]
+    assert await client.flush_prefix_cache() > 0
+    assert [await cached(salt) for salt in ("x", "y")] == [0, 0]
+
+
 async def test_tensors_of_any_size_come_back_bit_for_bit(client: AsyncClient) -> None:
     for num_tokens in (1, 1000, 40_000):
         k = np.random.default_rng(num_tokens).standard_normal((num_tokens, 2, 16)).astype(np.float32)
