@@ -12,14 +12,13 @@ from typing import TypeAlias
 
 from bus.errors import BadArgument
 from kvcache.ring import HashRing
+from kvcache.routing.prefix import NOBODY, prefix
 from kvcache.routing.views import Belief, Choice, Refusal, Request
 
 LOAD_BOUND = 1.25
 
 Policy: TypeAlias = Callable[[Request, HashRing, Mapping[str, Belief]], Choice | Refusal]
 """Chooses among the ring's workers; `beliefs` has one of each. Refuses when no worker is available."""
-
-NOBODY = Refusal("every worker is full or has fallen silent")
 
 
 def consistent_hash(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]) -> Choice | Refusal:
@@ -75,6 +74,7 @@ def round_robin(request: Request, ring: HashRing, beliefs: Mapping[str, Belief])
 POLICIES: dict[str, Policy] = {
     "consistent_hash": consistent_hash,
     "bounded_load": bounded_load,
+    "prefix": prefix,
     "least_loaded": least_loaded,
     "round_robin": round_robin,
 }

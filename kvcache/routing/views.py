@@ -31,20 +31,20 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
     """How quick a worker is, in seconds, as learned from what it reported.
 
     token_s: to prefill one token. context_s: added to that for each token of context before it (attention).
-    decode_share: by how much of itself a prefill gets longer with each sequence that decodes beside it.
+    decode_s: added for each sequence that decodes beside it.
     pull_s: to fetch the KV of one token from a peer; infinite if it cannot. is_learned: measured, not assumed.
     """
 
     token_s: float = 1e-3
     context_s: float = 0.0
-    decode_share: float = 0.0
+    decode_s: float = 0.0
     pull_s: float = inf
     is_learned: bool = False
 
-    def prefill_s(self, num_tokens: int, num_cached: int) -> float:
+    def prefill_s(self, num_tokens: int, num_cached: int, decodes: int = 0) -> float:
         """Seconds to prefill a prompt of which the first `num_cached` tokens need not be computed."""
-        context = (num_tokens * num_tokens - num_cached * num_cached) / 2
-        return self.token_s * (num_tokens - num_cached) + self.context_s * context
+        context = (num_tokens + num_cached) / 2
+        return (num_tokens - num_cached) * (self.token_s + self.context_s * context + self.decode_s * decodes)
 
 
 UNKNOWN_RATES = Rates()
@@ -57,9 +57,8 @@ class Belief(msgspec.Struct, frozen=True, gc=False):
     turn: its virtual time, in requests for each 100 of weight. The broker starts a worker that is new or was away
     at the time of the others (start-time fair queueing, Goyal, Vin, Cheng 1996, section 2), so it need not catch up.
     busy_until: when it should be done with the prefills it was given, on the clock of `Request.now`.
+    behind_s: what waits there behind the prefill in work, so even if that one takes longer than it should.
     decodes: sequences past their first token. index: how far `Request.hits` is to be trusted for it.
-    eviction_s: what it is expected to cost, in seconds of prefill to be done again, to cache one more token there;
-    0 while it has room.
     """
 
     inflight: int
@@ -67,21 +66,26 @@ class Belief(msgspec.Struct, frozen=True, gc=False):
     turn: float
     is_available: bool
     busy_until: float = 0.0
+    behind_s: float = 0.0
     decodes: int = 0
     index: IndexState = IndexState.BLIND
     rates: Rates = UNKNOWN_RATES
-    eviction_s: float = 0.0
 
     @property
     def per_weight(self) -> float:
         return self.inflight * UNIT_WEIGHT / self.weight
+
+    def queue_s(self, now: float) -> float:
+        """Seconds until it could begin another prefill."""
+        return max(self.busy_until - now, self.behind_s)
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
     """A request to be placed.
 
     num_tokens: of its prompt, estimated from bytes where only a worker can tell. hits: how many leading tokens of
-    it a worker holds, by the index; whoever holds none may be left out. deadline_s: what remains of its time.
+    it a worker holds or is computing; whoever has none may be left out. deadline_s: what remains of its time.
+    delay_price: see `kvcache.routing.ledger.WorkLedger.delay_price`.
     """
 
     key: RoutingKey
@@ -89,6 +93,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     num_tokens: int = 0
     hits: Mapping[str, int] = {}
     deadline_s: float = inf
+    delay_price: float = 0.0
     tenant: str = ""
 
 
@@ -100,13 +105,18 @@ class Pull(msgspec.Struct, frozen=True, gc=False):
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):
-    """What a request is expected to cost on one worker, in seconds: `total_s` is the sum that workers compete by."""
+    """What a request is expected to cost on one worker, in seconds.
+
+    first_token_s: until its first token, by what waits there (`queue_s`), its prefill and its pull, which runs while
+    others are served. delay_s: what later requests wait longer because of it. They add up to `total_s`.
+    """
 
     worker_id: str
     hit_tokens: int
     queue_s: float
     prefill_s: float
-    eviction_s: float
+    first_token_s: float
+    delay_s: float
     total_s: float
     pull: Pull | None = None
 
