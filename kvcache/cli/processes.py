@@ -1,4 +1,4 @@
-"""`kvcache broker`, `worker` and `bench`: other programs of this project under one name.
+"""`kvcache broker`, `worker`, `bench` and `simulate`: other programs of this project under one name.
 
 Each has its own `main` and flags. We become that program (exec) rather than import it: the flags stand
 in one place, a worker's torch stays out of this package, and signals and exit codes need no relay.
@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True}
-FORWARDED = ("broker", "worker", "bench")
+FORWARDED = ("broker", "worker", "bench", "simulate")
 
 
 def broker(context: typer.Context) -> None:
@@ -29,6 +29,11 @@ def worker(context: typer.Context) -> None:
 def bench(context: typer.Context) -> None:
     """Measure a part against its reference."""
     _become("kvcache.bench", context)
+
+
+def simulate(context: typer.Context) -> None:
+    """Replay a trace of requests through the routing policies."""
+    _become("kvcache.simulate", context)
 
 
 def _become(module: str, context: typer.Context) -> NoReturn:

@@ -85,7 +85,7 @@ class WorkLedger:
         return begun + account.total_s + account.others_s
 
     def behind_s(self, worker: str) -> float:
-        """What waits behind the request in work, and remains to be done even if that one takes longer than it should."""
+        """What waits behind the request in work: it remains to be done even if that one takes longer than it should."""
         account = self._accounts.get(worker)
         if account is None or not account.pending:
             return 0.0

@@ -1,0 +1,159 @@
+"""A modelled broker: the real routing code (keys, ring, index, ledger, rates, policies) behind plain calls.
+
+What a real broker hears by messages, this one is told by method calls; what it decides, it decides by the same
+functions. It may know less than there is to know (lost events, a restart, other brokers), never more.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
+
+from kvcache.ring import UNIT_WEIGHT, HashRing
+from kvcache.routing.keys import PrefixKeys
+from kvcache.routing.ledger import WorkLedger
+from kvcache.routing.pending import PendingPrefixes
+from kvcache.routing.rates import RateBook
+from kvcache.routing.views import UNKNOWN_RATES, Belief, Choice, IndexState, Refusal, Request
+from kvcache.simulate.index import NodeIndex
+from kvcache.simulate.routers import Router
+from kvcache.simulate.traces import Arrival
+from kvcache.simulate.worker import Job
+
+TENANT = ""
+
+
+class ModelBroker:
+    """`pull_s`: what workers say a token's pull costs before any was measured; None if they cannot pull."""
+
+    def __init__(self, router: Router, workers: Sequence[str], pull_s: float | None, state: IndexState) -> None:
+        self.router = router
+        self.reasons: Counter[str] = Counter()
+        self._keys = PrefixKeys()
+        self._index = NodeIndex()
+        self._ledger = WorkLedger()
+        self._pending = PendingPrefixes()
+        self._book = RateBook(UNKNOWN_RATES if pull_s is None else replace(UNKNOWN_RATES, pull_s=pull_s))
+        self._states: dict[str, IndexState] = {}
+        self._inflight: Counter[str] = Counter()
+        self._decodes: Counter[str] = Counter()
+        self._turns: dict[str, float] = {}
+        self._turn = 0.0
+        self._beliefs: dict[str, Belief] = {}
+        self._ring = HashRing({})
+        for worker in workers:
+            self.joined(worker, state)
+
+    # --- workers come and go ----------------------------------------------------------------------
+
+    def joined(self, worker: str, state: IndexState = IndexState.EXACT) -> None:
+        self._states[worker] = state
+        self._turns[worker] = self._turn
+        self._ring = HashRing({**self._ring.weights, worker: UNIT_WEIGHT})
+        self._refresh(worker)
+
+    def left(self, worker: str) -> None:
+        self._ring = HashRing({name: weight for name, weight in self._ring.weights.items() if name != worker})
+        self._index.clear(worker)
+        self._ledger.forget(worker)
+        self._pending.forget(worker)
+        self._book.forget(worker)
+        self._inflight[worker] = self._decodes[worker] = 0
+        del self._beliefs[worker], self._states[worker]
+        self.router.left(worker)
+
+    def knows(self, worker: str, state: IndexState) -> None:
+        """How far the index is to be trusted for `worker` from now on."""
+        self._states[worker] = state
+        self._refresh(worker)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def choose(self, arrival: Arrival, now: float) -> Choice | Refusal:
+        if not self._ring.workers:
+            return Refusal("no worker is there")
+        request = Request(
+            self._keys.key(TENANT, arrival.chain, len(self._ring), now),
+            now=now,
+            num_tokens=arrival.num_tokens,
+            hits=self._hits(arrival),
+            delay_price=self._ledger.delay_price(now, len(self._ring)),
+        )
+        return self.router.choose(arrival, request, self._ring, self._beliefs)
+
+    def dispatched(self, job: Job, choice: Choice, now: float) -> None:
+        """Count the load at once: the next decision must see it."""
+        worker, arrival = choice.worker_id, job.arrival
+        belief = self._beliefs[worker]
+        hit = max(self._hits(arrival).get(worker, 0), choice.pull.num_tokens if choice.pull else 0)
+        seconds = belief.rates.prefill_s(arrival.num_tokens, min(hit, arrival.num_tokens - 1), belief.decodes)
+        self._ledger.dispatched(job.number, worker, seconds, now)
+        self._pending.dispatched(job.number, worker, arrival.chain)
+        self._inflight[worker] += 1
+        self._turn = max(self._turn, self._turns[worker])
+        self._turns[worker] = self._turn + 1.0
+        self._refresh(worker)
+        self.reasons[choice.reason.partition(" of ")[0]] += 1
+        self.router.dispatched(job, worker)
+
+    def first_token(self, job: Job, worker: str, now: float) -> None:
+        """A worker's report of its own work, and that it has a place for another."""
+        self._ledger.finished(job.number, now)
+        self._pending.finished(job.number)
+        self._index.stored(worker, job.arrival.chain)
+        self._decodes[worker] += 1
+        learner = self._book.learner(worker)
+        learner.prefilled(job.arrival.num_tokens, job.hit_tokens, job.decodes, job.prefill_s)
+        if job.pulled_tokens:
+            learner.pulled(job.pulled_tokens, job.pull_took_s)
+        self._refresh(worker)
+        self.router.first_token(job, worker)
+
+    def ended(self, job: Job, worker: str) -> None:
+        self._inflight[worker] -= 1
+        self._decodes[worker] -= 1
+        self._refresh(worker)
+        self.router.ended(job, worker)
+
+    # --- what workers tell ------------------------------------------------------------------------
+
+    def changed(self, worker: str, stored: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        """A batch of a worker's block events."""
+        self._index.stored(worker, stored)
+        self._index.removed(worker, removed)
+
+    def heard(self, worker: str, backlog_s: float, now: float) -> None:
+        """A worker's beat."""
+        self._ledger.heard(worker, backlog_s, now)
+        self._refresh(worker)
+
+    def holds(self, worker: str, nodes: Sequence[bytes]) -> None:
+        """A snapshot of all that a worker holds."""
+        self._index.clear(worker)
+        self._index.stored(worker, nodes)
+
+    @property
+    def beliefs(self) -> Mapping[str, Belief]:
+        return self._beliefs
+
+    def _hits(self, arrival: Arrival) -> dict[str, int]:
+        """Leading tokens that each worker holds, or is computing already."""
+        nodes = self._index.lookup(arrival.chain)
+        for worker, count in self._pending.lookup(arrival.chain).items():
+            nodes[worker] = max(count, nodes.get(worker, 0))
+        return {worker: arrival.ends[count - 1] for worker, count in nodes.items()}
+
+    def _refresh(self, worker: str) -> None:
+        self._beliefs[worker] = Belief(
+            inflight=self._inflight[worker],
+            weight=UNIT_WEIGHT,
+            turn=self._turns[worker],
+            is_available=True,
+            busy_until=self._ledger.busy_until(worker),
+            behind_s=self._ledger.behind_s(worker),
+            decodes=self._decodes[worker],
+            index=self._states[worker],
+            rates=self._book.rates(worker),
+        )

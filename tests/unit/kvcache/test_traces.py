@@ -1,0 +1,118 @@
+"""Traces: read whole or refused with the line that is wrong; synthetic ones as their models say."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus.errors import BadArgument
+from kvcache.simulate.report import optimum
+from kvcache.simulate.synthetic import BLOCK_TOKENS, KINDS, chain_of, synthetic, with_prefixes
+from kvcache.simulate.traces import Arrival, block_ends, faster, node_of, read_trace
+
+MOONCAKE = """\
+{"timestamp": 3000, "input_length": 600, "output_length": 7, "hash_ids": [0, 2]}
+{"timestamp": 1000, "input_length": 1024, "output_length": 5, "hash_ids": [0, 1]}
+"""
+AZURE = """\
+TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9951690,1030,109
+"""
+
+
+def write(folder: Path, text: str, name: str = "trace.jsonl") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_mooncake_trace_begins_at_zero_and_is_in_order(tmp_path: Path) -> None:
+    assert read_trace(write(tmp_path, MOONCAKE)) == [
+        Arrival(0.0, 1024, 5, (node_of(0), node_of(1)), (512, 1024)),
+        Arrival(2.0, 600, 7, (node_of(0), node_of(2)), (512, 600)),
+    ]
+
+
+def test_an_azure_trace_has_times_and_lengths_and_shares_nothing(tmp_path: Path) -> None:
+    first, second = read_trace(write(tmp_path, AZURE, "azure.csv"))
+    assert (first.num_tokens, first.output_tokens, first.at) == (374, 44, 0.0)
+    assert second.at == pytest.approx(4.314579, abs=1e-5)
+    assert second.ends == (512, 1024, 1030)
+    assert not set(first.chain) & set(second.chain)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no requests"),
+        ("\n\n", "no requests"),
+        (MOONCAKE + "{}", "line 3: Object missing required field"),
+        (MOONCAKE + "nonsense", "line 3: JSON is malformed"),
+        ('{"timestamp": 0, "input_length": 600, "output_length": 7, "hash_ids": [0]}', "2 blocks of 512, not 1"),
+        ('{"timestamp": -1, "input_length": 6, "output_length": 7, "hash_ids": [0]}', "line 1: Expected `float` >= 0"),
+        ('{"timestamp": 0, "input_length": 0, "output_length": 7, "hash_ids": []}', "line 1: Expected `int` >= 1"),
+        ("TIMESTAMP,Tokens\n1,2\n", "no column ContextTokens, GeneratedTokens"),
+        (AZURE + "yesterday,1,2\n", "line 4: Invalid isoformat string"),
+        (AZURE + "2023-11-16 18:15:46,0,2\n", "line 4: 0 tokens in and 2 out"),
+        (AZURE + "2023-11-16 18:15:46,1\n", "line 4: int()"),
+    ],
+)
+def test_a_line_that_makes_no_sense_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(BadArgument) as caught:
+        read_trace(write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadArgument, match="No such file"):
+        read_trace(tmp_path / "nowhere.jsonl")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadArgument, match="is not text"):
+        read_trace(tmp_path / "binary")
+
+
+def test_a_faster_trace_has_the_same_requests_in_less_time(tmp_path: Path) -> None:
+    trace = read_trace(write(tmp_path, MOONCAKE))
+    assert [arrival.at for arrival in faster(trace, 4.0)] == [0.0, 0.5]
+    assert [arrival.chain for arrival in faster(trace, 4.0)] == [arrival.chain for arrival in trace]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 1500)), min_size=1, max_size=5))
+def test_a_prompt_has_a_node_for_each_block_begun(parts: list[tuple[int, int]]) -> None:
+    num_tokens = sum(tokens for _, tokens in parts)
+    chain = chain_of(parts)
+    assert len(chain) == len(set(chain)) == len(block_ends(num_tokens, BLOCK_TOKENS))
+    longer = chain_of([*parts, (9, 600)])
+    assert longer[: num_tokens // BLOCK_TOKENS] == chain[: num_tokens // BLOCK_TOKENS]
+    assert longer[num_tokens // BLOCK_TOKENS] not in chain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_synthetic_trace_is_the_same_for_a_seed_and_another_for_another(kind: str) -> None:
+    trace = synthetic(kind)
+    assert trace == synthetic(kind)
+    assert trace[:50] != synthetic(kind, seed=1)[:50]
+    assert len(trace) > 1000
+    assert all(a.at <= b.at for a, b in pairwise(trace))
+    assert (optimum(trace) < 0.01) == (kind == "alone")
+
+
+def test_an_unknown_kind_is_refused_with_those_there_are() -> None:
+    with pytest.raises(BadArgument, match="agents, rag, chat"):
+        synthetic("poems")
+
+
+def test_prefixes_made_up_for_a_trace_leave_its_lengths_and_times() -> None:
+    bare = [Arrival(float(n), 1000 + 40 * (n % 50), 10, (), ()) for n in range(400)]
+    trace = with_prefixes(bare)
+    assert [(a.at, a.num_tokens, a.output_tokens) for a in trace] == [
+        (a.at, a.num_tokens, a.output_tokens) for a in bare
+    ]
+    assert all(len(a.chain) == len(a.ends) and a.ends[-1] == a.num_tokens for a in trace)
+    assert 0.2 < optimum(trace) < 0.6
+    assert with_prefixes(bare) == trace
