@@ -23,7 +23,8 @@ ENV_PREFIX = "KVCACHE_BROKER_"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerConfig:
     """bind: the first of six endpoints. settle_s: after its start the broker waits this long for workers that
-    knew an earlier one, rather than give their keys to others. max_inflight: requests one worker may have."""
+    knew an earlier one, rather than give their keys to others. max_inflight: requests one worker may have.
+    record: a file to append arrivals to, see `kvcache.broker.recorder`; empty for none."""
 
     bind: str = DEFAULT_URL
     policy: str = DEFAULT_POLICY
@@ -35,6 +36,7 @@ class BrokerConfig:
     settle_ms: int = 1000
     drain_ms: int = 10_000
     max_inflight: int = 512
+    record: str = ""
     log_level: str = "info"
     log_format: str = "text"
 
@@ -73,6 +75,7 @@ def parse_broker_config(argv: Sequence[str], env: Mapping[str, str] | None = Non
         "security": "none: bind loopback or ipc only",
         "settle_ms": "after start, wait this long for workers to rejoin",
         "max_inflight": "requests one worker may have at a time",
+        "record": "append times, lengths and hashed prefixes of generations to this file, for kvcache simulate",
     }
     for field in fields(BrokerConfig):
         flag = "--" + field.name.replace("_", "-")

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 
@@ -17,6 +18,7 @@ from bus.messages import SubAck
 from bus.security import SecurityConfig
 from bus.sockets import Message, Router, Sent, StreamHub, Subscriber
 from kvcache.broker.core import BrokerCore
+from kvcache.broker.recording import Recording
 from kvcache.broker.sends import Port, Send
 from kvcache.config import BrokerConfig
 
@@ -39,11 +41,17 @@ class Broker:
         self.core = BrokerCore(config, incarnation=time.time_ns(), now=time.monotonic())
         self.core.gauges.pid = os.getpid()
         self._routers: dict[Port, Router] = {}
+        self._recording: Recording | None = None
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
-        """Serve until `stop`; then drain. Raises Forbidden or ConnectionLost if an endpoint cannot be bound."""
+        """Serve until `stop`; then drain. Raises Forbidden or ConnectionLost if an endpoint cannot be bound.
+
+        Raises BadArgument if the file to record to cannot be opened.
+        """
         at = endpoints(self._config.bind)
         with ExitStack() as stack:
+            if self._config.record:
+                self._recording = stack.enter_context(Recording(Path(self._config.record), time.monotonic()))
             context = stack.enter_context(sockets.Context())
             hub = stack.enter_context(
                 StreamHub(context, self._security, allow=self.core.allows, on_allowed=self._acknowledge)
@@ -81,6 +89,8 @@ class Broker:
             self._update_gauges(process, now - due)
             due = now + TICK_S
             self._perform(self.core.tick(now))
+            if self._recording is not None:
+                self._recording.flush()
             for news in self.core.take_news():
                 log.log(logging.WARNING if news.is_bad else logging.INFO, "%s", news.text)
             if stop.is_set() and drain_until is None:
@@ -107,6 +117,8 @@ class Broker:
             now = time.monotonic()
             for link, *frames in batch:
                 try:
+                    if port is Port.CLIENT and self._recording is not None:
+                        self._recording.asked(bytes(link), frames, now)
                     self._perform(handler(bytes(link), frames, now, user_id))
                 except Exception:
                     log.exception("a message of a %s could not be handled", port.value)
@@ -117,6 +129,8 @@ class Broker:
 
     def _perform(self, sends: list[Send]) -> None:
         for send in sends:
+            if send.port is Port.CLIENT and self._recording is not None:
+                self._recording.answered(send.link, send.frames)
             outcome = self._routers[send.port].send(send.link, send.frames)
             if outcome is Sent.FULL or outcome is Sent.GONE:
                 self._perform(self.core.on_unsent(send, is_gone=outcome is Sent.GONE))

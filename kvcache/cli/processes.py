@@ -1,4 +1,4 @@
-"""`kvcache broker`, `worker`, `bench` and `simulate`: other programs of this project under one name.
+"""`kvcache broker`, `worker`, `bench`, `record` and `simulate`: other programs of this project under one name.
 
 Each has its own `main` and flags. We become that program (exec) rather than import it: the flags stand
 in one place, a worker's torch stays out of this package, and signals and exit codes need no relay.
@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True}
-FORWARDED = ("broker", "worker", "bench", "simulate")
+FORWARDED = ("broker", "worker", "bench", "record", "simulate")
 
 
 def broker(context: typer.Context) -> None:
@@ -31,11 +31,16 @@ def bench(context: typer.Context) -> None:
     _become("kvcache.bench", context)
 
 
+def record(context: typer.Context) -> None:
+    """Run a broker that records arrivals to a FILE."""
+    _become("kvcache.broker", context, "--record")
+
+
 def simulate(context: typer.Context) -> None:
     """Replay a trace of requests through the routing policies."""
     _become("kvcache.simulate", context)
 
 
-def _become(module: str, context: typer.Context) -> NoReturn:
+def _become(module: str, context: typer.Context, *flags: str) -> NoReturn:
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *context.args])
+    os.execv(sys.executable, [sys.executable, "-m", module, *flags, *context.args])

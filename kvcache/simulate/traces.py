@@ -46,6 +46,14 @@ class MooncakeLine(msgspec.Struct, frozen=True):
     hash_ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]]
 
 
+class RecordedLine(msgspec.Struct, frozen=True):
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: Positive
+    output_length: Count
+    hash_ids: list[str]
+    ends: list[Positive]
+
+
 def node_of(number: int) -> bytes:
     """A block that a trace knows by a number, as a node of a routing chain."""
     return number.to_bytes(ROUTING_NODE_BYTES, "big")
@@ -79,12 +87,12 @@ def faster(arrivals: Iterable[Arrival], speed: float) -> list[Arrival]:
 
 
 def _read_json(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
-    decode = msgspec.json.Decoder(MooncakeLine).decode
+    mooncake, recorded = msgspec.json.Decoder(MooncakeLine).decode, msgspec.json.Decoder(RecordedLine).decode
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield _from_mooncake(decode(line))
+            yield _from_recorded(recorded(line)) if '"ends"' in line else _from_mooncake(mooncake(line))
         except (msgspec.DecodeError, BadArgument) as error:
             raise BadArgument(f"{path}, line {number}: {error}") from None
 
@@ -94,6 +102,17 @@ def _from_mooncake(line: MooncakeLine) -> Arrival:
     if len(ends) != len(line.hash_ids):
         raise BadArgument(f"{line.input_length} tokens make {len(ends)} blocks of 512, not {len(line.hash_ids)}")
     chain = tuple(node_of(number) for number in line.hash_ids)
+    return Arrival(line.timestamp / 1000, line.input_length, line.output_length, chain, ends)
+
+
+def _from_recorded(line: RecordedLine) -> Arrival:
+    ends = tuple(line.ends)
+    if len(ends) != len(line.hash_ids) or list(ends) != sorted(ends) or (ends and ends[-1] > line.input_length):
+        raise BadArgument("ends must be one for each of hash_ids, rise, and not go beyond input_length")
+    try:
+        chain = tuple(bytes.fromhex(node) for node in line.hash_ids)
+    except ValueError:
+        raise BadArgument("hash_ids of a record must be hexadecimal") from None
     return Arrival(line.timestamp / 1000, line.input_length, line.output_length, chain, ends)
 
 

@@ -24,7 +24,8 @@ from bus.wire import Buffer
 from kvcache.broker.main import EXIT_FAILED, EXIT_USAGE, main
 from kvcache.broker.shell import Broker
 from kvcache.config import BrokerConfig
-from tests.unit.kvcache.broker_driver import done, hello, length, rid, worker_hello
+from kvcache.simulate.traces import read_trace
+from tests.unit.kvcache.broker_driver import PROMPT, done, generate, hello, length, rid, stream_end, worker_hello
 
 SECURITY = SecurityConfig()
 WAIT_S = 10.0
@@ -79,7 +80,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(**config: int) -> AsyncIterator[World]:
+async def world(**config: int | str) -> AsyncIterator[World]:
     """A broker that ends with the test, cleanly."""
     with tempfile.TemporaryDirectory() as folder:
         url = f"ipc://{Path(folder) / 'b'}"
@@ -121,6 +122,20 @@ async def test_tokens_reach_who_subscribed_after_the_broker_said_so() -> None:
                 publisher.send([topic, b"not parsed on the way"])
                 await asyncio.sleep(0.005)
         assert await streams.frames() == [topic, b"not parsed on the way"]
+
+
+async def test_a_generation_that_ends_well_is_recorded_if_so_asked(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    async with world(record=str(path)) as w:
+        worker, client = await w.worker(), await w.client()
+        client.say(m.OpenStream(req_id=rid(1)))
+        stream_id = (await client.hear(m.StreamOpened)).stream_id
+        client.say(generate(stream_id, chain=(b"chain001",)), PROMPT)
+        call = wire.decode_envelope(await worker.frames()).call
+        worker.say(m.Reply(call=call, final=True), wire.encode(stream_end()))
+        await client.hear(m.StreamEnd)
+    (arrival,) = read_trace(path)
+    assert (arrival.num_tokens, arrival.output_tokens, len(arrival.chain)) == (1, 0, 1)
 
 
 async def test_a_stream_that_is_not_open_is_refused_and_counted() -> None:
