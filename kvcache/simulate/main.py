@@ -20,19 +20,22 @@ from kvcache.routing.policies import POLICIES
 from kvcache.simulate.calibrate import calibrate
 from kvcache.simulate.options import Plan, parser, plan, swept
 from kvcache.simulate.plots import distribution, plot
-from kvcache.simulate.report import Figures, PolicyReport, figures, mean, optimum, show
+from kvcache.simulate.report import Figures, PolicyReport, figures, mean, optimum, shared_queue_s, show
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.routers import PolicyRouter, Router
 from kvcache.simulate.simulation import Result, Simulation
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
-    """All policies in one setup. at: the swept value; None without a sweep. ttft_s: of the first seed, by policy."""
+    """All policies in one setup. at: the swept value; None without a sweep. ttft_s: of the first seed, by policy.
+    bound_s: see `shared_queue_s`.
+    """
 
     at: float | None
     optimum: float
     policies: list[PolicyReport]
     ttft_s: dict[str, list[float]]
+    bound_s: list[float]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         scenes = [_scene(swept(chosen, value), value, status) for value in chosen.sweep[1]]
         scenes = scenes or [_scene(chosen, None, status)]
         for scene in scenes:
-            show(scene.policies, _title(given, chosen, scene), console)
+            show(scene.policies, _title(given, chosen, scene), scene.bound_s, console)
         if given.json:
             given.json.write_bytes(msgspec.json.format(_as_json(scenes), indent=2) + b"\n")
         if given.plots:
@@ -94,7 +97,8 @@ def _scene(chosen: Plan, at: float | None, status: Console) -> Scene:
                     ttft[policy] = sorted(o.ttft_s for o in result.outcomes if o.ttft_s is not None)
             bar.update(task, completed=chosen.seeds * len(chosen.trace))
             reports.append(PolicyReport(policy=policy, mean=mean(runs), runs=runs, reasons=dict(reasons)))
-    return Scene(at=at, optimum=best, policies=reports, ttft_s=ttft)
+    bound = shared_queue_s(chosen.trace, chosen.setup.costs, chosen.setup.num_workers)
+    return Scene(at=at, optimum=best, policies=reports, ttft_s=ttft, bound_s=bound)
 
 
 def _advance(bar: Progress, task: TaskID, before: int, done: int) -> None:

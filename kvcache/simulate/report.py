@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import msgspec
@@ -9,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from kvcache.simulate.costs import Costs
 from kvcache.simulate.simulation import Result
 from kvcache.simulate.traces import Arrival
 
@@ -51,12 +53,28 @@ def optimum(trace: Sequence[Arrival]) -> float:
     seen: set[bytes] = set()
     hit = 0
     for arrival in trace:
-        depth = 0
-        while depth < len(arrival.chain) and arrival.chain[depth] in seen:
-            depth += 1
+        depth = next((i for i, node in enumerate(arrival.chain) if node not in seen), len(arrival.chain))
         hit += arrival.ends[depth - 1] if depth else 0
         seen.update(arrival.chain)
     return hit / sum(arrival.num_tokens for arrival in trace)
+
+
+def shared_queue_s(trace: Sequence[Arrival], costs: Costs, num_workers: int) -> list[float]:
+    """Times to first token if all workers served one queue, first come first served, out of one infinite cache.
+
+    What no router can be: each worker takes whatever is next, and finds all that anybody ever computed.
+    """
+    seen: set[bytes] = set()
+    free_at = [0.0] * num_workers
+    ttft = []
+    for arrival in trace:
+        depth = next((i for i, node in enumerate(arrival.chain) if node not in seen), len(arrival.chain))
+        seen.update(arrival.chain)
+        hit = min(arrival.ends[depth - 1] if depth else 0, arrival.num_tokens - 1)
+        done = max(free_at[0], arrival.at) + costs.rates.prefill_s(arrival.num_tokens, hit)
+        heapq.heapreplace(free_at, done)
+        ttft.append(done - arrival.at)
+    return ttft
 
 
 def figures(result: Result, best_hit: float, slo_s: float) -> Figures:
@@ -94,8 +112,8 @@ def mean(runs: Sequence[Figures]) -> Figures:
     return msgspec.convert(values, Figures)
 
 
-def show(reports: Sequence[PolicyReport], title: str, console: Console) -> None:
-    """Print the table for people."""
+def show(reports: Sequence[PolicyReport], title: str, bound: Sequence[float], console: Console) -> None:
+    """Print the table for people. bound: see `shared_queue_s`."""
     console.print(title, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     has_after = any(report.mean.hit_after is not None for report in reports)
@@ -117,6 +135,11 @@ def show(reports: Sequence[PolicyReport], title: str, console: Console) -> None:
             row.append(f"{all_.hit_after:.3f}")
         table.add_row(*row)
     console.print(table)
+    p50, p90, p99 = np.percentile(bound, (50, 90, 99))
+    figures_ = f"mean {np.mean(bound):.2f} s, p50 {p50:.2f}, p90 {p90:.2f}, p99 {p99:.2f}"
+    console.print(
+        f"one queue and one infinite cache for all workers, which no router can be: {figures_}", soft_wrap=True
+    )
 
 
 def _hit_between(result: Result, start: float, end: float) -> float | None:

@@ -15,7 +15,7 @@ from kvcache.ring import HashRing
 from kvcache.routing.policies import POLICIES, Policy
 from kvcache.routing.views import Belief, Choice, Request
 from kvcache.simulate.costs import Costs
-from kvcache.simulate.report import figures, mean, optimum
+from kvcache.simulate.report import figures, mean, optimum, shared_queue_s
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.routers import PolicyRouter, Router
 from kvcache.simulate.simulation import Change, Result, Setup, Simulation
@@ -174,6 +174,12 @@ def test_figures_are_those_of_the_outcomes() -> None:
     assert shown.slo == pytest.approx(2 / 3)
     assert shown.imbalance == 1.0
     assert mean([shown, shown]) == shown
+
+
+def test_the_bound_is_one_queue_of_all_workers_and_one_cache() -> None:
+    trace = [ask(0.0, (1, 1000)), ask(0.0, (2, 4000)), ask(0.0, (3, 500)), ask(9.0, (2, 4000), (4, 1000))]
+    assert shared_queue_s(trace, COSTS, 2) == pytest.approx([1.0, 4.0, 1.5, 1.416])  # of 4000 tokens 7 blocks are full
+    assert shared_queue_s(trace, COSTS, 1)[2] == pytest.approx(5.5)
 
 
 @pytest.mark.parametrize(
