@@ -153,6 +153,12 @@ def test_a_restarted_broker_finds_the_holder_again(replay: bool) -> None:
     assert [outcome.hit_tokens // 1000 for outcome in result.outcomes] == [0, 4, 4]
 
 
+def test_what_a_worker_served_is_known_even_if_all_its_events_are_lost() -> None:
+    """The least estimate has no ring to lead it back: it goes to the holder only if it knows of it."""
+    trace = [ask(0.0, (1, 5000)), ask(20.0, (1, 5000), (2, 100))]
+    assert run(trace, "least_ttft", event_loss=1.0).outcomes[1].hit_tokens == 4608
+
+
 def test_brokers_hear_of_each_others_load_from_the_workers() -> None:
     seen: list[float] = []
 
