@@ -32,12 +32,12 @@ def bench(context: typer.Context) -> None:
 
 
 def record(context: typer.Context) -> None:
-    """Run a broker that records arrivals to a FILE."""
+    """Run a broker that records arrivals."""
     _become("kvcache.broker", context, "--record")
 
 
 def simulate(context: typer.Context) -> None:
-    """Replay a trace of requests through the routing policies."""
+    """Replay a trace through the routing policies."""
     _become("kvcache.simulate", context)
 
 
