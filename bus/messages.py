@@ -80,7 +80,10 @@ class Hello(Message, frozen=True):
 
 
 class WorkerHello(Message, frozen=True):
-    """A worker joins. Of two with one `worker_id`, the higher `incarnation` of the same user wins."""
+    """A worker joins. Of two with one `worker_id`, the higher `incarnation` of the same user wins.
+
+    peer_url: where other workers reach it to copy KV; empty if they cannot.
+    """
 
     opcode = 2
     worker_id: Name
@@ -91,6 +94,7 @@ class WorkerHello(Message, frozen=True):
     state: WorkerState = WorkerState.READY
     pid: U63 = 0
     software: Name = ""
+    peer_url: Name = ""
 
 
 class Welcome(Message, frozen=True):
@@ -266,7 +270,10 @@ class StreamOpened(Message, frozen=True):
 class Generate(Message, frozen=True):
     """Generate from a prompt. Payloads: the prompt (utf-8 text, `<u4` token ids, or JSON messages), and, when
     the stream goes on after a fault, the `<u4` tokens that the client already has; `epoch` is then higher.
-    Of two that wait the one of lower `priority` is sooner."""
+    Of two that wait the one of lower `priority` is sooner.
+
+    pull_from: a worker to copy the prompt's leading KV from, if it lives, whatever the policy thinks; empty: none.
+    """
 
     opcode = 34
     payloads = (1, 2)
@@ -283,6 +290,7 @@ class Generate(Message, frozen=True):
     policy: Name = ""
     chain: Chain = ()
     explain: bool = False
+    pull_from: Name = ""
     payload: Parts = ()
     priority: I63 = 0
 
@@ -562,6 +570,70 @@ class FlushPrefixCache(Message, frozen=True):
     cache_salt: Name | None = None
 
 
+# --- from worker to worker ----------------------------------------------------------------------
+
+
+class PullOrder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Copy the KV of at most `num_tokens` leading tokens from this worker; compute it if that fails or takes longer
+    than `budget_ms`. The worker also keeps half of what remains of the deadline for computing."""
+
+    worker_id: Name
+    url: Name
+    ticket: Id16
+    num_tokens: U63
+    budget_ms: Millis
+
+
+class Grant(Message, frozen=True):
+    """Broker to a holder of KV: whoever shows this ticket is `target` and may copy once, within `ttl_ms`.
+
+    Of this tenant's blocks, at most those of the first `num_tokens` tokens of a prompt.
+    """
+
+    opcode = 80
+    ticket: Id16
+    target: Name
+    tenant: Name
+    num_tokens: U63
+    ttl_ms: Millis
+
+
+class PullBlocks(Message, frozen=True):
+    """Copy me the blocks of these tokens from block `start` on, as far as you have them. Payload: `<u4` token ids.
+
+    digest: of the last block, by all that names blocks (`kvcache.hashing.HashSeed`), so that both ends mean the
+    same. credit: chunks that may come at once.
+    """
+
+    opcode = 81
+    payloads = (1, 1)
+    req_id: Id16
+    ticket: Id16
+    worker_id: Name
+    fingerprint: Name
+    dtype: Name
+    layout_version: U32
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    cache_salt: Name
+    start: U32
+    digest: Digest
+    credit: U32
+    payload: Parts
+
+
+class BlocksFound(Message, frozen=True):
+    """The leading run that is there ends before block `num_blocks`, whose last digest is `digest`; chunks follow.
+
+    A block is `block_bytes` long: `[num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]`, C order.
+    """
+
+    opcode = 82
+    req_id: Id16
+    num_blocks: U32
+    digest: Digest
+    block_bytes: U63
+
+
 # --- ends and envelopes --------------------------------------------------------------------------
 
 
@@ -581,6 +653,7 @@ class Assign(Message, frozen=True):
     """Envelope, broker to worker: a request begins. The client's own frames follow untouched.
 
     call: the broker's number for it. tenant, client: who asks, by the broker's word. reason: why this worker.
+    pull: where to copy the KV of the prompt's beginning from, if that pays.
     """
 
     opcode = 112
@@ -589,6 +662,7 @@ class Assign(Message, frozen=True):
     client: Id16
     deadline_ms: Millis
     reason: Text
+    pull: PullOrder | None = None
 
 
 class Forward(Message, frozen=True):
@@ -621,7 +695,13 @@ FollowUp = Cancel | Resume | Ack | Credit | Chunk
 
 ToBroker = Hello | AttachBulk | Beat | Goodbye | OpenStream | Query | Route | Dispatched | FollowUp
 WorkerToBroker = WorkerHello | AttachBulk | WorkerBeat | WorkerStatus | Goodbye | Reply
-ToWorker = Welcome | BrokerBeat | Goodbye | Assign | Forward | Release | Failed
+ToWorker = Welcome | BrokerBeat | Goodbye | Assign | Forward | Release | Grant | Failed
+ToHolder = PullBlocks | Credit | Cancel
+"""What a worker hears from another that copies from it."""
+
+ToPuller = BlocksFound | Chunk | Failed
+"""What a worker hears from another that it copies from."""
+
 ToClient = (
     Welcome
     | BrokerBeat

@@ -28,6 +28,11 @@ class SecurityConfig:
         if self.mode != "none":
             raise BadArgument(f"security mode {self.mode!r} does not exist; use 'none' (loopback and ipc only)")
 
+    @property
+    def peer_host(self) -> str:
+        """Where a worker listens for other workers: as far as this mode lets anybody in."""
+        return "127.0.0.1"
+
     def check_bind(self, endpoint: str) -> None:
         """Raise Forbidden if binding `endpoint` would let strangers in."""
         if not is_local(endpoint):

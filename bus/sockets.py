@@ -144,6 +144,11 @@ class Socket:
         except zmq.ZMQError as error:
             raise ConnectionLost(f"cannot bind {endpoint}: {error.strerror or error}") from error
 
+    def bind_free_port(self, host: str) -> str:
+        """Bind a port of this host that is free; returns the endpoint. Raises as `bind` does."""
+        self.bind(f"tcp://{host}:*")
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
     def connect(self, endpoint: str) -> None:
         """Returns at once; the connection is made, and made again, behind the scenes. Raises BadArgument."""
         self._allow_ipv6(endpoint)

@@ -106,6 +106,25 @@ class EngineStats(Figures, frozen=True):
     pulled_streams: int = 0
 
 
+class PeerStats(Figures, frozen=True):
+    """KV copied between workers.
+
+    pulls: that came whole, taking `pulled_s` together; failures: the others, by the name of their error's code.
+    pulled_tokens, pulled_bytes: that are in the pool, of both. bytes_per_s: of pulls that came whole, lately; links:
+    the same by the worker they came from. served: copies that others took.
+    """
+
+    pulls: int = 0
+    failures: dict[str, int] = {}
+    pulled_tokens: int = 0
+    pulled_bytes: int = 0
+    pulled_s: float = 0.0
+    bytes_per_s: int = 0
+    links: dict[str, int] = {}
+    served: int = 0
+    served_bytes: int = 0
+
+
 class WorkerStats(Figures, frozen=True):
     """Everything one worker reports of itself."""
 
@@ -120,10 +139,12 @@ class WorkerStats(Figures, frozen=True):
     models: tuple[ModelStats, ...] = ()
     engine: EngineStats = EngineStats()
     store: StoreStats = StoreStats()
+    peers: PeerStats = PeerStats()
 
 
 class WorkerView(Figures, frozen=True):
-    """One worker as the broker sees it. `status`: ready, suspect, loading or draining."""
+    """One worker as the broker sees it. `status`: ready, suspect, loading or draining. `peer_url`: where other
+    workers copy from it."""
 
     worker_id: str
     status: str
@@ -138,6 +159,7 @@ class WorkerView(Figures, frozen=True):
     kv_used_bytes: int = 0
     kv_total_bytes: int = 0
     models: tuple[tuple[str, str], ...] = ()
+    peer_url: str = ""
     stats: WorkerStats | None = None
 
 
@@ -157,6 +179,7 @@ class BrokerStats(Figures, frozen=True):
     requests: int = 0
     failed: dict[str, int] = {}
     routed: dict[str, int] = {}
+    pulls_ordered: int = 0
     malformed: int = 0
     unwelcome: int = 0
     refused_subscriptions: int = 0
@@ -186,13 +209,17 @@ class Candidate(Figures, frozen=True):
 
 
 class Explanation(Figures, frozen=True):
-    """Why a request went where it did: the key, the policy, and every candidate in the order of preference."""
+    """Why a request went where it did: the key, the policy, and every candidate in the order of preference.
+
+    pull_from: the worker that the beginning of the prompt is copied from, if any.
+    """
 
     policy: str
     key: str
     worker_id: str
     reason: str
     ring_epoch: str
+    pull_from: str = ""
     candidates: tuple[Candidate, ...] = ()
 
 

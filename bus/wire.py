@@ -45,6 +45,8 @@ def _all_messages() -> dict[int, type[Message]]:
         messages.WorkerToBroker,
         messages.ToWorker,
         messages.ToClient,
+        messages.ToHolder,
+        messages.ToPuller,
         messages.OnStream,
     )
     return {kind.opcode: kind for union in unions for kind in get_args(union)}

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from bus import wire
 from bus.errors import KVCacheError
-from bus.messages import Assign, Dispatched, Message, Reply
+from bus.messages import Assign, Dispatched, Message, PullOrder, Reply
 from bus.wire import Buffer
 from workers.engine_api import Command
 
@@ -37,13 +37,17 @@ class RequestKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One request in progress. deadline: monotonic seconds. reason: why the broker chose this worker."""
+    """One request in progress. deadline: monotonic seconds. reason: why the broker chose this worker.
+
+    pull: where it says that the beginning of the prompt may be copied from.
+    """
 
     id: CallId
     request: RequestKey
     message: Dispatched
     deadline: float
     reason: str
+    pull: PullOrder | None
 
 
 class Channel(enum.Enum):
@@ -86,7 +90,30 @@ class Forget:
     link: int
 
 
-Action: TypeAlias = Send | Publish | Tell | Forget
+@dataclass(frozen=True, slots=True)
+class ToPeer:
+    """One message for the worker at an address, to which a connection is made if there is none."""
+
+    url: str
+    frames: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp:
+    """Close the connection to that address, with all that waits to be sent over it."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToCaller:
+    """One message for a worker, or whoever it is, that speaks at our own endpoint."""
+
+    peer: bytes
+    frames: Sequence[Buffer]
+
+
+Action: TypeAlias = Send | Publish | Tell | Forget | ToPeer | HangUp | ToCaller
 
 
 class Calls:
@@ -105,6 +132,7 @@ class Calls:
             message=message,
             deadline=now + assign.deadline_ms / 1000,
             reason=assign.reason,
+            pull=assign.pull,
         )
         self._calls[call.id] = call
         return call

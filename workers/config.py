@@ -29,7 +29,7 @@ RunnerChoice = Literal["auto", "torch", "openvino"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_FAILPOINT = re.compile(r"[a-z_.]+:kill9@[1-9]\d{0,8}", re.ASCII)
+_FAILPOINT = re.compile(r"[a-z_.]+:(kill9|stop|corrupt)@[1-9]\d{0,8}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class WorkerConfig:
     kv_plane_bytes: the KV plane's part of it; None: a quarter.
     max_model_len: tokens of a sequence; None: what the model allows.
     audit: the part of found blocks that is computed again and compared; 0 for none.
-    failpoint: `NAME:kill9@N` kills the process when it reaches point NAME the Nth time; for fault tests.
+    failpoint: `NAME:ACTION@N` harms the process when it reaches point NAME the Nth time; see `workers.failpoints`.
     """
 
     brokers: tuple[str, ...] = (DEFAULT_URL,)
@@ -94,7 +94,7 @@ class WorkerConfig:
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
         _check_choice("--log-format", self.log_format, get_args(LogFormat))
         if self.failpoint and not _FAILPOINT.fullmatch(self.failpoint):
-            raise BadArgument(f"KVCACHE_FAILPOINT {self.failpoint!r} is not of the form NAME:kill9@N")
+            raise BadArgument(f"KVCACHE_FAILPOINT {self.failpoint!r} is not of the form NAME:kill9|stop|corrupt@N")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

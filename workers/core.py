@@ -7,7 +7,8 @@ order. There is no socket, thread or clock here. This file joins the parts and o
     READY     serving
     DRAINING  nothing new; what runs has 10 s, then fails as retryable. `is_drained` says when to leave
 
-What becomes of a request stands in `requests`, what a broker may ask of us in `links`.
+What becomes of a request stands in `requests`, what a broker may ask of us in `links`, what other workers may in
+`peers`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from bus.messages import (
     Failed,
     Forward,
     Goodbye,
+    Grant,
     ModelState,
     Release,
     Welcome,
@@ -34,9 +36,11 @@ from bus.messages import (
 )
 from bus.stats import WorkerStats, pack
 from bus.wire import Frames
-from workers.calls import Action, CallId, Channel, Send
+from workers.calls import Action, CallId, Channel, Send, ToCaller, ToPeer
+from workers.copy_api import BlocksRead, CopyBroke, Filled, Lent, Wanted
 from workers.engine_api import EngineFigures, Event
 from workers.links import Link, Load
+from workers.peers import Peers
 from workers.requests import Requests
 from workers.store import KVStore
 
@@ -61,6 +65,7 @@ class WorkerCore:
         self._hello = hello
         self._links = [Link(number, hello, now) for number in range(num_links)]
         self._requests = Requests(hello.worker_id, store, self._may_act)
+        self._peers = Peers(hello.worker_id)
         self._malformed = 0
         self._state = WorkerState.LOADING if preloading else WorkerState.READY
         self._preloading = set(preloading)
@@ -103,6 +108,8 @@ class WorkerCore:
                 return []
             case Release():
                 return self._requests.released(CallId(number, message.call))
+            case Grant():
+                return self._peers.granted(message, now)
             case Welcome():
                 return self._welcomed(link, message, now)
             case Goodbye():
@@ -127,7 +134,25 @@ class WorkerCore:
 
     def on_engine(self, event: Event, now: float) -> list[Action]:
         """Something the engine has to say."""
-        return self._requests.on_engine(event, now)
+        match event:
+            case Lent() | BlocksRead() | Wanted() | Filled() | CopyBroke():
+                return self._peers.on_engine(event, now)
+            case _:
+                return self._requests.on_engine(event, now)
+
+    def on_peer_request(self, peer: bytes, frames: Frames, now: float) -> list[Action]:
+        """A message at this worker's own endpoint, from whoever can reach it."""
+        return self._peers.on_request(peer, frames, now)
+
+    def on_peer_answer(self, url: str, frames: Frames, now: float) -> list[Action]:
+        """A message of the worker at `url`, which this one copies from."""
+        return self._peers.on_answer(url, frames, now)
+
+    def on_peer_unsent(self, action: ToPeer | ToCaller) -> list[Action]:
+        """A message to another worker could not be sent: what was to be copied will not be."""
+        if isinstance(action, ToPeer):
+            return self._peers.lose_peer(action.url)
+        return self._peers.lose_caller(action.peer)
 
     def on_unsent(self, send: Send, now: float) -> list[Action]:
         """A message could not even be queued. A request ends, typed; a broker that takes nothing counts as gone."""
@@ -148,6 +173,7 @@ class WorkerCore:
             if was is not self._state:
                 actions += link.beat(self._state, self._load(now), now)
         actions += self._requests.tick(now)
+        actions += self._peers.tick(now)
         if now >= self._drain_until:
             actions += self._requests.fail_all(WorkerLost("the worker was told to drain and its time is up"))
         if now >= self._status_due:
@@ -187,12 +213,13 @@ class WorkerCore:
             uptime_s=round(now - self._started_at, 3),
             rss_bytes=rss_bytes,
             loop_lag_ms=round(lag_s * 1000, 3),
-            malformed=self._malformed + self._requests.malformed,
+            malformed=self._malformed + self._requests.malformed + self._peers.malformed,
             models=self._figures.models,
             engine=msgspec.structs.replace(
                 self._figures.engine, gaps_replayed=counts.gaps_replayed, pulled_streams=counts.pulled_streams
             ),
             store=self._requests.store_stats(now),
+            peers=self._peers.stats(),
         )
 
     def _status(self, stats: WorkerStats) -> list[Action]:

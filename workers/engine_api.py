@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import NewType, TypeAlias
 
 from bus.errors import KVCacheError
-from bus.messages import FinishReason, PromptKind, Sampling, TokenLogprobs
+from bus.messages import FinishReason, PromptKind, PullOrder, Sampling, TokenLogprobs
 from bus.stats import EngineStats, ModelStats, SequenceInfo
 from bus.tensors import TensorMeta
+from workers.copy_api import CopyCommand, CopyEvent
+from workers.keys import RunId as RunId  # one of the words of this interface
 from workers.keys import SequenceKey
 from workers.text import TextStream
 
-RunId = NewType("RunId", bytes)
 Ticket = NewType("Ticket", int)
 
 
@@ -32,6 +33,7 @@ class Start:
 
     model: a registered name; empty for the default. deadline: monotonic seconds, for the queue's sake only.
     priority: its class, lower is sooner.
+    pull: where to copy leading blocks from before it is admitted; see `workers.copy_api`.
     """
 
     run: RunId
@@ -45,6 +47,7 @@ class Start:
     cache_salt: str
     deadline: float
     priority: int = 0
+    pull: PullOrder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class FlushKV:
 
 Question: TypeAlias = ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV | FlushKV
 TextCommand: TypeAlias = Finish | Fail
-Command: TypeAlias = Start | Stop | Hold | Proceed | TextCommand | Load | Question
+Command: TypeAlias = Start | Stop | Hold | Proceed | TextCommand | Load | Question | CopyCommand
 
 
 # --- events --------------------------------------------------------------------------------------
@@ -259,8 +262,9 @@ class Answered:
     answer: Answer
 
 
-Event: TypeAlias = Admitted | Produced | Ended | Broke | Retained | Forgotten | Answered
-EngineEvent: TypeAlias = Opened | NewToken | Admitted | Ended | Broke | Retained | Forgotten | Answered
+RunEvent: TypeAlias = Admitted | Produced | Ended | Broke
+Event: TypeAlias = RunEvent | Retained | Forgotten | Answered | CopyEvent
+EngineEvent: TypeAlias = Opened | NewToken | Admitted | Ended | Broke | Retained | Forgotten | Answered | CopyEvent
 """What the engine's thread says; `workers.texts` makes `Event`s of it."""
 OnEvents: TypeAlias = Callable[[Sequence[Event]], None]
 

@@ -1,9 +1,10 @@
-"""Places where a test may have this process die, so that "just before the answer" is hit exactly and not by luck.
+"""Places where a test may have this process fail, so that "just before the answer" is hit exactly and not by luck.
 
 Off unless `KVCACHE_FAILPOINT` is set at start. The shell passes these points:
 
     worker.reply    before an answer within a call is sent
     worker.publish  before tokens are published
+    peer.chunk      before a chunk of KV is sent to another worker
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ import signal
 
 
 class Failpoint:
-    """`NAME:kill9@N`: SIGKILL ourselves when point NAME is reached the Nth time. The form was checked by the config."""
+    """`NAME:ACTION@N`: when point NAME is reached the Nth time, `kill9` or `stop` ourselves, or `corrupt` what is sent.
+
+    The form was checked by the config.
+    """
 
     def __init__(self, text: str) -> None:
         self._name, _, action = text.partition(":")
-        self._left = int(action.partition("@")[2])
+        self._action, _, count = action.partition("@")
+        self._left = int(count)
 
-    def reach(self, name: str) -> None:
+    def reach(self, name: str) -> bool:
+        """Whether what is to be sent now is to be corrupted."""
         if name != self._name:
-            return
+            return False
         self._left -= 1
-        if self._left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self._left != 0:
+            return False
+        if self._action == "corrupt":
+            return True
+        os.kill(os.getpid(), signal.SIGKILL if self._action == "kill9" else signal.SIGSTOP)
+        return False

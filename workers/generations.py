@@ -136,6 +136,7 @@ class Generations:
             cache_salt=message.cache_salt,
             deadline=call.deadline,
             priority=message.priority,
+            pull=call.pull,
         )
         return [*actions, Tell(start)]
 

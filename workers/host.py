@@ -17,6 +17,7 @@ from typing import TypeAlias, assert_never
 
 from bus.errors import InternalError, KVCacheError, NotFound
 from bus.stats import EngineStats
+from workers.copy_api import EndPull, Fill, Lend, ReadBlocks, Return
 from workers.engine_api import (
     Answer,
     Answered,
@@ -43,6 +44,7 @@ from workers.engine_api import (
     Ticket,
     UnpinKV,
 )
+from workers.exchange import Exchange
 from workers.keys import SequenceKey
 from workers.shelf import Loaded, Models, Shelf
 from workers.slot import Model, Slot
@@ -90,6 +92,7 @@ class Host:
                 cache=cache,
             ),
         )
+        self._exchange = Exchange(self._shelf.slots)
         self._slot_of: dict[RunId, Slot | None] = {}  # None: not in a slot yet
         self._held: set[RunId] = set()  # of those not in a slot yet
         self._events: list[EngineEvent] = []
@@ -118,12 +121,17 @@ class Host:
                 self._encoded(item, now)
             case ReadKV() | MeasureKV() | DropKV() | PinKV() | UnpinKV() | ListKV() | FlushKV():
                 self._answer(item, now)
+            case Lend() | ReadBlocks() | Return() | Fill() | EndPull():
+                self._exchange.handle(item)
             case _:
                 assert_never(item)
 
     def step(self, clock: Callable[[], float]) -> bool:
-        """One forward pass of each model that has work; False if none had any."""
-        is_busy = False
+        """Copies that are due, then one forward pass of each model that has work; False if there is nothing to do."""
+        self._events += self._exchange.work(clock)
+        for waiting in self._exchange.take_released():
+            self._submit(waiting.slot, waiting.start, waiting.prompt, clock())
+        is_busy = self._exchange.is_busy
         for slot in self._shelf.slots():
             ran, events = slot.step(clock)
             self._progress += ran
@@ -195,8 +203,16 @@ class Host:
         except KVCacheError as error:
             self._break(run, error)
             return
+        wanted = self._exchange.want(slot, done.start, done.result)
+        if wanted is None:
+            self._submit(slot, done.start, done.result, now)
+        else:
+            self._events.append(wanted)
+
+    def _submit(self, slot: Slot, start: Start, prompt: tuple[int, ...], now: float) -> None:
+        run = start.run
         self._slot_of[run] = slot
-        self._say(slot.submit(done.start, done.result, now))
+        self._say(slot.submit(start, prompt, now))
         if run in self._held:
             self._held.discard(run)
             slot.hold(run)
@@ -211,6 +227,7 @@ class Host:
 
     def _stop(self, run: RunId, now: float) -> None:
         self._held.discard(run)
+        self._exchange.leave(run)
         slot = self._slot_of.pop(run, None)
         if slot is not None:
             self._say(slot.stop(run, now))

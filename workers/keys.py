@@ -1,8 +1,12 @@
-"""What a named sequence is called inside a worker."""
+"""What things are called inside a worker: generations, and the sequences that clients name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NewType
+
+RunId = NewType("RunId", bytes)
+"""One attempt at a generation."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -89,6 +89,7 @@ class PagedKV:
             memory = torch.empty(shape, dtype=dtype, device=device).zero_()
         except RuntimeError as error:
             raise NoSpace(f"{device} has no {plan.total_bytes} bytes for the KV pool: {error}") from error
+        self._memory = memory
         self.keys: tuple[torch.Tensor, ...] = tuple(memory[layer, 0] for layer in range(plan.num_layers))
         self.values: tuple[torch.Tensor, ...] = tuple(memory[layer, 1] for layer in range(plan.num_layers))
 
@@ -148,6 +149,35 @@ class PagedKV:
             largest = first.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
             worst = torch.maximum(worst, (first - second).abs().max() / largest)
         return float(worst)
+
+    def export_blocks(self, blocks: Sequence[BlockId]) -> torch.Tensor:
+        """Copy whole blocks out, on the CPU: `[len(blocks), num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]`.
+
+        Contiguous, in the pool's dtype: the bytes of one block after the other, `plan.block_bytes` each.
+        """
+        out = torch.empty((len(blocks), *self._block_shape), dtype=self.dtype)
+        for copy, block in zip(out, blocks, strict=True):
+            copy.copy_(self._memory[:, :, block])
+        return out
+
+    def import_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
+        """Overwrite whole blocks with bytes that `export_blocks` of a pool cut alike has given, in place.
+
+        data: only read; a bytearray since torch takes no other memory without a copy. Raises BadTensor, with nothing
+        changed, unless it is `len(blocks) * plan.block_bytes` long.
+        """
+        if len(data) != len(blocks) * self.plan.block_bytes:
+            raise BadTensor(f"{len(data)} bytes are not {len(blocks)} blocks of {self.plan.block_bytes}")
+        if not blocks:
+            return
+        copies = torch.frombuffer(data, dtype=self.dtype).view(len(blocks), *self._block_shape)
+        for block, copy in zip(blocks, copies, strict=True):
+            self._memory[:, :, block].copy_(copy)
+
+    @property
+    def _block_shape(self) -> tuple[int, ...]:
+        plan = self.plan
+        return (plan.num_layers, 2, plan.num_kv_heads, plan.block_size, plan.head_dim)
 
     def _check_range(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> None:
         if not 0 <= layer < self.plan.num_layers:

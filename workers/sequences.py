@@ -15,14 +15,16 @@ on like it for a while, and then otherwise, is copied: that far the copy needs n
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
 
-from bus.errors import Conflict, NotFound
+from bus.errors import Conflict, NoSpace, NotFound
 from kvcache.hashing import TOKEN_BYTES, BlockHash, HashSeed, block_digests, encode_token_ids, extend
 from workers.batch import BlockId, Slice
 from workers.hits import HitTable
 from workers.keys import SequenceKey
+from workers.loans import LoanId, Loans
 from workers.prefix_cache import PrefixCache
 
 
@@ -98,6 +100,7 @@ class SequenceTable:
 
     def __init__(self, cache: PrefixCache) -> None:
         self.cache = cache
+        self.loans = Loans(cache)
         self._live: set[Sequence] = set()
         self._claimed: dict[SequenceKey, Sequence] = {}
         self._retained: OrderedDict[SequenceKey, Sequence] = OrderedDict()
@@ -275,6 +278,27 @@ class SequenceTable:
         running = {key for key, sequence in self._claimed.items() if sequence.num_computed > 0}
         return sorted(running | self._retained.keys())
 
+    # --- blocks that come from other workers ---
+
+    def fill_loan(
+        self,
+        loan: LoanId,
+        digests: AbstractSequence[BlockHash],
+        tokens: AbstractSequence[bytes],
+        seed: HashSeed,
+        write: Callable[[AbstractSequence[BlockId]], None],
+        now: float,
+    ) -> int:
+        """Add blocks to an open loan, see `Loans.fill`, with room as for a sequence that waits: nobody is preempted.
+
+        Raises NotFound if the loan was revoked, NoSpace if there is no room, and what `write` raises.
+        """
+        self.loans.blocks(loan)
+        if len(digests) > self._obtainable(len(digests), now, takes_loans=False):
+            raise NoSpace(f"no room for {len(digests)} blocks from another worker: all others are in use")
+        fresh = self._allocate(len(digests), now, takes_loans=False)
+        return self.loans.fill(loan, fresh, digests, tokens, seed, write)
+
     def counts(self) -> TableCounts:
         return TableCounts(
             retained=len(self._retained),
@@ -287,6 +311,7 @@ class SequenceTable:
         self.cache.check()
         holders = Counter(block for sequence in self._live for block in sequence.block_table)
         holders.update(block for sequence in self._retained.values() for block in sequence.block_table)
+        holders.update(self.loans.held())
         for block in map(BlockId, range(self.cache.pool.num_blocks)):
             assert self.cache.pool.ref_count(block) == holders[block], f"block {block} is held by nobody known"
         assert self._pins.keys() <= self._claimed.keys() | self._retained.keys(), "a pin outlived its sequence"
@@ -367,21 +392,25 @@ class SequenceTable:
 
     # --- room ---
 
-    def _obtainable(self, num: int, now: float, leaving: Iterable[BlockId] = ()) -> int:
+    def _obtainable(self, num: int, now: float, leaving: Iterable[BlockId] = (), *, takes_loans: bool = True) -> int:
         """How many blocks could be had, counted no further than `num` needs it.
 
-        A held block comes free when all its holders are retained sequences that may be evicted, or `leaving`.
+        A held block comes free when all its holders are loans, retained sequences that may be evicted, or `leaving`.
         """
         pool = self.cache.pool
         if num <= pool.num_available:
             return pool.num_available
         holders = Counter(leaving)
+        if takes_loans:
+            holders.update(self.loans.held())
         for key in self._evictable(now):
             holders.update(self._retained[key].block_table)
         return pool.num_available + sum(pool.ref_count(block) == count for block, count in holders.items())
 
-    def _allocate(self, num: int, now: float) -> list[BlockId]:
-        """Take `num` obtainable blocks, evicting retained sequences one by one as far as it needs."""
+    def _allocate(self, num: int, now: float, *, takes_loans: bool = True) -> list[BlockId]:
+        """Take `num` obtainable blocks: loans go first, then retained sequences one by one as far as it needs."""
+        if takes_loans and self.cache.pool.num_available < num:
+            self.loans.revoke()
         while self.cache.pool.num_available < num:
             self._drop(next(self._evictable(now)))
             self._evictions += 1

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, assert_never
 
 import msgspec
@@ -18,7 +19,7 @@ import msgspec
 from bus.errors import BadArgument, InternalError, KVCacheError, NotFound
 from bus.messages import FinishReason, PromptKind, Sampling, TokenLogprobs
 from bus.stats import EngineStats, LayerInfo, PoolStats, SequenceInfo
-from kvcache.hashing import HashSeed
+from kvcache.hashing import BlockHash, HashSeed
 from kvcache.sampling_checks import check_vocabulary
 from workers import tasks
 from workers.audit import Auditor
@@ -37,6 +38,7 @@ from workers.engine_api import (
     Start,
 )
 from workers.keys import SequenceKey
+from workers.loans import LoanId, Loans
 from workers.logit_changes import LogitChanges, changes_of
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
@@ -97,6 +99,12 @@ class Model(Protocol):
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
         """Copy one layer's K and V out of the pool; `length` is `stop`. Raises BadArgument for a wrong layer."""
 
+    def read_blocks(self, blocks: Sequence[BlockId]) -> memoryview:
+        """Copy whole blocks out, one after the other: `[num_layers, 2, num_kv_heads, block_size, head_dim]` each."""
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
+        """Overwrite whole blocks with what `read_blocks` gave elsewhere. Raises BadTensor for a wrong length."""
+
 
 @dataclass(slots=True)
 class _Output:
@@ -125,6 +133,7 @@ class Slot:
     ) -> None:
         facts = model.facts
         self.model = model
+        self.shares_prefixes = shares_prefixes
         config = tasks.SchedulerConfig(
             max_model_len=facts.max_model_len,
             vocab_size=facts.vocab_size,
@@ -134,7 +143,6 @@ class Slot:
         self._cache = PrefixCache(facts.num_blocks, facts.block_size, cache.eviction_policy)
         self._auditor = Auditor(self._cache, cache.audit_share, facts.kv_tolerance)
         self._scheduler = Scheduler(config, self._cache)
-        self._shares_prefixes = shares_prefixes
         # A checkpoint may name ends of text that its own vocabulary does not have.
         self._eos_ids = frozenset(token for token in facts.eos_ids if token < facts.vocab_size)
         self._outputs: dict[RunId, _Output] = {}
@@ -264,6 +272,36 @@ class Slot:
         self._names = names
         return events
 
+    # --- blocks that travel ---
+
+    @property
+    def loans(self) -> Loans:
+        return self._scheduler.sequences.loans
+
+    def fill(
+        self,
+        loan: LoanId,
+        digests: Sequence[BlockHash],
+        tokens: Sequence[bytes],
+        seed: HashSeed,
+        data: bytearray,
+        now: float,
+    ) -> int:
+        """Add blocks with these bytes to a loan; returns how many it holds then. Raises NotFound or NoSpace."""
+        write = partial(self.model.write_blocks, data=data)
+        return self._scheduler.sequences.fill_loan(loan, digests, tokens, seed, write, now)
+
+    def seed(self, tenant: str, cache_salt: str) -> HashSeed:
+        """What names the blocks that this tenant shares with itself."""
+        facts = self.model.facts
+        return HashSeed(
+            model=facts.fingerprint,
+            dtype=facts.dtype,
+            block_size=facts.block_size,
+            tenant=tenant,
+            cache_salt=cache_salt,
+        )
+
     # --- figures ---
 
     def engine_stats(self) -> EngineStats:
@@ -281,16 +319,10 @@ class Slot:
     # --- inside ---
 
     def _task(self, start: Start, prompt: tuple[int, ...]) -> tasks.GenerationTask:
-        facts, sampling = self.model.facts, start.sampling
-        seed = HashSeed(
-            model=facts.fingerprint,
-            dtype=facts.dtype,
-            block_size=facts.block_size,
-            tenant=start.tenant,
-            cache_salt=start.cache_salt,
-            # A seed of its own makes a request share with nobody, not even under its own name.
-            adapter="" if self._shares_prefixes else start.run.hex(),
-        )
+        sampling = start.sampling
+        seed = self.seed(start.tenant, start.cache_salt)
+        if not self.shares_prefixes:  # a seed of its own makes a request share with nobody, not even under its name
+            seed = replace(seed, adapter=start.run.hex())
         return tasks.GenerationTask(
             key=start.run,
             prompt=prompt,

@@ -47,8 +47,8 @@ _chat = msgspec.json.Decoder(list[ChatMessage])
 
 
 class TorchModel:
-    """One loaded model over its own pool. `compute` and `read` belong to one thread, `encode` to another, and what
-    `open_text` returns to a third."""
+    """One loaded model over its own pool. `encode` belongs to one thread, what `open_text` returns to another, and all
+    that touches the pool to a third."""
 
     def __init__(self, loaded: LoadedModel, kv: PagedKV, chosen: Chosen) -> None:
         shape = loaded.shape
@@ -122,6 +122,12 @@ class TorchModel:
         keys, values = self._kv.read(layer, block_table, start, stop)
         meta = TensorMeta(dtype=self._dtype, shape=tuple(keys.shape))
         return ReadResult(meta, meta, _buffer(keys), _buffer(values), stop)
+
+    def read_blocks(self, blocks: Sequence[BlockId]) -> memoryview:
+        return _buffer(self._kv.export_blocks(blocks))
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
+        self._kv.import_blocks(blocks, data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

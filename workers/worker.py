@@ -1,7 +1,8 @@
 """The worker's sockets and clock: moves frames and events between the brokers, the engine and the core.
 
 Three connections to each broker: control and bulk (so that a tensor never delays a heartbeat) and one to
-publish tokens through. Everything here runs on the loop; the model runs in the engine's thread.
+publish tokens through; those between workers are in `peer_sockets`. Everything here runs on the loop; the
+model runs in the engine's thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import assert_never
 
+import msgspec
 import psutil
 
 from bus import sockets
@@ -21,12 +23,13 @@ from bus.errors import InternalError
 from bus.messages import WorkerHello, WorkerState
 from bus.security import SecurityConfig
 from bus.sockets import Context, Dealer, Message, Publisher, Sent
-from workers.calls import Action, Channel, Forget, Publish, Send, Tell
+from workers.calls import Action, Channel, Forget, HangUp, Publish, Send, Tell, ToCaller, ToPeer
 from workers.core import WorkerCore
 from workers.engine import EngineThread
 from workers.engine_api import Event, Load
 from workers.failpoints import Failpoint
 from workers.memory import HostMemory
+from workers.peer_sockets import PeerSockets
 from workers.shelf import Models
 from workers.store import KVStore
 from workers.tasks import MAX_NUM_SEQS, CacheConfig
@@ -66,13 +69,10 @@ class Worker:
         self._preload = tuple(preload)
         self._security = SecurityConfig()
         self._failpoint = Failpoint(failpoint) if failpoint else None
-        self._core = WorkerCore(
-            hello,
-            KVStore(HostMemory(kv_plane_bytes)),
-            num_links=len(self._brokers),
-            preloading=self._preload,
-            now=time.monotonic(),
-        )
+        self._hello = hello
+        self._store = KVStore(HostMemory(kv_plane_bytes))
+        self._core: WorkerCore
+        self._peers: PeerSockets
         self._lanes: dict[tuple[int, Channel], Dealer] = {}
         self._publishers: list[Publisher] = []
         self._engine: EngineThread
@@ -81,6 +81,14 @@ class Worker:
         """Serve until `stop`, then drain, say goodbye and close. Raises InternalError if the engine has failed."""
         with ExitStack() as stack:
             context = stack.enter_context(sockets.Context())
+            self._peers = PeerSockets(context, self._security, stack, self._on_peer_request, self._on_peer_answer)
+            self._core = WorkerCore(
+                msgspec.structs.replace(self._hello, peer_url=self._peers.url),
+                self._store,
+                num_links=len(self._brokers),
+                preloading=self._preload,
+                now=time.monotonic(),
+            )
             self._engine = stack.enter_context(
                 EngineThread(
                     self._models,
@@ -150,6 +158,18 @@ class Worker:
 
         return receive
 
+    def _on_peer_request(self, peer: bytes, frames: Message) -> None:
+        try:
+            self._perform(self._core.on_peer_request(peer, frames, time.monotonic()))
+        except Exception:
+            log.exception("a message of another worker could not be handled")
+
+    def _on_peer_answer(self, url: str, frames: Message) -> None:
+        try:
+            self._perform(self._core.on_peer_answer(url, frames, time.monotonic()))
+        except Exception:
+            log.exception("a message of the worker at %s could not be handled", url)
+
     def _on_engine(self, events: Sequence[Event]) -> None:
         now = time.monotonic()
         for event in events:
@@ -172,6 +192,10 @@ class Worker:
                     self._engine.send(action.command)
                 case Forget():
                     self._lanes[action.link, Channel.CONTROL].forget_queue()
+                case ToPeer() | ToCaller():
+                    self._send_to_peer(action)
+                case HangUp():
+                    self._peers.hang_up(action.url)
                 case _:
                     assert_never(action)
 
@@ -182,6 +206,17 @@ class Worker:
         if outcome is Sent.FULL:
             self._perform(self._core.on_unsent(send, time.monotonic()))
 
-    def _reach(self, point: str) -> None:
-        if self._failpoint is not None:
-            self._failpoint.reach(point)
+    def _send_to_peer(self, action: ToPeer | ToCaller) -> None:
+        frames = action.frames
+        if isinstance(action, ToPeer):
+            is_sent = self._peers.send(action.url, frames)
+        else:
+            if len(frames) > 1 and self._reach("peer.chunk"):
+                frames = [*frames[:-1], bytes(len(frames[-1]))]
+            is_sent = self._peers.answer(action.peer, frames)
+        if not is_sent:
+            self._perform(self._core.on_peer_unsent(action))
+
+    def _reach(self, point: str) -> bool:
+        """Whether a test wants what is sent here corrupted."""
+        return self._failpoint is not None and self._failpoint.reach(point)

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 
 from bus.errors import KVCacheError
-from kvcache.bench import bus, reuse, ring, tensors
+from kvcache.bench import bus, pull, reuse, ring, tensors
 from kvcache.bench.report import Report, show
 
 
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
     "bus": (bus.run, "round trips, throughput and token relay, against zmq.proxy"),
     "tensors": (tensors.run, "put and get of tensors, against raw frames, safetensors and JSON over HTTP"),
     "reuse": (reuse.run, "time to first token, cold and cached, with SmolLM2"),
+    "pull": (pull.run, "time to first token from another worker's KV, against computing it"),
     "ring": (ring.run, "balance, lookups and movement of the consistent hash"),
 }
 

@@ -301,6 +301,7 @@ class BrokerCore:
             requests=self._requests.arrived,
             failed=dict(self._requests.failed),
             routed=dict(self._requests.placement.routed),
+            pulls_ordered=self._requests.pulls_ordered,
             malformed=self._malformed,
             unwelcome=self._unwelcome,
             workers_lost=self._sessions.workers_lost,

@@ -158,6 +158,7 @@ class Workers:
             kv_used_bytes=beat.kv_used_bytes if beat else 0,
             kv_total_bytes=beat.kv_total_bytes if beat else 0,
             models=tuple((name, state.value) for name, state in beat.models) if beat else (),
+            peer_url=worker.hello.peer_url,
             stats=worker.stats if full else None,
         )
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
+
 from bus import messages as m
 from bus.errors import BadArgument, NoWorkers, Overloaded
 from bus.stats import Candidate, Explanation
 from kvcache.broker.members import Worker, Workers
+from kvcache.broker.pulls import MAX_PULL_TOKENS
 from kvcache.routing.keys import PrefixKeys, RoutingKey, sequence_key
 from kvcache.routing.policies import load_limit, policy_by_name
-from kvcache.routing.views import Choice, Refusal, Request
+from kvcache.routing.views import Choice, Pull, Refusal, Request
 
 RETRY_AFTER_MS = 200
 NAMELESS = "seq_id must not be empty"
@@ -39,6 +42,9 @@ class Placement:
             return self._named(message.worker_id)
         self._check_ready()
         choice = self._owner(tenant, message) if message.seq_id else self._by_policy(tenant, message, now)
+        if isinstance(message, m.Generate) and message.pull_from in self._workers.by_id:
+            # Of a worker that has gone nothing can be copied, and its absence is no reason to fail.
+            choice = msgspec.structs.replace(choice, pull=Pull(message.pull_from, MAX_PULL_TOKENS))
         if not isinstance(message, m.Route):
             self._count(choice)
         return choice, self._workers.by_id[choice.worker_id]
@@ -67,6 +73,7 @@ class Placement:
             key=key.text,
             worker_id=choice.worker_id,
             reason=choice.reason,
+            pull_from=choice.pull.source if choice.pull else "",
             ring_epoch=ring.epoch,
             candidates=tuple(
                 Candidate(

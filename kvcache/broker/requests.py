@@ -28,6 +28,7 @@ from bus.wire import Buffer
 from kvcache.broker.calls import Calls
 from kvcache.broker.members import Call, Client, Stream, Worker, Workers
 from kvcache.broker.placement import RETRY_AFTER_MS, Placement
+from kvcache.broker.pulls import can_pull, order_pull
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.streams import Streams
 from kvcache.routing.views import Choice
@@ -45,6 +46,8 @@ class Requests:
         self.is_draining = False
         self.arrived = 0
         self.failed: Counter[str] = Counter()
+        self.pulls_ordered = 0
+        self._new_id = new_id
         self._workers = workers
         self._serves_from = serves_from
 
@@ -66,7 +69,7 @@ class Requests:
         call = self.calls.begin(client, worker, message.req_id, now + message.deadline_ms / 1000, stream)
         if stream is not None:
             self.streams.use(stream, call)
-        return [*explanation, self._assign(call, message, choice.reason, frames)]
+        return [*explanation, *self._assign(call, message, choice, frames)]
 
     def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
@@ -161,7 +164,7 @@ class Requests:
         """Copies of a sequence may lie elsewhere than with its owner, left there while that one was away."""
         choice, workers = self.placement.place_all(client.user_id, message)
         calls = self.calls.begin_all(client, workers, message.req_id, now + message.deadline_ms / 1000)
-        return [self._assign(call, message, choice.reason, frames) for call in calls]
+        return [send for call in calls for send in self._assign(call, message, choice, frames)]
 
     def _gathered(self, call: Call, reply: m.Reply, frames: Sequence[Buffer]) -> list[Send]:
         """One worker's answer to a request of several, which are answered together."""
@@ -181,16 +184,19 @@ class Requests:
 
     # --- details ---------------------------------------------------------------------------------
 
-    def _assign(self, call: Call, message: m.Dispatched, reason: str, frames: Sequence[Buffer]) -> Send:
+    def _assign(self, call: Call, message: m.Dispatched, choice: Choice, frames: Sequence[Buffer]) -> list[Send]:
+        """The request for its worker, and before it what another one hears that it is to copy from."""
         self._workers.count_dispatch(call.worker)
+        order, grants = self._order_pull(call, message, choice)
         envelope = m.Assign(
             call=call.id,
             tenant=call.client.user_id,
             client=call.client.instance,
             deadline_ms=message.deadline_ms,
-            reason=reason,
+            reason=choice.reason,
+            pull=order,
         )
-        return Send(Port.WORKER, call.worker.link, [wire.encode(envelope), *frames], call)
+        return [*grants, Send(Port.WORKER, call.worker.link, [wire.encode(envelope), *frames], call)]
 
     def _admit(self, client: Client, message: m.Dispatched, now: float) -> Stream | None:
         """The stream that the request brings along, if it generates. Raises what speaks against taking it."""
@@ -219,6 +225,17 @@ class Requests:
             if stream is not None and stream.call is None:
                 self.streams.close(stream)
         return self.refuse(client, message.req_id, error)
+
+    def _order_pull(self, call: Call, message: m.Dispatched, choice: Choice) -> tuple[m.PullOrder | None, list[Send]]:
+        """What the worker is to copy first, if the choice says so and it can, and the holder's ticket for it."""
+        if choice.pull is None or not isinstance(message, m.Generate):
+            return None, []
+        source = self._workers.by_id.get(choice.pull.source)
+        if source is None or not can_pull(source, call.worker):
+            return None, []
+        self.pulls_ordered += 1
+        order, grant = order_pull(choice.pull, source, call.worker, message, call.client.user_id, self._new_id())
+        return order, [grant]
 
     def _explanation(self, client: Client, message: m.Generate | m.Route, choice: Choice, now: float) -> Send:
         payload = pack(self.placement.explain(client.user_id, message, choice, now))

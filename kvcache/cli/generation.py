@@ -85,6 +85,15 @@ def generate(
     policy: Policy = None,
     priority: Priority = 0,
     explain: Annotated[bool, typer.Option("--explain", help="Say why this worker, before the text.")] = False,
+    pull_from: Annotated[
+        str | None,
+        typer.Option(
+            "--pull-from",
+            help="Copy what this worker holds of the prompt to the one that serves it.",
+            show_default=False,
+            metavar="WORKER",
+        ),
+    ] = None,
     url: Url = None,
     timeout: Timeout = 120.0,
     as_json: AsJson = False,
@@ -121,6 +130,7 @@ def generate(
             policy=policy,
             priority=priority,
             explain=explain,
+            pull_from=pull_from,
         ) as generation,
     ):
         if as_json:

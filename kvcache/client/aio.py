@@ -72,6 +72,7 @@ class AsyncClient:
         priority: int = 0,
         deadline: float | None = None,
         explain: bool = False,
+        pull_from: str | None = None,
         **sampling: Unpack[SamplingFields],
     ) -> AsyncGeneration:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
@@ -81,6 +82,8 @@ class AsyncClient:
         seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
         requests of the same salt. priority: -100 to 100; of those that wait on a worker the lower ones are sooner.
         deadline: seconds for all of it. explain: tell in `Start` why this worker.
+        pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
+        policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -97,6 +100,7 @@ class AsyncClient:
             policy=optional_name("policy", policy),
             explain=bool(explain),
             priority=check_index("priority", priority, MAX_PRIORITY, least=-MAX_PRIORITY),
+            pull_from=optional_name("pull_from", pull_from),
         )
         ends, now = self._link.deadline(deadline), time.monotonic()
         calls = [

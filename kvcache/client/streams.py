@@ -79,6 +79,7 @@ class Wanted:
     explain: bool = False
     index: int = 0
     priority: int = 0
+    pull_from: str = ""
 
 
 class GenerateCall:
@@ -198,6 +199,7 @@ class GenerateCall:
             policy=wanted.policy,
             chain=() if wanted.seq_id else wanted.prompt.chain,
             explain=wanted.explain and not self._has_begun,
+            pull_from=wanted.pull_from,
             payload=wire.describe(payload),
             priority=wanted.priority,
         )

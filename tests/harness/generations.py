@@ -19,6 +19,8 @@ async def greedy(
     *,
     seq_id: str | None = None,
     cache_salt: str | None = None,
+    pull_from: str | None = None,
+    deadline: float | None = None,
 ) -> tuple[list[int], Done]:
     """The tokens of one greedy generation of exactly this length."""
     generation = client.generate(
@@ -28,6 +30,8 @@ async def greedy(
         ignore_eos=True,
         seq_id=seq_id,
         cache_salt=cache_salt,
+        pull_from=pull_from,
+        deadline=deadline,
     )
     tokens = [event.token_id async for event in generation if isinstance(event, Token)]
     return tokens, await generation.result()

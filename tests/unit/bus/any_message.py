@@ -66,5 +66,11 @@ def messages(draw: st.DrawFn, kind: type[m.Message] | None = None) -> tuple[m.Me
     return message, payload
 
 
+def any_frames() -> st.SearchStrategy[list[bytes]]:
+    """Frames that are nothing, or a message of any kind."""
+    whole = messages().map(lambda drawn: [wire.encode(drawn[0]), *drawn[1]])
+    return st.one_of(st.lists(st.binary(max_size=40), max_size=3), whole)
+
+
 def figures() -> st.SearchStrategy[Figures]:
     return st.sampled_from(Figures.__subclasses__()).flatmap(structs)

@@ -53,11 +53,12 @@ def test_senders_and_receivers_are_those_of_the_unions(name: str) -> None:
     senders, receivers = ({end.strip() for end in side.split(",")} for side in MESSAGES[name][2].split("->"))
     relayed = names_of(m.Dispatched) | names_of(m.FollowUp)
     assert ("client" in senders) == (name in names_of(m.ToBroker))
-    assert ("worker" in receivers) == (name in names_of(m.ToWorker) | relayed)
+    among_workers = names_of(m.ToHolder) | names_of(m.ToPuller)
+    assert ("worker" in receivers) == (name in names_of(m.ToWorker) | relayed | among_workers)
     assert ("client" in receivers) == (name in names_of(m.ToClient) | names_of(m.OnStream))
     heard_by_broker = (names_of(m.ToBroker) - relayed) | names_of(m.WorkerToBroker)
     assert ("broker" in receivers) == (name in heard_by_broker)
-    if name in names_of(m.WorkerToBroker):
+    if name in names_of(m.WorkerToBroker) | among_workers:
         assert "worker" in senders
 
 

@@ -206,3 +206,27 @@ def test_pool_on_a_gpu_gives_back_what_was_written_from_the_host() -> None:
     assert read_keys.device.type == "cuda"
     assert torch.equal(read_keys.cpu(), keys)
     assert torch.equal(read_values.cpu(), values)
+
+
+@given(tables, st.permutations(range(BLOCKS)))
+def test_blocks_that_travel_arrive_bit_for_bit_and_touch_no_others(blocks: list[int], others: list[int]) -> None:
+    source, target = make_kv(), make_kv()
+    for layer in range(LAYERS):
+        source.write(layer, table_of(*range(BLOCKS)), 0, *states_of(BLOCKS * BLOCK_SIZE))
+    places = others[: len(blocks)]
+    out = source.export_blocks(table_of(*blocks))
+    assert out.shape == (len(blocks), LAYERS, 2, HEADS, BLOCK_SIZE, HEAD_DIM)
+    target.import_blocks(table_of(*places), bytearray(out.view(torch.uint8).numpy().tobytes()))
+    for layer in range(LAYERS):
+        for mine, theirs in ((source.keys[layer], target.keys[layer]), (source.values[layer], target.values[layer])):
+            assert torch.equal(theirs[places], mine[blocks])
+            rest = [block for block in range(BLOCKS) if block not in places]
+            assert not theirs[rest].any()
+
+
+@pytest.mark.parametrize("nbytes", [0, BLOCK_BYTES - 1, BLOCK_BYTES + 1, 2 * BLOCK_BYTES])
+def test_import_of_bytes_that_are_not_the_blocks_is_refused(nbytes: int) -> None:
+    kv = make_kv()
+    with pytest.raises(BadTensor, match=str(BLOCK_BYTES)):
+        kv.import_blocks(table_of(3), bytearray(b"\x01" * nbytes))
+    assert not kv.keys[0].any()

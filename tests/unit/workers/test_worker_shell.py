@@ -101,6 +101,12 @@ class CountingModel:
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
         raise NotImplementedError
 
+    def read_blocks(self, blocks: Sequence[BlockId]) -> memoryview:
+        raise NotImplementedError
+
+    def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
+        raise NotImplementedError
+
 
 class CountingModels:
     """One model, which loads when the test lets it."""

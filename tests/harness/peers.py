@@ -1,0 +1,36 @@
+"""Workers as other workers see them, and what they report of copies between them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from bus import sockets
+from bus.errors import ErrorCode
+from bus.stats import PeerStats
+from kvcache import AsyncClient
+from tests.harness.raw import RawPeer
+
+
+async def peer_stats(client: AsyncClient, worker_id: str) -> PeerStats:
+    """Its figures, which come each second."""
+    (view,) = [view for view in (await client.stats()).workers if view.worker_id == worker_id]
+    return view.stats.peers if view.stats is not None else PeerStats()
+
+
+async def failures_of(client: AsyncClient, worker_id: str, code: ErrorCode) -> int:
+    """How many pulls of this worker have failed in this way."""
+    return (await peer_stats(client, worker_id)).failures.get(code.name, 0)
+
+
+@asynccontextmanager
+async def raw_peer(client: AsyncClient, worker_id: str) -> AsyncIterator[RawPeer]:
+    """Somebody who has found out a worker's endpoint."""
+    (view,) = [view for view in await client.workers() if view.worker_id == worker_id]
+    assert view.peer_url
+    with sockets.Context() as context:
+        peer = RawPeer(context, view.peer_url, view.peer_url)
+        try:
+            yield peer
+        finally:
+            peer.close()
