@@ -57,7 +57,8 @@ class Loans:
         """Add blocks behind those that are held: `write` gives them their bytes, then they can be found.
 
         fresh: held by the caller, who passes them on. digests, tokens: one each per block. seed: theirs. Returns
-        how many blocks the loan holds then. Raises what `write` raises; the fresh blocks are free again then, and nothing else changed.
+        how many blocks the loan holds then. Raises what `write` raises; the fresh blocks are free again then, and
+        nothing else changed.
         """
         try:
             write(fresh)
