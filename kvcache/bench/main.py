@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import msgspec
 from rich.console import Console
 
 from bus.errors import KVCacheError
-from kvcache.bench import bus, pull, reuse, ring, tensors
+from kvcache.bench import bus, engine, pull, reuse, ring, tensors
 from kvcache.bench.report import Report, show
 
 
@@ -26,6 +27,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
     "tensors": (tensors.run, "put and get of tensors, against raw frames, safetensors and JSON over HTTP"),
     "reuse": (reuse.run, "time to first token, cold and cached, with SmolLM2"),
     "pull": (pull.run, "time to first token from another worker's KV, against computing it"),
+    "engine": (engine.run, "decode, prefill, first tokens and chats, against other engines, with SmolLM2"),
     "ring": (ring.run, "balance, lookups and movement of the consistent hash"),
 }
 
@@ -41,8 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="which one, or all")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions in each run")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there; with all, a list of them")
+    own = parser.add_argument_group("of engine")
+    own.add_argument("--peers", nargs="*", choices=engine.PEERS, default=list(engine.PEERS), help="which other engines")
+    own.add_argument("--install", action="store_true", help="make the environments of engines that have none")
+    own.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="what all compute in")
+    own.add_argument("--plot", metavar="FILE", type=Path, help="also draw a step's time by context and batch, as SVG")
     given = parser.parse_args(argv)
     names = list(BENCHMARKS) if given.name == "all" else [given.name]
+    options = engine.Options(peers=tuple(given.peers), install=given.install, dtype=given.dtype, plot=given.plot)
+    benchmarks = {name: what for name, (what, _) in BENCHMARKS.items()}
+    benchmarks["engine"] = partial(engine.run, options=options)
     console, status = Console(highlight=False), Console(stderr=True, highlight=False)
     reports: list[Report] = []
     for name in names:
@@ -52,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status.print(f"[dim]{name} {time.monotonic() - started:5.0f} s  {what}[/dim]")
 
         try:
-            reports.append(BENCHMARKS[name][0](quick=given.quick, progress=progress))
+            reports.append(benchmarks[name](quick=given.quick, progress=progress))
         except (KVCacheError, RuntimeError) as error:
             sys.stderr.write(f"bench {name}: {error}\n")
             return 1
