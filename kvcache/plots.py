@@ -67,7 +67,9 @@ class _Axis:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             marks = (factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5))
             return [mark for mark in marks if self.low <= mark <= self.high]
-        step = 10.0 ** math.floor(math.log10((self.high - self.low) or 1.0))
+        if self.low == self.high:
+            return [self.low]
+        step = 10.0 ** math.floor(math.log10(self.high - self.low))
         while (self.high - self.low) / step < 4:
             step /= 2
         first = math.ceil(self.low / step)

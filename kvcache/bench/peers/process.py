@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from kvcache.bench.peers.environments import PeerUnavailable
@@ -60,7 +60,8 @@ class PeerProcess:
         self._process.wait(CLOSE_S)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with suppress(BrokenPipeError):  # what it never read
+                    pipe.close()
         self._log.close()
 
     def _read_line(self) -> bytes:
