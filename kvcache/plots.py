@@ -1,93 +1,99 @@
-"""Line plots as SVG text, for reports: no drawing library, readable on light and dark pages."""
+"""Plots as SVG, written by hand: points, lines and steps on linear or logarithmic axes, and no library for it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import ceil, floor, log10
 
-WIDTH, HEIGHT = 640, 380
-LEFT, RIGHT, TOP, BOTTOM = 70, 150, 40, 50
-COLOURS = ("#3b7dd8", "#d9662c", "#3a9a5b", "#a04fc0", "#c9a227", "#5f6b7a", "#d04a6e", "#2aa3a3")
-STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#333}.axis{stroke:#999}.grid{stroke:#ddd}"
-    "@media(prefers-color-scheme:dark){text{fill:#ddd}.grid{stroke:#444}}"
-)
+WIDTH, HEIGHT = 640, 360
+LEFT, RIGHT, TOP, BOTTOM = 64, 150, 34, 46
+COLOURS = ("#0b6e4f", "#c1121f", "#1d4e89", "#e09f3e", "#6a4c93", "#5f6368", "#2a9d8f", "#b5651d", "#d81b60", "#000000")
 
 Points = Sequence[tuple[float, float]]
 
 
-def line_plot(title: str, x_label: str, y_label: str, lines: Mapping[str, Points], *, logarithmic: bool = False) -> str:
-    """One line per name; with `logarithmic` both axes are, and every coordinate must be above 0.
+class _Axis:
+    """Values to pixels. A logarithmic axis shows nothing at or below 0."""
 
-    Raises ValueError if there is nothing to draw.
-    """
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        raise ValueError("there is nothing to draw")
-    across = _Axis([x for x, _ in points], LEFT, WIDTH - RIGHT, logarithmic)
-    up = _Axis([y for _, y in points] + ([] if logarithmic else [0.0]), HEIGHT - BOTTOM, TOP, logarithmic)
+    def __init__(self, values: Sequence[float], start: int, end: int, *, is_log: bool) -> None:
+        self._start, self._end, self.is_log = start, end, is_log
+        seen = [value for value in values if value > 0] if is_log else list(values)
+        low, high = (min(seen), max(seen)) if seen else (1.0, 10.0)
+        if is_log:
+            self._low, self._high = float(floor(log10(low))), float(ceil(log10(high)))
+        else:
+            room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+            self._low, self._high = low - room, high + room
+        if self._low == self._high:
+            self._high += 1.0
+
+    def at(self, value: float) -> float:
+        place = log10(max(value, 10**self._low)) if self.is_log else value
+        return self._start + (place - self._low) / (self._high - self._low) * (self._end - self._start)
+
+    def ticks(self) -> list[float]:
+        if self.is_log:
+            return [10.0**power for power in range(int(self._low), int(self._high) + 1)]
+        step = 10 ** floor(log10((self._high - self._low) / 2))
+        while (self._high - self._low) / step > 8:
+            step *= 2
+        return [index * step for index in range(ceil(self._low / step), floor(self._high / step) + 1)]
+
+
+def plot(
+    title: str,
+    x_name: str,
+    y_name: str,
+    series: Mapping[str, Points],
+    *,
+    as_points: bool = False,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> str:
+    """The SVG of one plot: a line, or points, for each of `series`, with a legend."""
+    x = _Axis([p[0] for points in series.values() for p in points], LEFT, WIDTH - RIGHT, is_log=log_x)
+    y = _Axis([p[1] for points in series.values() for p in points], HEIGHT - BOTTOM, TOP, is_log=log_y)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>",
-        f'<text x="{LEFT}" y="20" font-weight="600">{escape(title)}</text>',
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">{escape(x_label)}</text>',
-        f'<text transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y_label)}</text>",
-        *_grid(across, up),
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        _text(LEFT, 18, title, size=13),
+        *_grid(x, y),
+        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, anchor="middle"),
+        f'<g transform="rotate(-90 14 {HEIGHT / 2})">{_text(14, HEIGHT / 2, y_name, anchor="middle")}</g>',
     ]
-    for number, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        drawn = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in line)
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3" fill="{colour}"/>' for x, y in line]
-        top = TOP + 10 + 20 * number
-        parts.append(f'<rect x="{WIDTH - RIGHT + 14}" y="{top - 9}" width="12" height="10" fill="{colour}"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT + 32}" y="{top}">{escape(name)}</text>')
+    for index, (name, points) in enumerate(series.items()):
+        colour, row = COLOURS[index % len(COLOURS)], TOP + 8 + 16 * index
+        places = [(round(x.at(a), 1), round(y.at(b), 1)) for a, b in points]
+        if as_points:
+            parts += [f'<circle cx="{a}" cy="{b}" r="4" fill="{colour}"/>' for a, b in places]
+        else:
+            path = " ".join(f"{a},{b}" for a, b in places)
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+        parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{row - 8}" width="10" height="10" fill="{colour}"/>')
+        parts.append(_text(WIDTH - RIGHT + 28, row + 1, name))
     return "\n".join([*parts, "</svg>", ""])
 
 
-class _Axis:
-    """Maps values to pixels between `start` and `end`."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float, logarithmic: bool) -> None:
-        self._scale = math.log10 if logarithmic else float
-        self.low, self.high = min(values), max(values)
-        self.start, self.end = start, end
-        low, high = self._scale(self.low), self._scale(self.high)
-        self._low, self._span = low, (high - low) or 1.0
-        self.ticks = self._ticks(logarithmic)
-
-    def at(self, value: float) -> float:
-        return self.start + (self._scale(value) - self._low) / self._span * (self.end - self.start)
-
-    def _ticks(self, logarithmic: bool) -> list[float]:
-        if logarithmic:
-            first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            marks = (factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5))
-            return [mark for mark in marks if self.low <= mark <= self.high]
-        if self.low == self.high:
-            return [self.low]
-        step = 10.0 ** math.floor(math.log10(self.high - self.low))
-        while (self.high - self.low) / step < 4:
-            step /= 2
-        first = math.ceil(self.low / step)
-        return [step * number for number in range(first, math.floor(self.high / step) + 1)]
+def distribution(values: Sequence[float], steps: int = 120) -> list[tuple[float, float]]:
+    """(value, share of values above it), thinned so that the tail keeps its detail."""
+    ordered = sorted(values)
+    shares = [10 ** (-3.0 * step / steps) for step in range(steps + 1)]
+    return [(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered)))], share) for share in shares]
 
 
-def _grid(across: _Axis, up: _Axis) -> list[str]:
-    parts = []
-    for mark in across.ticks:
-        x = across.at(mark)
-        parts.append(f'<line class="grid" x1="{x:.1f}" y1="{up.start}" x2="{x:.1f}" y2="{up.end}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{up.start + 16}" text-anchor="middle">{mark:g}</text>')
-    for mark in up.ticks:
-        y = up.at(mark)
-        parts.append(f'<line class="grid" x1="{across.start}" y1="{y:.1f}" x2="{across.end}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{across.start - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:g}</text>')
-    parts.append(
-        f'<polyline class="axis" fill="none" points="{across.start},{up.end} {across.start},{up.start} '
-        f'{across.end},{up.start}"/>'
-    )
-    return parts
+def _grid(x: _Axis, y: _Axis) -> list[str]:
+    lines = []
+    for value in x.ticks():
+        place = round(x.at(value), 1)
+        lines.append(f'<line x1="{place}" y1="{TOP}" x2="{place}" y2="{HEIGHT - BOTTOM}" stroke="#e3e3e3"/>')
+        lines.append(_text(place, HEIGHT - BOTTOM + 15, f"{value:g}", anchor="middle"))
+    for value in y.ticks():
+        place = round(y.at(value), 1)
+        lines.append(f'<line x1="{LEFT}" y1="{place}" x2="{WIDTH - RIGHT}" y2="{place}" stroke="#e3e3e3"/>')
+        lines.append(_text(LEFT - 6, place + 4, f"{value:g}", anchor="end"))
+    return lines
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 11) -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'

@@ -1,7 +1,8 @@
 """Our own engine behind the contract of the engine benchmark: `python -m workers.bench_peer [torch|openvino]`.
 
-The host runs in this thread, step by step, as the engine's thread runs it in a worker; no bus is involved. Besides what
-every engine answers, it tells how the time of its steps was spent and what one step costs at a given context and batch.
+The host runs in this thread, step by step, as the engine's thread runs it in a worker, which makes text of tokens
+elsewhere; no bus is involved. Besides what every engine answers, it tells how the time of its steps was spent and what
+one step costs at a given context and batch.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from bus.errors import KVCacheError
 from bus.messages import PromptKind, Sampling
 from kvcache.bench.peers.contract import serve
 from kvcache.hashing import encode_token_ids
-from workers.batch import Batch, Draw
-from workers.engine_api import Broke, Event, Load, Produced, RunId, Start
+from workers.batch import Batch, Draw, Drawn
+from workers.engine_api import Broke, EngineEvent, Load, NewToken, RunId, Start
 from workers.host import Host, Result
 from workers.loader import DTypeName
 from workers.runners import RunnerName
 from workers.slot import Model
+from workers.tasks import CacheConfig
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
 
 POOL_BYTES = 2 << 30
@@ -47,7 +49,7 @@ class _Timed:
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[int | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         started = time.perf_counter()
         drawn = self._model.compute(batch, draws)
         self._clock.add(time.perf_counter() - started, is_decode=all(len(each.token_ids) == 1 for each in batch))
@@ -111,6 +113,7 @@ class Ours:
             max_tokens_per_step=MAX_TOKENS_PER_STEP,
             max_num_seqs=MAX_NUM_SEQS,
             shares_prefixes=True,
+            cache=CacheConfig(),
         )
         self._host.handle(Load(models.default), 0.0)
         self._work()
@@ -198,11 +201,11 @@ class Ours:
             self._host.handle(self._jobs.popleft()(), time.monotonic())
 
 
-def _count(events: Sequence[Event]) -> int:
+def _count(events: Sequence[EngineEvent]) -> int:
     for event in events:
         if isinstance(event, Broke):
             raise event.error
-    return sum(len(event.tokens) for event in events if isinstance(event, Produced))
+    return sum(isinstance(event, NewToken) for event in events)
 
 
 def _num_weights(folder: Path) -> int:

@@ -22,7 +22,7 @@ from kvcache.bench.peers.environments import PeerUnavailable, python_of
 from kvcache.bench.peers.process import PeerProcess
 from kvcache.bench.report import Report, report
 from kvcache.models import DEFAULT_HOME, ModelRegistry
-from kvcache.plots import line_plot
+from kvcache.plots import plot
 
 MODEL = "smollm2"
 PEERS_FOLDER = Path(__file__).parent / "peers"
@@ -189,7 +189,7 @@ class _Driver:
                     lines.setdefault(f"{name.removeprefix('ours, ')}, {batch} streams", []).append(
                         (context, milliseconds)
                     )
-        return line_plot("Time of a decode step", "context, tokens", "milliseconds", lines, logarithmic=True)
+        return plot("Time of a decode step", "context, tokens", "milliseconds", lines, log_x=True, log_y=True)
 
     def _each(self, measure: Callable[[str, Any, list[list[int]]], None], prompts: list[list[int]]) -> None:
         for name in self.names:

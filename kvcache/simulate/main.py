@@ -16,10 +16,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from bus.errors import KVCacheError
 from kvcache.client import Client
+from kvcache.plots import distribution, plot
 from kvcache.routing.policies import POLICIES
 from kvcache.simulate.calibrate import calibrate
 from kvcache.simulate.options import Plan, parser, plan, swept
-from kvcache.simulate.plots import distribution, plot
 from kvcache.simulate.report import Figures, PolicyReport, figures, mean, optimum, shared_queue_s, show
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.routers import PolicyRouter, Router

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcache.plots import HEIGHT, WIDTH, line_plot
+from kvcache.plots import HEIGHT, WIDTH, plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 VALUES = st.floats(1e-3, 1e6)
@@ -23,7 +23,7 @@ def test_whatever_is_drawn_stays_inside_and_is_well_formed(
     lines: dict[str, list[tuple[float, float]]], logarithmic: bool
 ) -> None:
     printable = {re.sub(r"[^ -~]", "?", name): line for name, line in lines.items()}
-    root = ET.fromstring(line_plot("a < b & c", "x", "y", printable, logarithmic=logarithmic))
+    root = ET.fromstring(plot("a < b & c", "x", "y", printable, as_points=True, log_x=logarithmic, log_y=logarithmic))
     circles = root.findall(f"{SVG}circle")
     assert len(circles) == sum(map(len, printable.values()))
     for circle in circles:
@@ -32,13 +32,10 @@ def test_whatever_is_drawn_stays_inside_and_is_well_formed(
 
 
 def test_larger_values_lie_further_right_and_higher() -> None:
-    root = ET.fromstring(line_plot("t", "x", "y", {"a": [(1, 1), (10, 100), (100, 10)]}, logarithmic=True))
+    root = ET.fromstring(
+        plot("t", "x", "y", {"a": [(1, 1), (10, 100), (100, 10)]}, as_points=True, log_x=True, log_y=True)
+    )
     low, high, middle = ((float(c.attrib["cx"]), float(c.attrib["cy"])) for c in root.findall(f"{SVG}circle"))
     assert low[0] < high[0] < middle[0]
     assert high[1] < middle[1] < low[1]
     assert high[0] - low[0] == pytest.approx(middle[0] - high[0], abs=0.2), "equal factors are equal steps"
-
-
-def test_nothing_to_draw_is_an_error() -> None:
-    with pytest.raises(ValueError, match="nothing to draw"):
-        line_plot("t", "x", "y", {"a": []})

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from bus.errors import BadArgument
+from kvcache.plots import distribution, plot
 from kvcache.simulate.costs import Costs, read_costs
 from kvcache.simulate.main import main
 from kvcache.simulate.options import parse_change
-from kvcache.simulate.plots import distribution, plot
 from kvcache.simulate.simulation import Change
 
 
