@@ -19,3 +19,9 @@ MAX_PRIORITY = 100
 
 WINDOW_TOKENS = 1024
 """Tokens of one stream that may be unacknowledged before its sequence pauses."""
+
+MAX_CHAIN_NODES = 256
+"""Nodes of a prompt's digest chain that travel with it; see `kvcache.hashing.routing_chain`."""
+
+MAX_CHANGED_NODES = 4096
+"""Nodes in one report of what a worker holds."""

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
+from bus.limits import MAX_CHAIN_NODES, MAX_CHANGED_NODES
 from bus.tensors import TensorMeta
 
 MAX_PAYLOADS = 8
@@ -28,7 +29,7 @@ Millis = Annotated[int, msgspec.Meta(ge=0, le=MAX_MILLIS)]
 Id16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ChainNode = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
-Chain = Annotated[tuple[ChainNode, ...], msgspec.Meta(max_length=64)]
+Chain = Annotated[tuple[ChainNode, ...], msgspec.Meta(max_length=MAX_CHAIN_NODES)]
 Name = Annotated[str, msgspec.Meta(max_length=256)]
 SeqId = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
@@ -129,7 +130,11 @@ class Beat(Message, frozen=True):
 
 
 class WorkerBeat(Message, frozen=True):
-    """A worker lives, and its engine moves: `progress` counts steps. Asks for its lease to be renewed."""
+    """A worker lives, and its engine moves: `progress` counts steps. Asks for its lease to be renewed.
+
+    changes: the number of the last `NodesChanged` change that it has told this broker. backlog_tokens: to be computed
+    there, whoever asked for them, before every request has its first token.
+    """
 
     opcode = 6
     beat: U63
@@ -140,6 +145,8 @@ class WorkerBeat(Message, frozen=True):
     kv_used_bytes: U63
     kv_total_bytes: U63
     models: Annotated[tuple[tuple[Name, ModelState], ...], msgspec.Meta(max_length=32)] = ()
+    changes: U63 = 0
+    backlog_tokens: U63 = 0
 
 
 class BrokerBeat(Message, frozen=True):
@@ -163,6 +170,53 @@ class WorkerStatus(Message, frozen=True):
     opcode = 9
     payloads = (1, 1)
     payload: Parts
+
+
+# --- what a worker holds -------------------------------------------------------------------------
+
+
+class NodeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """So many of the payload's nodes belong to this tenant, and were stored (or else removed)."""
+
+    tenant: Name
+    is_stored: bool
+    count: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANGED_NODES)]
+
+
+NodeRuns = Annotated[tuple[NodeRun, ...], msgspec.Meta(max_length=128)]
+
+
+class NodesChanged(Message, frozen=True):
+    """Chain nodes whose blocks can be reused at this worker from now on, or no longer; for routing only.
+
+    first: the first change's number; they are counted from 1 without gaps. Payload: 8 bytes a node, `runs` in order.
+    """
+
+    opcode = 10
+    payloads = (1, 1)
+    first: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    runs: NodeRuns
+    payload: Parts
+
+
+class NodesHeld(Message, frozen=True):
+    """One part, from 0 on, of all nodes that a worker holds, as of the change numbered `after`; payload as above."""
+
+    opcode = 11
+    payloads = (1, 1)
+    after: U63
+    part: U32
+    is_last: bool
+    runs: NodeRuns
+    payload: Parts
+
+
+class AskNodes(Message, frozen=True):
+    """The broker misses the changes after this one: tell them again or, if they are forgotten or `after` is 0, all
+    that is held."""
+
+    opcode = 12
+    after: U63
 
 
 # --- asking about the cluster --------------------------------------------------------------------
@@ -687,6 +741,19 @@ class Release(Message, frozen=True):
     call: U63
 
 
+class Prefilled(Message, frozen=True):
+    """Worker to broker: this call's first token is out. How much was computed for it, and in what time.
+
+    num_cached of its num_tokens were there. compute_ms: its part of the steps it was in, by tokens.
+    """
+
+    opcode = 116
+    call: U63
+    num_tokens: U63
+    num_cached: U63
+    compute_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_MILLIS)]
+
+
 Dispatched = Generate | Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences | FlushPrefixCache
 """Requests that the broker hands to a worker."""
 
@@ -694,8 +761,10 @@ FollowUp = Cancel | Resume | Ack | Credit | Chunk
 """What a client says within a request that was dispatched."""
 
 ToBroker = Hello | AttachBulk | Beat | Goodbye | OpenStream | Query | Route | Dispatched | FollowUp
-WorkerToBroker = WorkerHello | AttachBulk | WorkerBeat | WorkerStatus | Goodbye | Reply
-ToWorker = Welcome | BrokerBeat | Goodbye | Assign | Forward | Release | Grant | Failed
+WorkerToBroker = (
+    WorkerHello | AttachBulk | WorkerBeat | WorkerStatus | NodesChanged | NodesHeld | Goodbye | Reply | Prefilled
+)
+ToWorker = Welcome | BrokerBeat | AskNodes | Goodbye | Assign | Forward | Release | Grant | Failed
 ToHolder = PullBlocks | Credit | Cancel
 """What a worker hears from another that copies from it."""
 

@@ -91,10 +91,11 @@ class StoreStats(Figures, frozen=True):
 
 
 class EngineStats(Figures, frozen=True):
-    """Generation."""
+    """Generation. backlog_tokens: no total, but what is to be computed now until every request has a first token."""
 
     running: int = 0
     waiting: int = 0
+    backlog_tokens: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -143,8 +144,12 @@ class WorkerStats(Figures, frozen=True):
 
 
 class WorkerView(Figures, frozen=True):
-    """One worker as the broker sees it. `status`: ready, suspect, loading or draining. `peer_url`: where other
-    workers copy from it."""
+    """One worker as the broker sees it. `status`: ready, suspect, loading or draining.
+
+    index: how well the broker knows what it holds (exact, degraded, blind). index_gaps: reports lost and asked for
+    again. queue_s: prefill before it. prefill_tokens_per_s: as learned, 0 before it was. peer_url: where
+    other workers copy from it.
+    """
 
     worker_id: str
     status: str
@@ -160,11 +165,21 @@ class WorkerView(Figures, frozen=True):
     kv_total_bytes: int = 0
     models: tuple[tuple[str, str], ...] = ()
     peer_url: str = ""
+    index: str = ""
+    indexed_nodes: int = 0
+    index_gaps: int = 0
+    queue_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
     stats: WorkerStats | None = None
 
 
 class BrokerStats(Figures, frozen=True):
-    """The broker's own figures. `failed` counts the ends it gave itself, by the name of their code."""
+    """The broker's own figures. `failed` counts the ends it gave itself, by the name of their code.
+
+    reasons: how often each policy decided for what reason, by the reason's first word.
+    Of `prompt_tokens` that workers have prefilled, `foreseen_tokens` were in the index where they were sent, and
+    `cached_tokens` were not computed.
+    """
 
     incarnation: int
     state: str
@@ -179,6 +194,7 @@ class BrokerStats(Figures, frozen=True):
     requests: int = 0
     failed: dict[str, int] = {}
     routed: dict[str, int] = {}
+    reasons: dict[str, int] = {}
     pulls_ordered: int = 0
     malformed: int = 0
     unwelcome: int = 0
@@ -187,6 +203,10 @@ class BrokerStats(Figures, frozen=True):
     queued_messages: int = 0
     tokens_relayed: int = 0
     workers_lost: int = 0
+    indexed_nodes: int = 0
+    prompt_tokens: int = 0
+    foreseen_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class ClusterStats(Figures, frozen=True):
@@ -198,7 +218,11 @@ class ClusterStats(Figures, frozen=True):
 
 
 class Candidate(Figures, frozen=True):
-    """One worker as a policy weighed it."""
+    """One worker as a policy weighed it.
+
+    index: how well it is known (exact, degraded, blind). hit_tokens: of the prompt, that it should hold. Estimates in
+    seconds, `prefill_s` and `total_s` of policies that make any: waiting there, computing the rest, all together.
+    """
 
     worker_id: str
     rank: int
@@ -206,6 +230,11 @@ class Candidate(Figures, frozen=True):
     weight: int
     limit: float = 0.0
     note: str = ""
+    index: str = ""
+    hit_tokens: int = 0
+    queue_s: float = 0.0
+    prefill_s: float | None = None
+    total_s: float | None = None
 
 
 class Explanation(Figures, frozen=True):
@@ -219,6 +248,7 @@ class Explanation(Figures, frozen=True):
     worker_id: str
     reason: str
     ring_epoch: str
+    num_tokens: int = 0
     pull_from: str = ""
     candidates: tuple[Candidate, ...] = ()
 

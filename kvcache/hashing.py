@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import operator
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NewType, SupportsIndex, TypeAlias
 
 from bus.errors import BadArgument
+from bus.limits import MAX_CHAIN_NODES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,9 +35,11 @@ TOKEN_BYTES = 4
 MAX_FIELD_BYTES = 256
 
 ROUTING_NODE_BYTES = 8
-ROUTING_MAX_NODES = 64
 ROUTING_BLOCK_TOKENS = 32
 ROUTING_TEXT_BLOCK_BYTES = 128
+ROUTING_FINE_NODES = 64
+ROUTING_DEPTHS = tuple(accumulate(1 << index // ROUTING_FINE_NODES for index in range(MAX_CHAIN_NODES)))
+"""How many blocks of a prompt end with its node 0, 1, ..: every one of the first 64, then every 2nd, 4th, 8th."""
 
 # blake2b's `person` keeps the domains apart; it is at most 16 bytes.
 _SEED_DOMAIN = b"kvcache/seed"
@@ -116,8 +121,9 @@ def routing_chain(prompt: str | TokenIds, *, model: str = "", cache_salt: str = 
     """The chain of 8-byte nodes by which the broker places a prompt; made without a tokenizer.
 
     prompt: utf-8 text, cut into blocks of 128 bytes, or token ids, cut into blocks of 32.
-    At most 64 nodes. Below 64 full blocks the last node covers the whole prompt, so that a short prompt
-    has a key too; all others are shared by every prompt that goes on in the same way.
+    A node stands where ROUTING_DEPTHS says: 256 of them reach 960 blocks, which is 30,720 tokens. In a prompt
+    that ends before, the last node covers all of it, so that a short one has a key too; all other nodes are
+    shared by every prompt that goes on in the same way.
     These nodes choose a worker and never KV: two prompts with equal nodes only meet on one worker.
     Raises BadArgument for a token id out of range, text that is not valid Unicode or a bad salt.
     """
@@ -127,7 +133,7 @@ def routing_chain(prompt: str | TokenIds, *, model: str = "", cache_salt: str = 
         kind, block_bytes, data = "text", ROUTING_TEXT_BLOCK_BYTES, _encode_head(prompt)
     else:
         kind, block_bytes = "tokens", ROUTING_BLOCK_TOKENS * TOKEN_BYTES
-        data = encode_token_ids(prompt[: ROUTING_BLOCK_TOKENS * ROUTING_MAX_NODES])
+        data = encode_token_ids(prompt[: ROUTING_BLOCK_TOKENS * ROUTING_DEPTHS[-1]])
     root = _seed_digest(struct.pack("<I", FORMAT_VERSION), (kind, model, cache_salt), _ROUTE_SEED_DOMAIN)
     return tuple(node[:ROUTING_NODE_BYTES] for node in _chain(root, _cut(data, block_bytes), _ROUTE_DOMAIN))
 
@@ -144,9 +150,10 @@ def _full_chain(seed: HashSeed, data: bytes) -> Iterator[bytes]:
 
 
 def _cut(data: bytes, block_bytes: int) -> list[bytes]:
-    """Blocks of `data`, the last one perhaps short; an empty prompt is one empty block."""
-    head = data[: block_bytes * ROUTING_MAX_NODES]
-    return [head[at : at + block_bytes] for at in range(0, len(head), block_bytes)] or [b""]
+    """The bytes from node to node, the last ones perhaps fewer; an empty prompt is one empty block."""
+    ends = [depth * block_bytes for depth in ROUTING_DEPTHS]
+    num = bisect_left(ends, len(data)) + 1
+    return [data[start:end] for start, end in pairwise([0, *ends[:num]])]
 
 
 def _chain(root: bytes, blocks: Iterable[bytes], domain: bytes) -> Iterator[bytes]:
@@ -170,9 +177,9 @@ def _seed_digest(numbers: bytes, texts: Iterable[str], domain: bytes) -> bytes:
 
 
 def _encode_head(text: str) -> bytes:
-    """The text's first 64 blocks (a character is at least one byte), whatever its length."""
+    """As much of the text as nodes can cover (a character is at least one byte), whatever its length."""
     try:
-        return text[: ROUTING_TEXT_BLOCK_BYTES * ROUTING_MAX_NODES].encode()
+        return text[: ROUTING_TEXT_BLOCK_BYTES * ROUTING_DEPTHS[-1]].encode()
     except UnicodeEncodeError as error:
         raise BadArgument(f"the prompt is not valid Unicode text: {error.reason} at {error.start}") from None
 

@@ -59,12 +59,13 @@ class Channel(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """One message for a broker. `call`: whose work suffers if it cannot be sent."""
+    """One message for a broker. `call`: whose work suffers if it cannot be sent. `point`: where a test may drop it."""
 
     link: int
     channel: Channel
     frames: Sequence[Buffer]
     call: CallId | None = None
+    point: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ RunnerChoice = Literal["auto", "torch", "openvino"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_FAILPOINT = re.compile(r"[a-z_.]+:(kill9|stop|corrupt)@[1-9]\d{0,8}", re.ASCII)
+_FAILPOINT = re.compile(r"[a-z_.]+:(kill9|stop|corrupt|drop)@[1-9]\d{0,8}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class WorkerConfig:
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
         _check_choice("--log-format", self.log_format, get_args(LogFormat))
         if self.failpoint and not _FAILPOINT.fullmatch(self.failpoint):
-            raise BadArgument(f"KVCACHE_FAILPOINT {self.failpoint!r} is not of the form NAME:kill9|stop|corrupt@N")
+            raise BadArgument(f"KVCACHE_FAILPOINT {self.failpoint!r} is not of the form NAME:kill9|stop|corrupt|drop@N")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
 from bus import wire
 from bus.errors import KVCacheError, MalformedMessage, WorkerLost
 from bus.messages import (
+    AskNodes,
     Assign,
     BrokerBeat,
     Failed,
@@ -38,8 +40,9 @@ from bus.stats import WorkerStats, pack
 from bus.wire import Frames
 from workers.calls import Action, CallId, Channel, Send, ToCaller, ToPeer
 from workers.copy_api import BlocksRead, CopyBroke, Filled, Lent, Wanted
-from workers.engine_api import EngineFigures, Event
+from workers.engine_api import EngineFigures, Event, NodesMoved
 from workers.links import Link, Load
+from workers.node_log import NodeLog
 from workers.peers import Peers
 from workers.requests import Requests
 from workers.store import KVStore
@@ -65,6 +68,7 @@ class WorkerCore:
         self._hello = hello
         self._links = [Link(number, hello, now) for number in range(num_links)]
         self._requests = Requests(hello.worker_id, store, self._may_act)
+        self._nodes = NodeLog()
         self._peers = Peers(hello.worker_id)
         self._malformed = 0
         self._state = WorkerState.LOADING if preloading else WorkerState.READY
@@ -106,6 +110,9 @@ class WorkerCore:
             case BrokerBeat():
                 link.granted(message)
                 return []
+            case AskNodes():
+                self._nodes.asked(number, message.after)
+                return self._tell_nodes(now)
             case Release():
                 return self._requests.released(CallId(number, message.call))
             case Grant():
@@ -137,6 +144,9 @@ class WorkerCore:
         match event:
             case Lent() | BlocksRead() | Wanted() | Filled() | CopyBroke():
                 return self._peers.on_engine(event, now)
+            case NodesMoved():
+                self._nodes.note(event.changes)
+                return self._tell_nodes(now)
             case _:
                 return self._requests.on_engine(event, now)
 
@@ -163,15 +173,15 @@ class WorkerCore:
     def tick(self, figures: EngineFigures, now: float, *, rss_bytes: int, lag_s: float) -> list[Action]:
         """Time has passed (call it each 50 ms): liveness, deadlines, state, figures."""
         self._figures = figures
-        actions: list[Action] = []
+        actions = self._tell_nodes(now)
         was, self._state = self._state, self._next_state()
         for link in self._links:
             if link.is_dead(now):
                 log.warning("broker %d has fallen silent", link.number)
                 actions += self._lose(link, now)
-            actions += link.tick(self._state, lambda: self._load(now), now)
+            actions += link.tick(self._state, partial(self._load, link, now), now)
             if was is not self._state:
-                actions += link.beat(self._state, self._load(now), now)
+                actions += link.beat(self._state, self._load(link, now), now)
         actions += self._requests.tick(now)
         actions += self._peers.tick(now)
         if now >= self._drain_until:
@@ -190,7 +200,7 @@ class WorkerCore:
         self._state = WorkerState.DRAINING
         self._drain_until = now + DRAIN_S
         self._requests.close()
-        return [action for link in self._links for action in link.beat(self._state, self._load(now), now)]
+        return [action for link in self._links for action in link.beat(self._state, self._load(link, now), now)]
 
     @property
     def is_drained(self) -> bool:
@@ -227,7 +237,16 @@ class WorkerCore:
         status = WorkerStatus(payload=wire.describe([payload]))
         return [action for link in self._links for action in link.say(status, payload)]
 
-    def _load(self, now: float) -> Load:
+    def _tell_nodes(self, now: float) -> list[Action]:
+        """What brokers are to hear of the nodes that this worker holds, as far as it is time."""
+        return [
+            action
+            for link in self._links
+            for report, nodes in self._nodes.reports(link.number, now)
+            for action in link.say(report, nodes, point="worker.nodes")
+        ]
+
+    def _load(self, link: Link, now: float) -> Load:
         store, figures = self._requests.store_stats(now), self._figures
         return Load(
             running=figures.engine.running,
@@ -236,6 +255,8 @@ class WorkerCore:
             kv_used_bytes=figures.kv_used_bytes + store.used_bytes,
             kv_total_bytes=figures.kv_total_bytes + store.capacity_bytes,
             models=tuple((model.name, ModelState(model.state)) for model in figures.models),
+            backlog_tokens=figures.engine.backlog_tokens,
+            changes=self._nodes.sent(link.number),
         )
 
     def _next_state(self) -> WorkerState:
@@ -251,10 +272,13 @@ class WorkerCore:
             return []
         log.info("broker %d welcomes this worker", link.number)
         lost = self._requests.lose_session(link.number, now)
-        return [*lost, *link.attach(), *link.beat(self._state, self._load(now), now)]
+        self._nodes.joined(link.number)
+        told = [*link.attach(), *link.beat(self._state, self._load(link, now), now)]
+        return [*lost, *told, *self._tell_nodes(now)]
 
     def _lose(self, link: Link, now: float) -> list[Action]:
         link.left(now)
+        self._nodes.left(link.number)
         return self._requests.lose_session(link.number, now)
 
     def _may_act(self, number: int, now: float) -> bool:

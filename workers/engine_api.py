@@ -19,6 +19,7 @@ from bus.tensors import TensorMeta
 from workers.copy_api import CopyCommand, CopyEvent
 from workers.keys import RunId as RunId  # one of the words of this interface
 from workers.keys import SequenceKey
+from workers.nodes import NodeChange
 from workers.text import TextStream
 
 Ticket = NewType("Ticket", int)
@@ -32,7 +33,7 @@ class Start:
     """Generate. `prompt`: utf-8 text, `<u4` token ids or JSON messages; `resume`: output tokens there are already.
 
     model: a registered name; empty for the default. deadline: monotonic seconds, for the queue's sake only.
-    priority: its class, lower is sooner.
+    priority: its class, lower is sooner. chain: the nodes that name the prompt to brokers.
     pull: where to copy leading blocks from before it is admitted; see `workers.copy_api`.
     """
 
@@ -47,6 +48,7 @@ class Start:
     cache_salt: str
     deadline: float
     priority: int = 0
+    chain: tuple[bytes, ...] = ()
     pull: PullOrder | None = None
 
 
@@ -196,6 +198,26 @@ class NewToken:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The first token is about to come. Of its `num_tokens` tokens, `num_cached` were not computed for it.
+
+    compute_ms: its part of the steps it took part in, by tokens.
+    """
+
+    run: RunId
+    num_tokens: int
+    num_cached: int
+    compute_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodesMoved:
+    """Chain nodes whose blocks can be reused from now on, or no longer, in order."""
+
+    changes: tuple[NodeChange, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Produced:
     """New tokens, each with the text it released, and with logprobs if they were asked for."""
 
@@ -262,9 +284,10 @@ class Answered:
     answer: Answer
 
 
-RunEvent: TypeAlias = Admitted | Produced | Ended | Broke
-Event: TypeAlias = RunEvent | Retained | Forgotten | Answered | CopyEvent
-EngineEvent: TypeAlias = Opened | NewToken | Admitted | Ended | Broke | Retained | Forgotten | Answered | CopyEvent
+RunEvent: TypeAlias = Admitted | Prefilled | Produced | Ended | Broke
+KVEvent: TypeAlias = Retained | Forgotten | Answered
+Event: TypeAlias = RunEvent | KVEvent | NodesMoved | CopyEvent
+EngineEvent: TypeAlias = Opened | NewToken | Admitted | Prefilled | Ended | Broke | KVEvent | NodesMoved | CopyEvent
 """What the engine's thread says; `workers.texts` makes `Event`s of it."""
 OnEvents: TypeAlias = Callable[[Sequence[Event]], None]
 

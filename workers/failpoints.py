@@ -4,6 +4,7 @@ Off unless `KVCACHE_FAILPOINT` is set at start. The shell passes these points:
 
     worker.reply    before an answer within a call is sent
     worker.publish  before tokens are published
+    worker.nodes    before a broker is told what this worker holds
     peer.chunk      before a chunk of KV is sent to another worker
 """
 
@@ -14,7 +15,8 @@ import signal
 
 
 class Failpoint:
-    """`NAME:ACTION@N`: when point NAME is reached the Nth time, `kill9` or `stop` ourselves, or `corrupt` what is sent.
+    """`NAME:ACTION@N`: when point NAME is reached the Nth time, `kill9` or `stop` ourselves, `corrupt` or `drop` what
+    is about to be sent.
 
     The form was checked by the config.
     """
@@ -25,13 +27,13 @@ class Failpoint:
         self._left = int(count)
 
     def reach(self, name: str) -> bool:
-        """Whether what is to be sent now is to be corrupted."""
+        """Whether what is to be sent now is to be corrupted or dropped."""
         if name != self._name:
             return False
         self._left -= 1
         if self._left != 0:
             return False
-        if self._action == "corrupt":
+        if self._action in {"corrupt", "drop"}:
             return True
         os.kill(os.getpid(), signal.SIGKILL if self._action == "kill9" else signal.SIGSTOP)
         return False

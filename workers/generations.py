@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
+from bus import messages as m
 from bus import wire
 from bus.errors import BadArgument, Conflict, KVCacheError, StaleEpoch, TooLarge
 from bus.limits import MAX_PROMPT_BYTES
@@ -27,8 +28,20 @@ from bus.topics import topic_of
 from bus.wire import Buffer
 from kvcache.hashing import TOKEN_BYTES
 from kvcache.sampling_checks import check_sampling
-from workers.calls import Action, Call, CallId, Calls, Publish, RequestKey, Tell
-from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, RunId, Start, Stop
+from workers.calls import Action, Call, CallId, Calls, Channel, Publish, RequestKey, Send, Tell
+from workers.engine_api import (
+    Admitted,
+    Broke,
+    Ended,
+    Hold,
+    Prefilled,
+    Proceed,
+    Produced,
+    RunEvent,
+    RunId,
+    Start,
+    Stop,
+)
 from workers.keys import SequenceKey
 
 ORPHAN_S = 10.0
@@ -136,6 +149,7 @@ class Generations:
             cache_salt=message.cache_salt,
             deadline=call.deadline,
             priority=message.priority,
+            chain=message.chain,
             pull=call.pull,
         )
         return [*actions, Tell(start)]
@@ -164,13 +178,15 @@ class Generations:
 
     # --- what the engine says ---
 
-    def on_event(self, event: Admitted | Produced | Ended | Broke, now: float) -> list[Action]:
+    def on_event(self, event: RunEvent, now: float) -> list[Action]:
         run = self._runs.by_id.get(event.run)
         if run is None:
             return []  # stopped, and the engine had not heard of it yet
         match event:
             case Admitted():
                 return self._started(run, event)
+            case Prefilled():
+                return [] if run.call is None else [_report(run.call, event)]
             case Produced():
                 return self._produced(run, event, now)
             case Ended():
@@ -278,6 +294,14 @@ class Generations:
             return []
         run.is_held = False
         return [Tell(Proceed(run.id))]
+
+
+def _report(call: Call, event: Prefilled) -> Send:
+    """For the broker, which learns from it how quick we are and that the wait for us is over."""
+    report = m.Prefilled(
+        call=call.id.number, num_tokens=event.num_tokens, num_cached=event.num_cached, compute_ms=event.compute_ms
+    )
+    return Send(call.id.link, Channel.CONTROL, [wire.encode(report)])
 
 
 def _publish(run: Run, call: Call, message: StreamTokens | StreamBeat) -> Publish:

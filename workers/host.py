@@ -34,6 +34,7 @@ from workers.engine_api import (
     ListKV,
     Load,
     MeasureKV,
+    NodesMoved,
     PinKV,
     Proceed,
     Question,
@@ -143,7 +144,8 @@ class Host:
         """The events since the last call. A name that is kept is told before the end of the run that kept it."""
         changes = [event for slot in self._shelf.slots() for event in slot.name_changes()]
         events, self._events = [*changes, *self._events], []
-        return events
+        moved = tuple(change for slot in self._shelf.slots() for change in slot.take_node_changes())
+        return [*events, NodesMoved(moved)] if moved else events
 
     @property
     def next_deadline(self) -> float:

@@ -44,6 +44,8 @@ class Load:
     kv_used_bytes: int = 0
     kv_total_bytes: int = 0
     models: tuple[tuple[str, ModelState], ...] = ()
+    backlog_tokens: int = 0
+    changes: int = 0
 
 
 class Link:
@@ -120,12 +122,16 @@ class Link:
             kv_used_bytes=load.kv_used_bytes,
             kv_total_bytes=load.kv_total_bytes,
             models=load.models,
+            changes=load.changes,
+            backlog_tokens=load.backlog_tokens,
         )
         return [self._send(beat)]
 
-    def say(self, message: Message, *payload: Buffer) -> list[Action]:
-        """A message outside any call. Nothing before we have joined."""
-        return [] if self.welcome is None else [self._send(message, payload)]
+    def say(self, message: Message, *payload: Buffer, point: str = "") -> list[Action]:
+        """A message outside any call. Nothing before we have joined. `point`: as in `Send`."""
+        return [] if self.welcome is None else [self._send(message, payload, point=point)]
 
-    def _send(self, message: Message, payload: Sequence[Buffer] = (), channel: Channel = Channel.CONTROL) -> Send:
-        return Send(self.number, channel, [wire.encode(message), *payload])
+    def _send(
+        self, message: Message, payload: Sequence[Buffer] = (), channel: Channel = Channel.CONTROL, point: str = ""
+    ) -> Send:
+        return Send(self.number, channel, [wire.encode(message), *payload], point=point)

@@ -4,10 +4,7 @@ Trees in effect: each entry knows its parent's block and its children, so entrie
 is indexed can always be reached from a root. The digest finds an entry; its token ids and its parent must
 then match too, so not even a forged or colliding digest leads to other tokens' KV. Siblings are kept in the
 order of their tokens, which puts next to each other those that begin alike: the block that shares the most
-of its beginning with a given one is found by bisection.
-
-Every change returns an event, numbered without gaps, for whoever mirrors the index elsewhere. Which blocks
-are held or evicted is not decided here.
+of its beginning with a given one is found by bisection. Which blocks are held or evicted is not decided here.
 """
 
 from __future__ import annotations
@@ -16,30 +13,9 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import TypeAlias
 
 from kvcache.hashing import TOKEN_BYTES, BlockHash, HashSeed
 from workers.batch import BlockId
-
-
-@dataclass(frozen=True, slots=True)
-class BlockStored:
-    sequence: int
-    digest: BlockHash
-
-
-@dataclass(frozen=True, slots=True)
-class BlockRemoved:
-    sequence: int
-    digest: BlockHash
-
-
-@dataclass(frozen=True, slots=True)
-class Cleared:
-    sequence: int
-
-
-BlockEvent: TypeAlias = BlockStored | BlockRemoved | Cleared
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +39,6 @@ class PrefixIndex:
         self._by_digest: dict[BlockHash, _Entry] = {}
         self._by_block: dict[BlockId, _Entry] = {}
         self._roots: dict[BlockHash, list[_Entry]] = {}  # first blocks by their seed's root; by their tokens
-        self._sequence = 0
 
     def __len__(self) -> int:
         return len(self._by_block)
@@ -106,25 +81,23 @@ class PrefixIndex:
         num_tokens, block = max(alike, default=(0, BlockId(0)))
         return (block, num_tokens) if num_tokens else None
 
-    def insert(
-        self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes, seed: HashSeed
-    ) -> BlockStored | None:
+    def insert(self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes, seed: HashSeed) -> bool:
         """Index a full block under its parent's block (None for the first of a sequence).
 
-        None, and nothing changed, if the digest is taken, or if the parent is not indexed: an entry that no
+        False, and nothing changed, if the digest is taken, or if the parent is not indexed: an entry that no
         walk from the root can reach would only waste its block.
         """
         assert block not in self._by_block, f"block {block} is indexed already"
         assert len(tokens) == self._block_bytes, "only full blocks are indexed"
         if digest in self._by_digest or (parent is not None and parent not in self._by_block):
-            return None
+            return False
         entry = _Entry(block, digest, parent, tokens, seed)
         self._by_digest[digest] = self._by_block[block] = entry
         siblings = self._roots.setdefault(seed.root, []) if parent is None else self._by_block[parent].children
         insort(siblings, entry, key=_by_tokens)
-        return BlockStored(self._next(), digest)
+        return True
 
-    def remove(self, block: BlockId) -> BlockRemoved:
+    def remove(self, block: BlockId) -> None:
         """Forget a leaf."""
         entry = self._by_block.pop(block)
         assert not entry.children, f"block {block} is removed before its {len(entry.children)} children"
@@ -133,7 +106,6 @@ class PrefixIndex:
         del siblings[bisect_left(siblings, entry.tokens, key=_by_tokens)]
         if entry.parent is None and not siblings:
             del self._roots[entry.seed.root]
-        return BlockRemoved(self._next(), entry.digest)
 
     def below(self, block: BlockId) -> list[BlockId]:
         """This indexed block and all that hang on it, children before their parents."""
@@ -146,13 +118,6 @@ class PrefixIndex:
         """The blocks of all trees whose seed is wanted, children before their parents."""
         tops = [entry for siblings in self._roots.values() for entry in siblings if is_wanted(entry.seed)]
         return [block for entry in tops for block in self.below(entry.block)]
-
-    def flush(self) -> Cleared:
-        """Forget everything."""
-        self._by_digest.clear()
-        self._by_block.clear()
-        self._roots.clear()
-        return Cleared(self._next())
 
     def check(self) -> None:
         """Assert that the two maps agree, that parents are indexed and that child counts are right."""
@@ -176,10 +141,6 @@ class PrefixIndex:
             return self._roots.get(seed.root, [])
         entry = self._by_block.get(parent)
         return [] if entry is None else entry.children
-
-    def _next(self) -> int:
-        self._sequence += 1
-        return self._sequence
 
 
 def _num_alike(one: bytes, two: bytes) -> int:

@@ -1,21 +1,19 @@
 """Blocks that can be found again: the block pool and the prefix index, moved together.
 
-What is indexed is kept by the pool, what the pool evicts leaves the index, and each change of the index is
-in a bounded log of events. Sequences live elsewhere; here there are blocks, digests and tokens.
+What is indexed is kept by the pool, what the pool evicts leaves the index, and with it the chain nodes by which
+brokers know of it. Sequences live elsewhere; here there are blocks, digests and tokens.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from kvcache.hashing import BlockHash, HashSeed
 from workers.batch import BlockId
 from workers.blocks import BlockPool
 from workers.eviction import EvictionPolicy
-from workers.prefix import BlockEvent, PrefixIndex
-
-MAX_EVENTS = 4096
+from workers.nodes import BlockNodes, NodeChange
+from workers.prefix import PrefixIndex
 
 
 class PrefixCache:
@@ -28,7 +26,7 @@ class PrefixCache:
         self.policy = policy
         self.pool = BlockPool(num_blocks, block_size, policy)
         self._index = PrefixIndex(block_size)
-        self._events: deque[BlockEvent] = deque(maxlen=MAX_EVENTS)
+        self._nodes = BlockNodes()
 
     def longest(self, digests: Sequence[BlockHash], tokens: bytes) -> list[BlockId]:
         """Blocks of the longest prefix that can be shared; pin them before anything is allocated."""
@@ -46,7 +44,7 @@ class PrefixCache:
         if num > self.pool.num_available:
             return None
         for block in self.pool.evict(max(0, num - self.pool.num_free)):
-            self._events.append(self._index.remove(block))
+            self._unindex(block)
         return self.pool.allocate(num)
 
     def publish(
@@ -60,10 +58,8 @@ class PrefixCache:
         twin = self.exchange(block, digest, parent, tokens)
         if twin is not None:
             return twin
-        stored = self._index.insert(block, digest, parent, tokens, seed)
-        if stored is not None:
+        if self._index.insert(block, digest, parent, tokens, seed):
             self.pool.keep(block, parent)
-            self._events.append(stored)
         return block
 
     def exchange(self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes) -> BlockId | None:
@@ -81,7 +77,7 @@ class PrefixCache:
     def withdraw(self, block: BlockId) -> None:
         """Make an exclusive block unfindable, because its holder is about to write into it."""
         if block in self._index:
-            self._events.append(self._index.remove(block))
+            self._unindex(block)
             self.pool.forget(block)
 
     def flush(self, is_wanted: Callable[[HashSeed], bool] = lambda seed: True) -> int:
@@ -89,29 +85,20 @@ class PrefixCache:
 
         Cached ones become free, held ones stay with their holders.
         """
-        blocks = self._index.matching(is_wanted)
-        if len(blocks) < len(self._index):
-            return self._forget(blocks)
-        for block in blocks:
-            self.pool.forget(block)
-        self._events.append(self._index.flush())
-        return len(blocks)
+        return self._forget(self._index.matching(is_wanted))
 
     def drop(self, block: BlockId) -> int:
         """Make a block unfindable, and all that hang on it, if it is still findable; returns how many there were."""
         return self._forget(self._index.below(block)) if block in self._index else 0
 
-    def _forget(self, leaves_first: Sequence[BlockId]) -> int:
-        for block in leaves_first:
-            self._events.append(self._index.remove(block))
-            self.pool.forget(block)
-        return len(leaves_first)
+    def attach(self, block: BlockId, tenant: str, node: bytes) -> None:
+        """`node` of a tenant's chain ends in this block, if it can be found."""
+        if block in self._index:
+            self._nodes.attach(block, tenant, node)
 
-    def events_since(self, sequence: int) -> list[BlockEvent] | None:
-        """Events numbered above `sequence`, or None if some of them are no longer in the log."""
-        if self._events and self._events[0].sequence > sequence + 1:
-            return None
-        return [event for event in self._events if event.sequence > sequence]
+    def take_node_changes(self) -> tuple[NodeChange, ...]:
+        """The nodes that came and went with their blocks since the last call."""
+        return self._nodes.take_changes()
 
     def check(self) -> None:
         """Assert the invariants of pool and index, and that they agree on every cached block."""
@@ -119,3 +106,13 @@ class PrefixCache:
         self._index.check()
         findable = {block for block in map(BlockId, range(self.pool.num_blocks)) if block in self._index}
         assert self.pool.kept() == findable, "the pool keeps other blocks than the index finds"
+
+    def _forget(self, leaves_first: Sequence[BlockId]) -> int:
+        for block in leaves_first:
+            self._unindex(block)
+            self.pool.forget(block)
+        return len(leaves_first)
+
+    def _unindex(self, block: BlockId) -> None:
+        self._index.remove(block)
+        self._nodes.detach(block)

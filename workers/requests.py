@@ -41,7 +41,7 @@ from bus.messages import (
 from bus.stats import StoreStats
 from bus.wire import Buffer, Frames
 from workers.calls import Action, Call, CallId, Calls
-from workers.engine_api import Answered, Forgotten, Retained, RunEvent
+from workers.engine_api import Answered, Forgotten, KVEvent, Retained, RunEvent
 from workers.generations import Generations, StreamCounts
 from workers.keys import SequenceKey
 from workers.kv_plane import KVPlane
@@ -145,7 +145,7 @@ class Requests:
 
     # --- what engine and clock say ---
 
-    def on_engine(self, event: RunEvent | Answered | Retained | Forgotten, now: float) -> list[Action]:
+    def on_engine(self, event: RunEvent | KVEvent, now: float) -> list[Action]:
         match event:
             case Answered() | Retained() | Forgotten():
                 return self._kv.on_event(event)

@@ -67,7 +67,7 @@ class Scheduler:
         num_tokens = len(task.prompt) + len(task.resume)
         if num_tokens > self._capacity:
             raise NoSpace(f"{num_tokens} tokens do not fit the pool of {self._capacity}", detail=self._capacity)
-        sequence = Sequence(task.seed, [*task.prompt, *task.resume], task.sequence)
+        sequence = Sequence(task.seed, [*task.prompt, *task.resume], task.sequence, task.landmarks)
         self.sequences.begin(sequence)
         generation = Generation(task, sequence, self._num_submitted, self._max_len(task), now)
         self._num_submitted += 1
@@ -163,7 +163,9 @@ class Scheduler:
     def engine_stats(self) -> EngineStats:
         """Generation so far. The figures of streams (gaps, pulls) are not the scheduler's, and 0."""
         running = len(self._admitted)
-        return EngineStats(running=running, waiting=len(self._live) - running, **self._totals)
+        backlog = sum(it.sequence.num_left for it in self._live.values() if it.first_token_at is None)
+        waiting = len(self._live) - running
+        return EngineStats(running=running, waiting=waiting, backlog_tokens=backlog, **self._totals)
 
     def pool_stats(self) -> PoolStats:
         blocks, table, hits = self._cache.pool.counts(), self.sequences.counts(), self.sequences.hits

@@ -25,6 +25,7 @@ from workers.batch import BlockId, Slice
 from workers.hits import HitTable
 from workers.keys import SequenceKey
 from workers.loans import LoanId, Loans
+from workers.nodes import Landmark
 from workers.prefix_cache import PrefixCache
 
 
@@ -33,15 +34,18 @@ class Sequence:
     """One prompt with its growing output. Only the table touches all but the tokens.
 
     copy: a block, and one of its own that it is still to be copied to; computed tokens count on it.
+    landmarks: where the nodes of its chain end; the first `num_marked` of them are attached to their blocks.
     """
 
     seed: HashSeed
     token_ids: list[int]
     key: SequenceKey | None = None
+    landmarks: tuple[Landmark, ...] = ()
     block_table: list[BlockId] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
     copy: tuple[BlockId, BlockId] | None = None
+    num_marked: int = 0
     digests: list[BlockHash] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +141,7 @@ class SequenceTable:
             admitted = self._share(sequence, found, num_blocks, now)
         if not admitted:
             return None
+        self._mark(sequence)
         self.hits.count(sequence.seed, lookup_tokens=len(sequence.token_ids), hit_tokens=sequence.num_computed)
         return sequence.num_computed
 
@@ -177,6 +182,7 @@ class SequenceTable:
             sequence.block_table[i] = found
             sequence.num_published = i + 1
             sequence.num_computed = (i + 1) * size
+        self._mark(sequence)
         num_saved = sequence.num_computed - before
         if num_saved:
             self.hits.count(sequence.seed, hit_tokens=num_saved)
@@ -192,6 +198,7 @@ class SequenceTable:
             block = sequence.block_table[i]
             sequence.block_table[i] = self.cache.publish(block, sequence.digests[i], parent, tokens, sequence.seed)
             sequence.num_published = i + 1
+        self._mark(sequence)
 
     def shorten(self, sequence: Sequence, num_tokens: int) -> None:
         """Forget the tokens behind the first `num_tokens`, and leave of the KV what it would have at that length.
@@ -212,7 +219,7 @@ class SequenceTable:
         """Take all blocks back; what was full can still be found."""
         self.cache.pool.unpin(sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed = sequence.num_published = 0
+        sequence.num_computed = sequence.num_published = sequence.num_marked = 0
         sequence.copy = None
 
     def end(self, sequence: Sequence) -> None:
@@ -317,6 +324,16 @@ class SequenceTable:
         assert self._pins.keys() <= self._claimed.keys() | self._retained.keys(), "a pin outlived its sequence"
 
     # --- reuse ---
+
+    def _mark(self, sequence: Sequence) -> None:
+        """Attach the nodes of its chain to those of its blocks that can be found by now."""
+        landmarks = sequence.landmarks
+        while sequence.num_marked < len(landmarks):
+            index, node = landmarks[sequence.num_marked]
+            if index >= sequence.num_published:
+                return
+            self.cache.attach(sequence.block_table[index], sequence.seed.tenant, node)
+            sequence.num_marked += 1
 
     def _retain(self, key: SequenceKey, sequence: Sequence) -> None:
         before = self._retained.pop(key, None)

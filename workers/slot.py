@@ -32,6 +32,7 @@ from workers.engine_api import (
     Forgotten,
     NewToken,
     Opened,
+    Prefilled,
     ReadResult,
     Retained,
     RunId,
@@ -40,6 +41,7 @@ from workers.engine_api import (
 from workers.keys import SequenceKey
 from workers.loans import LoanId, Loans
 from workers.logit_changes import LogitChanges, changes_of
+from workers.nodes import Landmark, NodeChange, landmarks
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
 from workers.text import TextStream
@@ -108,8 +110,8 @@ class Model(Protocol):
 
 @dataclass(slots=True)
 class _Output:
-    """A generation's side that the scheduler does not know: how it is drawn, the newest token's logprobs, and whether
-    its client has heard that it was admitted; and its task, for audits."""
+    """A generation's side that the scheduler does not know: how it is drawn, the newest token's logprobs, whether its
+    client has heard that it was admitted, and what computing up to its first token took; and its task, for audits."""
 
     task: tasks.GenerationTask
     sampling: Sampling
@@ -117,6 +119,9 @@ class _Output:
     num_tokens: int
     logprobs: TokenLogprobs | None = None
     is_admitted: bool = False
+    is_prefilled: bool = False
+    num_computed: int = 0
+    compute_s: float = 0.0
 
 
 class Slot:
@@ -199,7 +204,8 @@ class Slot:
             for key, piece in zip(step.keys, step.batch, strict=True)
         ]
         sampled = self._compute(step, draws)
-        now = clock()
+        begun, now = now, clock()
+        prefilled = self._share_time(step, now - begun)
         failed: list[tasks.Event] = []
         tokens: list[int | None] = []
         if isinstance(sampled, KVCacheError):
@@ -211,7 +217,7 @@ class Slot:
             if isinstance(result, KVCacheError):
                 failed += self._scheduler.fail(key, result, now)
             tokens.append(self._note(RunId(key), result) if isinstance(result, Drawn) else None)
-        return True, events + self._translate([*failed, *self._scheduler.commit(step, tokens, now)])
+        return True, events + prefilled + self._translate([*failed, *self._scheduler.commit(step, tokens, now)])
 
     @property
     def next_deadline(self) -> float:
@@ -304,6 +310,10 @@ class Slot:
 
     # --- figures ---
 
+    def take_node_changes(self) -> tuple[NodeChange, ...]:
+        """The chain nodes that came and went with their blocks since the last call."""
+        return self._scheduler.sequences.cache.take_node_changes()
+
     def engine_stats(self) -> EngineStats:
         return self._scheduler.engine_stats()
 
@@ -336,7 +346,29 @@ class Slot:
             resume=start.resume,
             deadline=start.deadline,
             priority=start.priority,
+            landmarks=self._landmarks(start, len(prompt)) if self.shares_prefixes else (),
         )
+
+    def _landmarks(self, start: Start, num_tokens: int) -> tuple[Landmark, ...]:
+        return landmarks(start.chain, start.kind, len(start.prompt), num_tokens, self.model.facts.block_size)
+
+    def _share_time(self, step: tasks.Step, step_s: float) -> list[EngineEvent]:
+        """Charge each prefill in a step for its part of the time, by tokens; says which prefills that completes."""
+        num_tokens = sum(len(piece.token_ids) for piece in step.batch)
+        events: list[EngineEvent] = []
+        for key, piece in zip(step.keys, step.batch, strict=True):
+            run = RunId(key)
+            output = self._outputs[run]
+            if output.is_prefilled:
+                continue
+            output.num_computed += len(piece.token_ids)
+            output.compute_s += step_s * len(piece.token_ids) / num_tokens
+            if piece.wants_logits:
+                output.is_prefilled = True
+                length = piece.start + len(piece.token_ids)
+                num_cached = max(0, length - output.num_computed)  # one that was preempted computed some tokens twice
+                events.append(Prefilled(run, length, num_cached, output.compute_s * 1000))
+        return events
 
     def _draw(self, run: RunId, piece: Slice) -> Draw:
         output = self._outputs[run]

@@ -12,6 +12,7 @@ from kvcache.hashing import HashSeed
 from workers.batch import BlockId, Slice
 from workers.eviction import EvictionPolicy
 from workers.keys import SequenceKey
+from workers.nodes import Landmark
 
 MAX_NUM_SEQS = 64
 
@@ -60,6 +61,7 @@ class GenerationTask:
     sequence: the client's name for the KV, which then outlives the generation; None for none.
     deadline: monotonic seconds; whoever has not ended by then fails, and one that never began computes nothing.
     priority: its class, -MAX_PRIORITY to MAX_PRIORITY, lower is sooner; `CLASS_S` seconds of waiting make up for one.
+    landmarks: where the nodes of the prompt's chain end, for routing.
     """
 
     key: bytes
@@ -74,6 +76,7 @@ class GenerationTask:
     resume: tuple[int, ...] = ()
     deadline: float = math.inf
     priority: int = 0
+    landmarks: tuple[Landmark, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -202,6 +202,8 @@ class Worker:
     def _send(self, send: Send) -> None:
         if send.call is not None:
             self._reach("worker.reply")
+        if send.point and self._reach(send.point):
+            return
         outcome = self._lanes[send.link, send.channel].send(send.frames)
         if outcome is Sent.FULL:
             self._perform(self._core.on_unsent(send, time.monotonic()))
@@ -218,5 +220,5 @@ class Worker:
             self._perform(self._core.on_peer_unsent(action))
 
     def _reach(self, point: str) -> bool:
-        """Whether a test wants what is sent here corrupted."""
+        """Whether a test wants what is sent here corrupted or dropped."""
         return self._failpoint is not None and self._failpoint.reach(point)

@@ -21,6 +21,7 @@ from bus.errors import Draining, InternalError, MalformedMessage, Overloaded, Pr
 from bus.stats import BrokerStats, ClusterStats, WorkerStats, pack, unpack
 from bus.topics import stream_of
 from bus.wire import Buffer
+from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import GARBAGE_PER_S, Client, Worker, Workers
 from kvcache.broker.placement import RETRY_AFTER_MS
 from kvcache.broker.requests import Requests
@@ -61,11 +62,12 @@ class BrokerCore:
         self._started_at = now
         self._malformed = self._unwelcome = 0
         self._workers = Workers(3 * config.heartbeat_ms / 1000, config.max_inflight)
+        self._knowledge = Knowledge(self._workers)
         self._requests = Requests(
-            config.policy, self._workers, serves_from=now + config.settle_ms / 1000, new_id=new_id
+            config.policy, self._workers, self._knowledge, serves_from=now + config.settle_ms / 1000, new_id=new_id
         )
         self._sessions = Sessions(
-            config, self._workers, self._requests, incarnation=incarnation, now=now, new_id=new_id
+            config, self._workers, self._requests, self._knowledge, incarnation=incarnation, now=now, new_id=new_id
         )
 
     # --- what the sockets received ---------------------------------------------------------------
@@ -131,8 +133,14 @@ class BrokerCore:
             match message:
                 case m.Reply():
                     return self._requests.reply(worker, message, frames, Port.CLIENT)
+                case m.Prefilled():
+                    self._requests.prefilled(worker, message, now)
+                    return []
                 case m.WorkerBeat():
-                    return self._sessions.renew(worker, message, now)
+                    return [*self._sessions.renew(worker, message, now), *self._ask(worker, now)]
+                case m.NodesChanged() | m.NodesHeld():
+                    self._knowledge.reported(worker, message, bytes(wire.decode(frames).payload[0]), now)
+                    return self._ask(worker, now)
                 case m.WorkerStatus():
                     worker.stats = unpack(wire.decode(frames).payload[0], WorkerStats)
                     return []
@@ -213,8 +221,10 @@ class BrokerCore:
     # --- time and shutdown -----------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Send]:
-        """Time has passed: end overdue calls and sessions that fell silent."""
-        return [*self._requests.end_overdue(now), *self._sessions.end_silent(now)]
+        """Time has passed: end overdue calls and sessions that fell silent, ask again for what did not come."""
+        self._knowledge.tick(now)
+        sends = [*self._requests.end_overdue(now), *self._sessions.end_silent(now)]
+        return [*sends, *(send for worker in self._workers.by_id.values() for send in self._ask(worker, now))]
 
     def take_news(self) -> list[News]:
         """What there is to log since the last time."""
@@ -240,6 +250,12 @@ class BrokerCore:
         self._requests.calls.check()
         self._requests.streams.check()
         self._sessions.check()
+        self._knowledge.check()
+
+    def _ask(self, worker: Worker, now: float) -> list[Send]:
+        """Ask a worker for what is missing of its reports."""
+        after = self._knowledge.ask(worker, now)
+        return [] if after is None else [to_worker(worker, m.AskNodes(after=after))]
 
     # --- garbage ---------------------------------------------------------------------------------
 
@@ -286,7 +302,7 @@ class BrokerCore:
             broker=self._broker_stats(now),
             workers=()
             if kind is m.QueryKind.HEALTH
-            else tuple(self._workers.view(worker, now, full=full) for worker in workers),
+            else tuple(self._knowledge.view(self._workers.view(worker, now, full=full), now) for worker in workers),
         )
 
     def _broker_stats(self, now: float) -> BrokerStats:
@@ -301,10 +317,15 @@ class BrokerCore:
             requests=self._requests.arrived,
             failed=dict(self._requests.failed),
             routed=dict(self._requests.placement.routed),
+            reasons=dict(self._requests.placement.reasons),
             pulls_ordered=self._requests.pulls_ordered,
             malformed=self._malformed,
             unwelcome=self._unwelcome,
             workers_lost=self._sessions.workers_lost,
+            indexed_nodes=self._knowledge.index.num_nodes,
+            prompt_tokens=self._knowledge.hits.prompt_tokens,
+            foreseen_tokens=self._knowledge.hits.foreseen_tokens,
+            cached_tokens=self._knowledge.hits.cached_tokens,
             pid=self.gauges.pid,
             rss_bytes=self.gauges.rss_bytes,
             loop_lag_ms=round(self.gauges.loop_lag_s * 1000, 3),

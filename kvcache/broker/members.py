@@ -12,7 +12,6 @@ from bus.messages import WorkerBeat, WorkerHello, WorkerState
 from bus.stats import WorkerStats, WorkerView
 from kvcache.broker.answers import Answers
 from kvcache.ring import UNIT_WEIGHT, HashRing
-from kvcache.routing.views import Belief
 
 GARBAGE_PER_S = 100
 
@@ -53,6 +52,16 @@ class Call:
     deadline: float
     stream: Stream | None = None
     gather: Gather | None = None
+    prefill: Prefill | None = None
+
+
+@dataclass(slots=True)
+class Prefill:
+    """Of a generation, what was thought when it was dispatched. text_bytes: of a prompt that came as text alone."""
+
+    hit_tokens: int
+    text_bytes: int
+    is_done: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +91,7 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """A worker's session. calls: what it has of ours to answer. turn: see `kvcache.routing.views.Belief`."""
+    """A worker's session. calls: what it has of ours to answer. turn, decodes: see `kvcache.routing.views.Belief`."""
 
     link: bytes
     session: bytes
@@ -95,6 +104,7 @@ class Worker:
     calls: dict[int, Call] = field(default_factory=dict)
     dispatched: int = 0
     turn: float = 0.0
+    decodes: int = 0
     beat: WorkerBeat | None = None
     stats: WorkerStats | None = None
     garbage: Garbage = field(default_factory=Garbage)
@@ -137,10 +147,6 @@ class Workers:
         self._turn = max(self._turn, worker.turn)
         worker.turn = self._turn + UNIT_WEIGHT / worker.hello.weight
 
-    def beliefs(self, now: float) -> dict[str, Belief]:
-        """What policies may know of each worker on the ring."""
-        return {name: self._belief(self.by_id[name], now) for name in self.ring.workers}
-
     def view(self, worker: Worker, now: float, *, full: bool) -> WorkerView:
         """What is told of a worker; `full`: with the figures it reports itself."""
         beat = worker.beat
@@ -169,9 +175,9 @@ class Workers:
     def is_full(self, worker: Worker) -> bool:
         return len(worker.calls) >= self._max_inflight
 
-    def _belief(self, worker: Worker, now: float) -> Belief:
-        available = not self._is_suspect(worker, now) and not self.is_full(worker)
-        return Belief(len(worker.calls), worker.hello.weight, worker.turn, available)
+    def is_available(self, worker: Worker, now: float) -> bool:
+        """Whether it was heard of lately and may have another request."""
+        return not self._is_suspect(worker, now) and not self.is_full(worker)
 
     def _is_suspect(self, worker: Worker, now: float) -> bool:
         return now - worker.heard_at > self._suspect_s

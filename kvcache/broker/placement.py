@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
+from typing import NamedTuple
 
 import msgspec
 
 from bus import messages as m
 from bus.errors import BadArgument, NoWorkers, Overloaded
 from bus.stats import Candidate, Explanation
+from kvcache.broker.knowledge import Knowledge, Prompt
 from kvcache.broker.members import Worker, Workers
 from kvcache.broker.pulls import MAX_PULL_TOKENS
+from kvcache.hashing import ROUTING_FINE_NODES
 from kvcache.routing.keys import PrefixKeys, RoutingKey, sequence_key
 from kvcache.routing.policies import load_limit, policy_by_name
-from kvcache.routing.views import Choice, Pull, Refusal, Request
+from kvcache.routing.views import Choice, Pull, Refusal
 
 RETRY_AFTER_MS = 200
+MAX_RETRY_S = 3600.0
 NAMELESS = "seq_id must not be empty"
 
 Placed = m.Dispatched | m.Route
@@ -27,27 +32,43 @@ POLICED = (m.Generate, m.Route)
 """What a policy may place: all else names its sequence, or its worker."""
 
 
-class Placement:
-    """Chooses; counts what it chose by policy. `routed` maps a reason's first word to how often it decided."""
+class Place(NamedTuple):
+    """The worker for a request, and why it. prompt: what is known of it, if the request has one."""
 
-    def __init__(self, policy: str, workers: Workers) -> None:
+    choice: Choice
+    worker: Worker
+    prompt: Prompt | None = None
+
+
+class Placement:
+    """Chooses; counts what it chose: `routed` by policy, `reasons` also by the first word of why."""
+
+    def __init__(self, policy: str, workers: Workers, knowledge: Knowledge) -> None:
         self.routed: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
         self._policy = policy
         self._workers = workers
+        self._knowledge = knowledge
         self._prefixes = PrefixKeys()
 
-    def place(self, tenant: str, message: Placed, now: float) -> tuple[Choice, Worker]:
-        """The worker for a request, and why. Raises NoWorkers, Overloaded or BadArgument."""
+    def place(self, tenant: str, message: Placed, now: float) -> Place:
+        """The worker for a request. Raises NoWorkers, Overloaded or BadArgument."""
         if isinstance(message, NAMED):
             return self._named(message.worker_id)
         self._check_ready()
-        choice = self._owner(tenant, message) if message.seq_id else self._by_policy(tenant, message, now)
+        prompt = self._knowledge.read(tenant, message) if isinstance(message, POLICED) else None
+        if message.seq_id:
+            choice = self._owner(tenant, message)
+        elif isinstance(message, POLICED) and prompt is not None:
+            choice = self._by_policy(tenant, message, prompt, now)
+        else:
+            raise BadArgument(NAMELESS)
         if isinstance(message, m.Generate) and message.pull_from in self._workers.by_id:
             # Of a worker that has gone nothing can be copied, and its absence is no reason to fail.
             choice = msgspec.structs.replace(choice, pull=Pull(message.pull_from, MAX_PULL_TOKENS))
         if not isinstance(message, m.Route):
             self._count(choice)
-        return choice, self._workers.by_id[choice.worker_id]
+        return Place(choice, self._workers.by_id[choice.worker_id], prompt)
 
     def place_all(self, tenant: str, message: m.Delete) -> tuple[Choice, list[Worker]]:
         """Every worker that may hold the sequence, its owner first. Raises as `place` does."""
@@ -62,9 +83,11 @@ class Placement:
         self._count(choice)
         return choice, workers
 
-    def explain(self, tenant: str, message: m.Generate | m.Route, choice: Choice, now: float) -> Explanation:
+    def explain(self, tenant: str, message: m.Generate | m.Route, place: Place, now: float) -> Explanation:
         """The same decision with everything it rested on."""
-        ring, beliefs = self._workers.ring, self._workers.beliefs(now)
+        ring, beliefs, choice = self._workers.ring, self._knowledge.beliefs(now), place.choice
+        hits = place.prompt.hits if place.prompt is not None else {}
+        estimates = {estimate.worker_id: estimate for estimate in choice.estimates}
         key = sequence_key(tenant, message.seq_id) if message.seq_id else self._peek(tenant, message.chain, now)
         order = list(ring.preference(key.key)) if key.key else list(ring.workers)
         available = {worker: belief for worker, belief in beliefs.items() if belief.is_available}
@@ -75,6 +98,7 @@ class Placement:
             reason=choice.reason,
             pull_from=choice.pull.source if choice.pull else "",
             ring_epoch=ring.epoch,
+            num_tokens=place.prompt.num_tokens if place.prompt is not None else 0,
             candidates=tuple(
                 Candidate(
                     worker_id=worker,
@@ -83,16 +107,21 @@ class Placement:
                     weight=beliefs[worker].weight,
                     limit=round(load_limit(available, worker), 3) if worker in available else 0.0,
                     note="" if worker in available else "suspect or full",
+                    index=beliefs[worker].index.value,
+                    hit_tokens=hits.get(worker, 0),
+                    queue_s=round(beliefs[worker].queue_s(now), 4),
+                    prefill_s=round(estimates[worker].prefill_s, 4) if worker in estimates else None,
+                    total_s=round(estimates[worker].total_s, 4) if worker in estimates else None,
                 )
                 for rank, worker in enumerate(order)
             ),
         )
 
-    def _named(self, worker_id: str) -> tuple[Choice, Worker]:
+    def _named(self, worker_id: str) -> Place:
         worker = self._workers.by_id.get(worker_id)
         if worker is None:
             raise BadArgument(f"no live worker is called {worker_id!r}")
-        return Choice(worker_id, "named: the request names the worker"), worker
+        return Place(Choice(worker_id, "named: the request names the worker"), worker)
 
     def _owner(self, tenant: str, message: Placed) -> Choice:
         """A sequence lives on its owner and nowhere else, so its requests have no second choice."""
@@ -105,18 +134,17 @@ class Placement:
             self._check_room(self._workers.by_id[owner], key)
         return Choice(owner, f"consistent_hash: owner of {key.text}")
 
-    def _by_policy(self, tenant: str, message: Placed, now: float) -> Choice:
-        if not isinstance(message, POLICED):
-            raise BadArgument(NAMELESS)
+    def _by_policy(self, tenant: str, message: m.Generate | m.Route, prompt: Prompt, now: float) -> Choice:
         policy = policy_by_name(message.policy or self._policy)
         if isinstance(message, m.Route):
-            request = Request(self._peek(tenant, message.chain, now), now=now, tenant=tenant)
+            key, deadline_s = self._peek(tenant, message.chain, now), inf
         else:
-            key = self._prefixes.key(tenant, message.chain, len(self._workers.ring), now)
-            request = Request(key, now=now, deadline_s=message.deadline_ms / 1000, tenant=tenant)
-        choice = policy(request, self._workers.ring, self._workers.beliefs(now))
+            key = self._prefixes.key(tenant, message.chain[:ROUTING_FINE_NODES], len(self._workers.ring), now)
+            deadline_s = message.deadline_ms / 1000
+        request = self._knowledge.request(tenant, key, prompt, deadline_s, now)
+        choice = policy(request, self._workers.ring, self._knowledge.beliefs(now))
         if isinstance(choice, Refusal):
-            raise Overloaded(choice.reason, retry_after_ms=int(choice.retry_after_s * 1000))
+            raise Overloaded(choice.reason, retry_after_ms=int(min(choice.retry_after_s, MAX_RETRY_S) * 1000))
         return choice
 
     def _check_ready(self) -> None:
@@ -128,7 +156,10 @@ class Placement:
             raise Overloaded(f"worker {worker.id}, which may hold {key.text}, is full", retry_after_ms=RETRY_AFTER_MS)
 
     def _count(self, choice: Choice) -> None:
-        self.routed[choice.reason.partition(":")[0]] += 1
+        policy, _, why = choice.reason.partition(": ")
+        first = why.partition(" ")[0]
+        self.routed[policy] += 1
+        self.reasons[f"{policy}: {first}" if first.isalpha() else policy] += 1
 
     def _peek(self, tenant: str, chain: m.Chain, now: float) -> RoutingKey:
-        return self._prefixes.peek(tenant, chain, len(self._workers.ring), now)
+        return self._prefixes.peek(tenant, chain[:ROUTING_FINE_NODES], len(self._workers.ring), now)

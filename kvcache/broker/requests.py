@@ -26,8 +26,9 @@ from bus.errors import (
 from bus.stats import pack
 from bus.wire import Buffer
 from kvcache.broker.calls import Calls
+from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Call, Client, Stream, Worker, Workers
-from kvcache.broker.placement import RETRY_AFTER_MS, Placement
+from kvcache.broker.placement import RETRY_AFTER_MS, Place, Placement
 from kvcache.broker.pulls import can_pull, order_pull
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.streams import Streams
@@ -39,16 +40,19 @@ MAX_CALLS_PER_CLIENT = 4096
 class Requests:
     """`serves_from`: when those workers have had time to join that knew an earlier broker, monotonic seconds."""
 
-    def __init__(self, policy: str, workers: Workers, *, serves_from: float, new_id: Callable[[], bytes]) -> None:
+    def __init__(
+        self, policy: str, workers: Workers, knowledge: Knowledge, *, serves_from: float, new_id: Callable[[], bytes]
+    ) -> None:
         self.calls = Calls()
         self.streams = Streams(new_id)
-        self.placement = Placement(policy, workers)
+        self.placement = Placement(policy, workers, knowledge)
         self.is_draining = False
         self.arrived = 0
         self.failed: Counter[str] = Counter()
         self.pulls_ordered = 0
         self._new_id = new_id
         self._workers = workers
+        self._knowledge = knowledge
         self._serves_from = serves_from
 
     # --- from clients ----------------------------------------------------------------------------
@@ -61,15 +65,17 @@ class Requests:
             stream = self._admit(client, message, now)
             if isinstance(message, m.Delete):
                 return self._dispatch_to_all(client, message, frames, now)
-            choice, worker = self.placement.place(client.user_id, message, now)
+            place = self.placement.place(client.user_id, message, now)
             if isinstance(message, m.Generate) and message.explain:
-                explanation.append(self._explanation(client, message, choice, now))
+                explanation.append(self._explanation(client, message, place, now))
         except KVCacheError as error:
             return [self._refuse_request(client, message, error)]
-        call = self.calls.begin(client, worker, message.req_id, now + message.deadline_ms / 1000, stream)
+        call = self.calls.begin(client, place.worker, message.req_id, now + message.deadline_ms / 1000, stream)
         if stream is not None:
             self.streams.use(stream, call)
-        return [*explanation, *self._assign(call, message, choice, frames)]
+        if isinstance(message, m.Generate) and place.prompt is not None:
+            self._knowledge.dispatched(call, message, place.prompt, place.choice, now)
+        return [*explanation, *self._assign(call, message, place.choice, frames)]
 
     def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
@@ -92,10 +98,10 @@ class Requests:
     def route(self, client: Client, message: m.Route, now: float) -> list[Send]:
         """Say where a request would go now, and why."""
         try:
-            choice, _ = self.placement.place(client.user_id, message, now)
+            place = self.placement.place(client.user_id, message, now)
         except KVCacheError as error:
             return [self.refuse(client, message.req_id, error)]
-        return [self._explanation(client, message, choice, now)]
+        return [self._explanation(client, message, place, now)]
 
     # --- from workers ----------------------------------------------------------------------------
 
@@ -112,6 +118,12 @@ class Requests:
         if reply.final:
             self._end(call)
         return [Send(port, link, frames[1:], call)]
+
+    def prefilled(self, worker: Worker, report: m.Prefilled, now: float) -> None:
+        """A call of this worker has its first token."""
+        call = worker.calls.get(report.call)
+        if call is not None:
+            self._knowledge.prefilled(call, report, now)
 
     # --- ends ------------------------------------------------------------------------------------
 
@@ -180,6 +192,7 @@ class Requests:
     def _end_part(self, call: Call) -> list[Send]:
         """One worker is done with its part, or gone; after the last one the client hears what came of it."""
         assert call.gather is not None
+        self._knowledge.ended(call)
         return [to_client(call.client, call.gather.answers.total())] if self.calls.end(call) else []
 
     # --- details ---------------------------------------------------------------------------------
@@ -187,6 +200,7 @@ class Requests:
     def _assign(self, call: Call, message: m.Dispatched, choice: Choice, frames: Sequence[Buffer]) -> list[Send]:
         """The request for its worker, and before it what another one hears that it is to copy from."""
         self._workers.count_dispatch(call.worker)
+        self._knowledge.touch(call.worker)
         order, grants = self._order_pull(call, message, choice)
         envelope = m.Assign(
             call=call.id,
@@ -237,8 +251,8 @@ class Requests:
         order, grant = order_pull(choice.pull, source, call.worker, message, call.client.user_id, self._new_id())
         return order, [grant]
 
-    def _explanation(self, client: Client, message: m.Generate | m.Route, choice: Choice, now: float) -> Send:
-        payload = pack(self.placement.explain(client.user_id, message, choice, now))
+    def _explanation(self, client: Client, message: m.Generate | m.Route, place: Place, now: float) -> Send:
+        payload, choice = pack(self.placement.explain(client.user_id, message, place, now)), place.choice
         routed = m.Routed(
             req_id=message.req_id, worker_id=choice.worker_id, reason=choice.reason, payload=wire.describe([payload])
         )
@@ -246,6 +260,7 @@ class Requests:
 
     def _end(self, call: Call) -> None:
         self.calls.end(call)
+        self._knowledge.ended(call)
         if call.stream is not None:
             self.streams.close(call.stream)
 

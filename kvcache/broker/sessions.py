@@ -15,6 +15,7 @@ from bus import messages as m
 from bus import wire
 from bus.errors import Forbidden, UnsupportedVersion
 from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES, MAX_PROMPT_BYTES, WINDOW_TOKENS
+from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Client, Worker, Workers
 from kvcache.broker.requests import Requests
 from kvcache.broker.sends import Port, Send, to_client, to_worker
@@ -41,6 +42,7 @@ class Sessions:
         config: BrokerConfig,
         workers: Workers,
         requests: Requests,
+        knowledge: Knowledge,
         *,
         incarnation: int,
         now: float,
@@ -51,6 +53,7 @@ class Sessions:
         self.workers_lost = 0
         self.news: list[News] = []
         self._requests = requests
+        self._knowledge = knowledge
         self._config = config
         self._incarnation = incarnation
         self._new_id = new_id
@@ -92,6 +95,7 @@ class Sessions:
             known = Worker(link, self._new_id(), user_id, hello, now, lease_until, hello.state)
             self._by_secret[known.session] = known
             self.workers.add(known)
+            self._knowledge.joined(known, now)
             self.news.append(News(f"worker {known.id} joined, {len(self.workers.ring)} on the ring"))
         return [*sends, to_worker(known, self._welcome(known.session))]
 
@@ -120,6 +124,7 @@ class Sessions:
         if worker.state is not beat.state:
             worker.state = beat.state
             self.workers.rebuild()
+        self._knowledge.told(worker, beat, now)
         return [to_worker(worker, m.BrokerBeat(beat=beat.beat, lease_ms=self._config.lease_ms))]
 
     def end_silent(self, now: float) -> list[Send]:
@@ -181,7 +186,9 @@ class Sessions:
         self.workers.remove(worker)
         self._by_secret.pop(worker.session, None)
         self._detach(worker)
-        return self._requests.drop_worker(worker, why)
+        sends = self._requests.drop_worker(worker, why)
+        self._knowledge.parted(worker)
+        return sends
 
     def _detach(self, owner: Client | Worker) -> None:
         self._by_bulk_link.pop(owner.bulk_link, None)

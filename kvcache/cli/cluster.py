@@ -12,7 +12,7 @@ from bus.stats import BrokerStats, ClusterStats, Explanation, WorkerStats, Worke
 from kvcache.cli.options import AsJson, Policy, Timeout, Url
 from kvcache.cli.output import human_bytes, note, print_json, print_table
 
-WORKER_COLUMNS = ("WORKER", "STATUS", "#SHARE", "#RUNNING", "#WAITING", "#DISPATCHED", "KV MEMORY", "MODELS")
+WORKER_COLUMNS = ("WORKER", "STATUS", "#SHARE", "#RUNNING", "#WAITING", "#DISPATCHED", "KV MEMORY", "INDEX", "MODELS")
 
 
 def route(
@@ -92,12 +92,30 @@ def explained(explanation: Explanation) -> tuple[Sequence[str], list[Sequence[ob
             it.load,
             f"{it.limit:.1f}",
             it.weight,
+            it.hit_tokens,
+            f"{it.queue_s:.3f}",
+            _seconds(it.prefill_s),
+            _seconds(it.total_s),
+            it.index,
             it.note,
         )
         for it in explanation.candidates
     ]
     title = f"{explanation.worker_id}: {explanation.reason} (policy {explanation.policy})"
-    return ("", "WORKER", "#LOAD", "#LIMIT", "#WEIGHT", "NOTE"), rows, title
+    columns = (
+        "",
+        "WORKER",
+        "#LOAD",
+        "#LIMIT",
+        "#WEIGHT",
+        "#HIT",
+        "#QUEUE S",
+        "#PREFILL S",
+        "#TOTAL S",
+        "INDEX",
+        "NOTE",
+    )
+    return columns, rows, title
 
 
 def worker_row(view: WorkerView) -> tuple[object, ...]:
@@ -110,6 +128,7 @@ def worker_row(view: WorkerView) -> tuple[object, ...]:
         view.waiting,
         view.dispatched,
         f"{human_bytes(view.kv_used_bytes)} of {human_bytes(view.kv_total_bytes)}",
+        f"{view.index or '-'}, {view.indexed_nodes} nodes",
         ", ".join(f"{name} {state}" for name, state in view.models),
     )
 
@@ -117,6 +136,8 @@ def worker_row(view: WorkerView) -> tuple[object, ...]:
 def _print_stats(figures: ClusterStats) -> None:
     print_table(["BROKER", "VALUE"], _broker_rows(figures.broker))
     known = [view.stats for view in figures.workers if view.stats is not None]
+    if figures.workers:
+        print_table(["INDEX", *(f"#{it.worker_id}" for it in figures.workers)], _index_rows(figures.workers))
     if known:
         print_table(["", *(f"#{it.worker_id}" for it in known)], _worker_rows(known))
 
@@ -129,11 +150,26 @@ def _broker_rows(broker: BrokerStats) -> list[tuple[object, ...]]:
         ("memory", human_bytes(broker.rss_bytes)),
         ("clients, streams, in flight", f"{broker.clients}, {broker.streams}, {broker.inflight}"),
         ("requests", broker.requests),
-        ("routed", _counts(broker.routed)),
+        ("routed", _counts(broker.reasons)),
         ("failed", _counts(broker.failed)),
+        ("nodes indexed", broker.indexed_nodes),
+        ("prompt tokens", broker.prompt_tokens),
+        ("  of them foreseen to be cached", _part(broker.foreseen_tokens, broker.prompt_tokens)),
+        ("  of them cached", _part(broker.cached_tokens, broker.prompt_tokens)),
         ("tokens relayed", broker.tokens_relayed),
         ("workers lost", broker.workers_lost),
         ("malformed, unwelcome", f"{broker.malformed}, {broker.unwelcome}"),
+    ]
+
+
+def _index_rows(views: Sequence[WorkerView]) -> list[tuple[object, ...]]:
+    """What the broker believes of its workers."""
+    return [
+        ("known", *(it.index for it in views)),
+        ("nodes", *(it.indexed_nodes for it in views)),
+        ("lost reports", *(it.index_gaps for it in views)),
+        ("queue, s", *(f"{it.queue_s:.3f}" for it in views)),
+        ("prefill tokens/s", *(f"{it.prefill_tokens_per_s:.0f}" if it.prefill_tokens_per_s else "-" for it in views)),
     ]
 
 
@@ -171,6 +207,10 @@ def _audits(worker: WorkerStats) -> str:
     """Found blocks that were computed again, and those among them that were wrong."""
     pools = [model.pool for model in worker.models]
     return f"{sum(pool.audits_passed for pool in pools)}, {sum(pool.audits_failed for pool in pools)}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _part(part: int, whole: int) -> str:

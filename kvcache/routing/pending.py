@@ -14,13 +14,13 @@ class PendingPrefixes:
     """Chains by call. Invariant: `_nodes[node][worker]` is how many pending chains with that node `worker` has."""
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, tuple[str, Sequence[bytes]]] = {}
-        self._nodes: dict[bytes, dict[str, int]] = {}
+        self._calls: dict[Hashable, tuple[str, Sequence[Hashable]]] = {}
+        self._nodes: dict[Hashable, dict[str, int]] = {}
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def dispatched(self, call: Hashable, worker: str, chain: Sequence[bytes]) -> None:
+    def dispatched(self, call: Hashable, worker: str, chain: Sequence[Hashable]) -> None:
         self._calls[call] = worker, chain
         for node in chain:
             counts = self._nodes.setdefault(node, {})
@@ -42,7 +42,7 @@ class PendingPrefixes:
         for call in [call for call, (name, _) in self._calls.items() if name == worker]:
             self.finished(call)
 
-    def lookup(self, chain: Sequence[bytes]) -> dict[str, int]:
+    def lookup(self, chain: Sequence[Hashable]) -> dict[str, int]:
         """How many leading nodes of `chain` are on their way on each worker; those with none are left out."""
         found: dict[str, int] = {}
         for depth, node in enumerate(chain, 1):

@@ -78,7 +78,7 @@ POLICIES: dict[str, Policy] = {
     "least_loaded": least_loaded,
     "round_robin": round_robin,
 }
-DEFAULT_POLICY = "bounded_load"
+DEFAULT_POLICY = "prefix"
 
 
 def policy_by_name(name: str) -> Policy:

@@ -22,7 +22,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 async def test_greedy_tokens_are_those_of_transformers(client: AsyncClient, reference: Reference) -> None:
-    prompt = token_prompt(1, 70)
+    prompt = token_prompt(401, 70)
     tokens, done = await greedy(client, prompt, 60)
     assert tokens == reference.greedy(prompt, 60)
     assert (done.finish_reason, done.usage.prompt_tokens, done.usage.completion_tokens) == ("length", 70, 60)
@@ -51,7 +51,7 @@ async def test_same_seed_gives_the_same_tokens_and_another_seed_others(client: A
 
 
 async def test_outputs_of_one_prompt_share_it_and_are_those_of_their_seeds(client: AsyncClient) -> None:
-    prompt = token_prompt(30, 96)
+    prompt = token_prompt(430, 96)
     params = SamplingParams(n=3, max_tokens=12, seed=50, repetition_penalty=1.2, ignore_eos=True, logprobs=2)
     one_worker = client.generate(token_ids=prompt, params=params, policy="consistent_hash")
     outputs = await one_worker.results()
@@ -66,17 +66,17 @@ async def test_outputs_of_one_prompt_share_it_and_are_those_of_their_seeds(clien
 
 
 async def test_second_turn_under_one_name_reads_what_the_first_left(client: AsyncClient, reference: Reference) -> None:
-    first = token_prompt(2, 50)
+    first = token_prompt(402, 50)
     answer, done = await greedy(client, first, 30, seq_id="turns")
     assert done.usage.cached_tokens == 0
-    second = [*first, *answer, *token_prompt(3, 10)]
+    second = [*first, *answer, *token_prompt(403, 10)]
     tokens, done = await greedy(client, second, 30, seq_id="turns")
     assert done.usage.cached_tokens >= 79 // BLOCK_SIZE * BLOCK_SIZE
     assert tokens == reference.greedy(second, 30)
 
 
 async def test_same_prefix_is_computed_once(client: AsyncClient) -> None:
-    prompt = token_prompt(4, 100)
+    prompt = token_prompt(404, 100)  # that no other test has
     cold, cold_done = await greedy(client, prompt, 20)
     warm, warm_done = await greedy(client, prompt, 20)
     assert cold_done.usage.cached_tokens == 0
@@ -87,7 +87,7 @@ async def test_same_prefix_is_computed_once(client: AsyncClient) -> None:
 
 async def test_another_salt_shares_nothing(client: AsyncClient) -> None:
     names = await owned_by(client, "worker-1", 3)  # one cache, or the other would be empty anyway
-    prompt = token_prompt(5, 100)
+    prompt = token_prompt(405, 100)
     cached = {}
     for name, salt in zip(names, ("mine", "mine again", "yours"), strict=True):
         _, done = await greedy(client, prompt, 20, cache_salt=salt.split()[0], seq_id=name)
@@ -97,7 +97,7 @@ async def test_another_salt_shares_nothing(client: AsyncClient) -> None:
 
 
 async def test_kv_of_a_generation_is_what_transformers_computes(client: AsyncClient, reference: Reference) -> None:
-    prompt = token_prompt(6, 45)
+    prompt = token_prompt(406, 45)
     answer, _ = await greedy(client, prompt, 25, seq_id="read-back")
     length = await client.kv.length("read-back", 0)
     assert length in {len(prompt) + len(answer) - 1, len(prompt) + len(answer)}
@@ -112,7 +112,7 @@ async def test_kv_of_a_generation_is_what_transformers_computes(client: AsyncCli
 
 
 async def test_computed_sequence_is_listed_pinned_and_deleted(client: AsyncClient) -> None:
-    await greedy(client, token_prompt(7, 40), 10, seq_id="computed-one")
+    await greedy(client, token_prompt(407, 40), 10, seq_id="computed-one")
     (info,) = await client.kv.list("computed-one")
     assert (info.kind, info.pinned, len(info.layers)) == ("computed", False, NUM_LAYERS)
     await client.kv.pin("computed-one")
@@ -124,7 +124,7 @@ async def test_computed_sequence_is_listed_pinned_and_deleted(client: AsyncClien
 
 
 async def test_computed_sequence_cannot_be_overwritten(client: AsyncClient) -> None:
-    await greedy(client, token_prompt(8, 40), 10, seq_id="not-yours")
+    await greedy(client, token_prompt(408, 40), 10, seq_id="not-yours")
     pair = await client.kv.get("not-yours", 0)
     with pytest.raises(Conflict):
         await client.kv.put("not-yours", 0, pair.k, pair.v)
@@ -137,7 +137,7 @@ async def test_stored_sequence_cannot_be_generated_over(client: AsyncClient) -> 
     keys = torch.zeros(3, 2, 4)
     await client.kv.put("stored-first", 0, keys, keys)
     with pytest.raises(Conflict):
-        await greedy(client, token_prompt(9, 10), 5, seq_id="stored-first")
+        await greedy(client, token_prompt(409, 10), 5, seq_id="stored-first")
 
 
 async def test_two_generations_under_one_name_conflict_at_once(client: AsyncClient) -> None:

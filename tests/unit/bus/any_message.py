@@ -21,8 +21,8 @@ def values(kind: types.Type) -> st.SearchStrategy[Any]:
     match kind:
         case types.IntType(ge=ge, le=le):
             return st.integers(-(2**63) if ge is None else ge, 2**63 - 1 if le is None else le)
-        case types.FloatType():
-            return st.floats(allow_nan=False)
+        case types.FloatType(ge=ge, le=le):
+            return st.floats(min_value=ge, max_value=le, allow_nan=False)
         case types.BoolType():
             return st.booleans()
         case types.NoneType():

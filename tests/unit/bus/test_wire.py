@@ -74,6 +74,7 @@ def test_figures_come_back_as_they_were_packed(figures: Figures) -> None:
 def test_opcodes_are_those_of_the_published_protocol() -> None:
     assert {kind.__name__: kind.opcode for kind in KINDS} == {
         **{"Hello": 1, "WorkerHello": 2, "Welcome": 3, "AttachBulk": 4, "Beat": 5, "WorkerBeat": 6, "BrokerBeat": 7},
+        **{"NodesChanged": 10, "NodesHeld": 11, "AskNodes": 12, "Prefilled": 116},
         **{"Goodbye": 8, "WorkerStatus": 9, "Query": 16, "Route": 17, "QueryReply": 18, "Routed": 19},
         **{"OpenStream": 32, "StreamOpened": 33, "Generate": 34, "Cancel": 35, "Resume": 36, "Ack": 37},
         **{"Started": 38, "Replay": 39, "StreamEnd": 40, "SubAck": 48, "StreamTokens": 49, "StreamBeat": 50},

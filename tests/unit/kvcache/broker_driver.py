@@ -91,8 +91,10 @@ class Driver:
         return heard.message
 
     def join_worker(self, link: bytes, worker_id: str, incarnation: int = 1, **fields: Any) -> m.Welcome:  # noqa: ANN401
+        """It holds nothing yet, and says so."""
         (heard,) = self.worker(link, worker_hello(worker_id, incarnation, **fields))
         assert isinstance(heard.message, m.Welcome)
+        assert self.worker(link, nodes_held(), b"") == []
         return heard.message
 
     def open_stream(self, link: bytes = b"c1") -> bytes:
@@ -110,6 +112,12 @@ def hello(instance: bytes = bytes(16), major: int = wire.MAJOR) -> m.Hello:
 
 def worker_hello(worker_id: str, incarnation: int = 1, major: int = wire.MAJOR, **fields: Any) -> m.WorkerHello:  # noqa: ANN401
     return m.WorkerHello(worker_id=worker_id, incarnation=incarnation, major=major, minor=0, **fields)
+
+
+def nodes_held(*nodes: bytes, after: int = 0, tenant: str = USER) -> m.NodesHeld:
+    """All that a worker holds, in one part; comes with the nodes joined as its payload."""
+    runs = (m.NodeRun(tenant, True, len(nodes)),) if nodes else ()
+    return m.NodesHeld(after=after, part=0, is_last=True, runs=runs, payload=wire.describe([b"".join(nodes)]))
 
 
 def rid(number: int) -> bytes:

@@ -10,7 +10,7 @@ from kvcache.config import BrokerConfig, parse_broker_config
 
 def test_defaults_stand_where_nothing_is_given() -> None:
     assert parse_broker_config([], {}) == BrokerConfig()
-    assert BrokerConfig().policy == "bounded_load"
+    assert BrokerConfig().policy == "prefix"
 
 
 def test_a_flag_wins_over_a_variable_and_a_variable_over_the_default() -> None:
@@ -59,7 +59,7 @@ def test_help_names_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     for flag, default in {
         "--bind": "tcp://127.0.0.1:5555",
         "--max-inflight": "512",
-        "--policy": "bounded_load",
+        "--policy": "prefix",
     }.items():
         assert flag in text
         assert f"[{default}]" in text

@@ -23,12 +23,14 @@ from tests.unit.kvcache.broker_driver import (
     generate,
     hello,
     length,
+    nodes_held,
     read,
     rid,
     worker_hello,
 )
 
 LINKS = st.integers(0, 2)
+CHAIN = (b"node-one", b"node-two")
 NUMBERS = st.integers(1, 6)  # an id of zeros means no request
 
 
@@ -117,12 +119,12 @@ class BrokerMachine(RuleBasedStateMachine):
         message = m.Delete(req_id=rid(number), attempt=0, deadline_ms=deadline_ms, seq_id=f"seq-{seq}")
         self.ask(client_link(index), message)
 
-    @rule(index=LINKS, number=NUMBERS, explain=st.booleans())
-    def client_generates(self, index: int, number: int, explain: bool) -> None:
+    @rule(index=LINKS, number=NUMBERS, explain=st.booleans(), policy=st.sampled_from(["", "prefix"]))
+    def client_generates(self, index: int, number: int, explain: bool, policy: str) -> None:
         """On a stream of its own, unless it has none left."""
         link = client_link(index)
         stream_id = self.streams[link].pop() if self.streams.get(link) else b"?" * 16
-        self.ask(link, generate(stream_id, number, explain=explain), PROMPT)
+        self.ask(link, generate(stream_id, number, explain=explain, chain=CHAIN, policy=policy), PROMPT)
 
     def ask(self, link: bytes, message: m.Length | m.Delete | m.Generate, *payload: bytes) -> None:
         waits = self.open.get(link)
@@ -196,6 +198,24 @@ class BrokerMachine(RuleBasedStateMachine):
         assert len(heard) <= 1
         assert is_open or heard == []
         self.hear(heard)
+
+    @rule(index=LINKS, call=st.integers(1, 30), num_tokens=st.integers(0, 9), num_cached=st.integers(0, 9))
+    def worker_reports_a_first_token(self, index: int, call: int, num_tokens: int, num_cached: int) -> None:
+        """Of a call of its own or not, once or again, with figures that make sense or not."""
+        report = m.Prefilled(call=call, num_tokens=num_tokens, num_cached=num_cached, compute_ms=1.0)
+        assert self.driver.worker(worker_link(index), report) == []
+
+    @rule(index=LINKS, first=st.integers(1, 5), is_stored=st.booleans(), is_all=st.booleans())
+    def worker_reports_nodes(self, index: int, first: int, is_stored: bool, is_all: bool) -> None:
+        """In order or not; the nodes are those that clients ask for."""
+        if is_all:
+            heard = self.driver.worker(worker_link(index), nodes_held(*CHAIN, after=first), b"".join(CHAIN))
+        else:
+            runs = (m.NodeRun(USER, is_stored, len(CHAIN)),)
+            payload = b"".join(CHAIN)
+            changed = m.NodesChanged(first=first, runs=runs, payload=wire.describe([payload]))
+            heard = self.driver.worker(worker_link(index), changed, payload)
+        assert {type(it.message) for it in heard} <= {m.AskNodes}
 
     @rule(index=LINKS, call=st.integers(1, 30), is_final=st.booleans())
     def worker_answers_what_it_was_not_asked(self, index: int, call: int, is_final: bool) -> None:

@@ -59,6 +59,8 @@ WORKER = WorkerView(
     running=1,
     kv_used_bytes=3 << 20,
     kv_total_bytes=1 << 30,
+    index="exact",
+    indexed_nodes=12,
     models=(("smollm2", "ready"),),
     stats=WorkerStats(
         worker_id="worker-1",
@@ -345,7 +347,7 @@ def test_workers_as_table_and_as_json(clients: list[FakeClient], capsys: pytest.
     assert main(["workers"]) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["WORKER", "STATUS", "SHARE"]
-    assert " ".join(row.split()) == "worker-1 ready 50% 1 0 7 3.0 MiB of 1.0 GiB smollm2 ready"
+    assert " ".join(row.split()) == "worker-1 ready 50% 1 0 7 3.0 MiB of 1.0 GiB exact, 12 nodes smollm2 ready"
     assert main(["workers", "--json"]) == 0
     (worker,) = json.loads(capsys.readouterr().out)
     assert (worker["worker_id"], worker["status"]) == ("worker-1", "ready")

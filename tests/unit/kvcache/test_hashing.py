@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import BadArgument
+from bus.limits import MAX_CHAIN_NODES
 from kvcache.hashing import (
-    ROUTING_MAX_NODES,
+    ROUTING_DEPTHS,
     HashSeed,
     block_digests,
     canonical_chat,
@@ -35,6 +36,7 @@ VECTORS = {
     ],
     "tokens_chain": ["4c9cdd7ee39a40b3", "fe2206407255cfeb"],
     "text_chain": ["25be8748eb01c3e4"],
+    "far_nodes": ["36edfd661fa9f976", "73c14e0283ba5df5"],
 }
 
 
@@ -43,6 +45,8 @@ def test_published_vectors_hold() -> None:
     assert [digest.hex() for digest in block_digests(SEED, range(10))] == VECTORS["blocks"]
     assert [node.hex() for node in routing_chain(list(range(40)), model="m")] == VECTORS["tokens_chain"]
     assert [node.hex() for node in routing_chain("Grüße", cache_salt="s")] == VECTORS["text_chain"]
+    far = routing_chain(list(range(3000)))
+    assert [far[64].hex(), far[-1].hex()] == VECTORS["far_nodes"]
 
 
 def test_chain_follows_its_written_definition() -> None:
@@ -163,11 +167,23 @@ def test_routing_chain_ends_with_the_whole_prompt_until_it_is_full() -> None:
 
 
 def test_routing_chain_is_bounded_and_ignores_what_lies_beyond() -> None:
-    assert len(routing_chain("x" * 10**6)) == ROUTING_MAX_NODES
-    assert routing_chain("x" * 8192 + "a") == routing_chain("x" * 8192 + "b")
-    assert len(routing_chain([1] * 10**4)) == ROUTING_MAX_NODES
-    assert routing_chain([1] * 2048 + [2]) == routing_chain([1] * 2048)
+    assert len(routing_chain("x" * 10**6)) == MAX_CHAIN_NODES
+    assert routing_chain("x" * 960 * 128 + "a") == routing_chain("x" * 960 * 128 + "b")
+    assert len(routing_chain([1] * 10**5)) == MAX_CHAIN_NODES
+    assert routing_chain([1] * 30_720 + [2]) == routing_chain([1] * 30_720)
     assert {len(node) for node in routing_chain("x" * 10**4)} == {8}
+
+
+def test_nodes_of_long_prompts_stand_where_the_depths_say() -> None:
+    """Every block of the first 64, then every 2nd, 4th, 8th: two prompts share a node if they agree up to there."""
+    assert [ROUTING_DEPTHS[index] for index in (0, 63, 64, 127, 128, 255)] == [1, 64, 66, 192, 196, 960]
+    prompt = list(range(12_000))
+    chain = routing_chain(prompt)
+    assert len(chain) == next(index for index, depth in enumerate(ROUTING_DEPTHS) if depth * 32 >= len(prompt)) + 1
+    for at in (0, 31, 32, 2047, 2048, 2111, 2112, 6143, 6144, 11_999):
+        other = routing_chain([*prompt[:at], 77_777, *prompt[at + 1 :]])
+        agreed = sum(1 for mine, theirs in zip(chain, other, strict=True) if mine == theirs)
+        assert agreed == sum(1 for depth in ROUTING_DEPTHS[: len(chain)] if depth * 32 <= at)
 
 
 def test_routing_chain_is_salted_by_model_salt_and_kind() -> None:

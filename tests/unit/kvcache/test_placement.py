@@ -157,8 +157,9 @@ def test_an_explanation_lists_the_candidates_as_they_were_weighed() -> None:
         )
 
     placement = driver.core._requests.placement
-    choice, worker = placement.place("default", route, driver.now)
-    explanation = placement.explain("default", route, choice, driver.now)
+    place_ = placement.place("default", route, driver.now)
+    worker = place_.worker
+    explanation = placement.explain("default", route, place_, driver.now)
 
     assert explanation.policy == "bounded_load"
     assert [candidate.rank for candidate in explanation.candidates] == [0, 1, 2, 3]

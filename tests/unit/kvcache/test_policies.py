@@ -128,7 +128,7 @@ def test_a_request_without_a_key_goes_where_there_is_room(policy: Policy) -> Non
 
 
 def test_policies_are_found_by_name_and_others_are_refused_with_those_there_are() -> None:
-    assert policy_by_name(DEFAULT_POLICY) is bounded_load
+    assert policy_by_name(DEFAULT_POLICY) is POLICIES["prefix"]
     with pytest.raises(
         BadArgument, match="use one of consistent_hash, bounded_load, prefix, least_loaded, round_robin"
     ):

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bus import messages as messages_of
 from bus import wire
 from bus.errors import ErrorCode
 from bus.messages import (
+    AskNodes,
     Assign,
     AttachBulk,
     BrokerBeat,
@@ -22,6 +24,8 @@ from bus.messages import (
     Hello,
     KvDone,
     Length,
+    NodesChanged,
+    NodesHeld,
     OpenStream,
     Pin,
     Put,
@@ -31,11 +35,12 @@ from bus.messages import (
     WorkerState,
     WorkerStatus,
 )
-from bus.stats import WorkerStats, unpack
+from bus.stats import EngineStats, WorkerStats, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, answers, commands, loaded, messages, sends, welcome
-from workers.calls import CallId, Channel, Forget, Send
-from workers.engine_api import Start, Stop
+from workers.calls import Action, CallId, Channel, Forget, Send
+from workers.engine_api import EngineFigures, NodesMoved, Prefilled, Start, Stop
+from workers.nodes import NodeChange
 
 META = TensorMeta(dtype=DType.FLOAT32, shape=(2, 1, 4))
 DATA = np.arange(8, dtype=np.float32).tobytes()
@@ -69,6 +74,58 @@ def malformed(bench: CoreBench) -> int:
     return bench.core.stats(bench.now, rss_bytes=0, lag_s=0.0).malformed
 
 
+# --- what this worker holds ---
+
+
+def moved(*numbers: int, is_stored: bool = True) -> NodesMoved:
+    return NodesMoved(tuple(NodeChange("t", number.to_bytes(8, "big"), is_stored) for number in numbers))
+
+
+def test_nodes_are_told_to_each_broker_when_they_change_and_again_when_one_asks() -> None:
+    bench = CoreBench(num_links=2)
+    for link in range(2):
+        bench.join(link)
+    bench.pass_time(0.25)
+    actions = bench.engine(moved(1, 2))
+    assert [send.link for send in sends(actions)] == [0, 1]
+    assert [told.first for told in messages(actions, NodesChanged)] == [1, 1]
+    assert bench.engine(moved(3)) == []
+    assert [told.first for told in messages(bench.pass_time(0.125), NodesChanged)] == [3, 3]
+    assert bench.control(AskNodes(after=1), link=1) != []
+    (again,) = bench.control(AskNodes(after=2), link=1) or bench.pass_time(1 / 16)
+    assert isinstance(again, Send)
+    assert (again.link, wire.decode(again.frames).message.first) == (1, 3)
+    assert [told.is_last for told in messages(bench.pass_time(0.0) + ask_all(bench), NodesHeld)] == [True]
+
+
+def ask_all(bench: CoreBench) -> list[Action]:
+    bench.now += 1 / 16
+    return bench.control(AskNodes(after=0))
+
+
+def test_a_beat_says_up_to_which_change_its_broker_was_told_and_what_waits(bench: CoreBench) -> None:
+    bench.pass_time(0.25)
+    bench.engine(moved(1, 2))
+    bench.figures = EngineFigures(engine=EngineStats(backlog_tokens=77))
+    assert [(beat.changes, beat.backlog_tokens) for beat in messages(bench.pass_time(0.25), WorkerBeat)] == [(2, 77)]
+
+
+def test_a_new_session_is_told_everything(bench: CoreBench) -> None:
+    bench.pass_time(0.25)
+    bench.engine(moved(1, 2), moved(1, is_stored=False))
+    bench.pass_time(0.25)
+    (held,) = messages(bench.join(session=b"T" * 16), NodesHeld)
+    assert (held.after, held.part, held.is_last, [run.count for run in held.runs]) == (3, 0, True, [1])
+
+
+def test_the_first_token_of_a_call_is_reported_with_what_it_took(bench: CoreBench) -> None:
+    call, start = bench.start()
+    (report,) = messages(bench.engine(Prefilled(start.run, 40, 32, 12.5)), messages_of.Prefilled)
+    assert report == messages_of.Prefilled(call=call, num_tokens=40, num_cached=32, compute_ms=12.5)
+    bench.join(session=b"T" * 16)
+    assert bench.engine(Prefilled(start.run, 40, 32, 12.5)) == []  # nobody waits for it any more
+
+
 # --- joining and staying ---
 
 
@@ -79,7 +136,8 @@ def test_hello_goes_out_until_the_broker_welcomes_us_and_what_queued_up_before_i
     assert sum(isinstance(action, Forget) for action in actions) == 3
     joined = bench.join()
     assert messages(joined, AttachBulk) == [AttachBulk(session=b"S" * 16)]
-    assert [send.channel for send in sends(joined)] == [Channel.BULK, Channel.CONTROL]
+    assert [send.channel for send in sends(joined)] == [Channel.BULK, Channel.CONTROL, Channel.CONTROL]
+    assert [held.is_last for held in messages(joined, NodesHeld)] == [True]
     assert messages(bench.pass_time(0.5), WorkerHello) == []
 
 

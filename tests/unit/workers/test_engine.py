@@ -27,6 +27,7 @@ from bus.errors import (
 )
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.streams import token_bytes
+from kvcache.hashing import routing_chain
 from tests.unit.workers.conftest import EOS_ID, Family
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine import EngineThread, JobThread
@@ -43,7 +44,9 @@ from workers.engine_api import (
     ListKV,
     Load,
     MeasureKV,
+    NodesMoved,
     PinKV,
+    Prefilled,
     Proceed,
     Produced,
     ReadKV,
@@ -58,6 +61,7 @@ from workers.engine_api import (
 )
 from workers.host import Host, Job
 from workers.keys import SequenceKey
+from workers.nodes import NodeChange
 from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
 from workers.slot import Model
@@ -166,6 +170,7 @@ def start(
     kind: PromptKind = PromptKind.TOKENS,
     data: bytes | None = None,
     tenant: str = "t",
+    chain: tuple[bytes, ...] = (),
 ) -> Start:
     return Start(
         run=run_id(run),
@@ -178,6 +183,7 @@ def start(
         seq_id=seq_id,
         cache_salt="",
         deadline=math.inf,
+        chain=chain,
     )
 
 
@@ -242,6 +248,79 @@ def test_the_times_at_the_end_say_where_they_went(make: Callable[[], TorchModel]
     bench.now = 0.25
     end = only(bench.run(), Ended)
     assert (end.queue_ms, end.prefill_ms, end.decode_ms) == (250.0, 1500.0, 2500.0)
+
+
+def test_the_engine_tells_which_nodes_of_a_chain_can_be_reused_from_when_their_blocks_are_full(bench: Bench) -> None:
+    prompt = [(7 * number) % 50 for number in range(70)]
+    chain = routing_chain(prompt)
+    assert len(chain) == 3
+    bench.tell(start(1, prompt, chain=chain))
+    moved = [event.changes for event in bench.run() if isinstance(event, NodesMoved)]
+    # the third node ends in a block that the first output tokens fill; nodes come as their blocks are computed
+    assert [change for changes in moved for change in changes] == [NodeChange("t", node, True) for node in chain]
+    assert len(moved) == 3
+    other = routing_chain(prompt, cache_salt="another name for the same blocks")
+    bench.tell(start(2, prompt, chain=other, tenant="t"))
+    moved = [event.changes for event in bench.run() if isinstance(event, NodesMoved)]
+    assert moved[0] == tuple(NodeChange("t", node, True) for node in other[:2])  # with what it shares, at once
+    assert moved[1:] == [(NodeChange("t", other[2], True),)]
+
+
+def test_nodes_go_when_their_blocks_are_evicted(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(tiny=make), max_tokens_per_step=64)
+    held: set[bytes] = set()
+    chains = []
+    for number in range(40):  # many times what the pool can hold
+        prompt = [(number + 3 * at) % 50 for at in range(64)]
+        chains.append(routing_chain(prompt))
+        bench.tell(start(number, prompt, chain=chains[-1]))
+        for event in bench.run():
+            for change in event.changes if isinstance(event, NodesMoved) else ():
+                assert (change.node in held) != change.is_stored
+                held ^= {change.node}
+    pool = bench.host.figures().models[0].pool
+    assert pool.evictions > 0
+    assert held >= set(chains[-1])
+    assert not held & set(chains[0])
+
+
+def test_without_prefix_caching_no_node_is_told(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(tiny=make), shares_prefixes=False)
+    prompt = [1] * 40
+    bench.tell(start(1, prompt, chain=routing_chain(prompt)))
+    assert not [event for event in bench.run() if isinstance(event, NodesMoved)]
+
+
+def test_what_a_prefill_took_is_told_just_before_the_first_token(make: Callable[[], TorchModel]) -> None:
+    """Of a step that others share, a prefill is charged its part by tokens; waiting for others is not its time."""
+    bench = Bench(FakeModels(tiny=lambda: load()), max_tokens_per_step=8)
+
+    class Slow(TorchModel):
+        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+            bench.now += 0.5
+            return super().compute(batch, draws)
+
+    def load() -> Model:
+        model = make()
+        model.__class__ = Slow
+        return model
+
+    prompt = list(range(1, 41))
+    bench.tell(start(1, prompt))
+    events = bench.run()
+    told = only(events, Prefilled)
+    assert (told.run, told.num_tokens, told.num_cached, told.compute_ms) == (run_id(1), 40, 0, 2500.0)
+    assert isinstance(events[events.index(told) + 1], Produced)
+
+    bench.tell(start(2, prompt))
+    again = only(bench.run(), Prefilled)
+    assert (again.num_tokens, again.num_cached) == (40, 39)
+    assert again.compute_ms == 500.0
+
+    bench.tell(start(3, [2] * 16), start(4, [3] * 16))
+    both = [event for event in bench.run() if isinstance(event, Prefilled)]
+    assert [(event.num_tokens, event.num_cached) for event in both] == [(16, 0), (16, 0)]
+    assert 2000.0 <= sum(event.compute_ms for event in both) <= 2250.0  # 32 tokens, 8 in a step that is full
 
 
 def test_a_model_loads_once_however_many_wait_for_it(make: Callable[[], TorchModel]) -> None:

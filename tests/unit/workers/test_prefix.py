@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from kvcache.hashing import BlockHash, HashSeed, block_digests, encode_token_ids
 from workers.batch import BlockId
-from workers.prefix import BlockRemoved, BlockStored, Cleared, PrefixIndex
-from workers.prefix_cache import MAX_EVENTS, PrefixCache
+from workers.nodes import MAX_NODES_PER_BLOCK, NodeChange
+from workers.prefix import PrefixIndex
+from workers.prefix_cache import PrefixCache
 
 SEED = HashSeed(model="m", dtype="float32", block_size=2)
 
@@ -90,31 +91,49 @@ def test_equal_blocks_computed_twice_share_one_block() -> None:
     cache.check()
 
 
-def test_allocation_evicts_leaf_first_and_tells_of_it() -> None:
+def test_allocation_evicts_leaf_first_and_tells_of_the_nodes_that_go() -> None:
     cache = PrefixCache(3, 2)
     table = compute(cache, [1, 2, 3, 4, 5, 6])
+    for number, block in enumerate(table):
+        cache.attach(block, "t", b"node-%d" % number)
+    cache.attach(table[0], "t", b"node-0")  # said twice, it is one
     cache.pool.unpin(table)
-    digests = block_digests(SEED, [1, 2, 3, 4, 5, 6])
+    assert cache.take_node_changes() == tuple(NodeChange("t", b"node-%d" % number, True) for number in range(3))
     assert cache.allocate(4) is None
     assert cache.allocate(2) == [table[1], table[2]]
     assert find(cache, [1, 2, 3, 4]) == table[:1]
-    assert cache.events_since(3) == [BlockRemoved(4, digests[2]), BlockRemoved(5, digests[1])]
+    assert cache.take_node_changes() == (NodeChange("t", b"node-2", False), NodeChange("t", b"node-1", False))
+    assert cache.take_node_changes() == ()
     cache.check()
 
 
-def test_events_are_numbered_and_end_where_the_log_does() -> None:
-    cache = PrefixCache(2, 2)
-    assert cache.events_since(0) == []
+def test_nodes_are_attached_to_findable_blocks_only_and_leave_with_them() -> None:
+    cache = PrefixCache(4, 2)
+    (unfindable,) = cache.allocate(1) or []
+    cache.attach(unfindable, "t", b"a")
+    assert cache.take_node_changes() == ()
     table = compute(cache, [1, 2])
+    cache.attach(table[0], "t", b"b")
+    cache.withdraw(table[0])
+    cache.attach(table[0], "t", b"c")
+    assert cache.take_node_changes() == (NodeChange("t", b"b", True), NodeChange("t", b"b", False))
+    cache.pool.unpin([*table, unfindable])
+    again = compute(cache, [3, 4])
+    cache.attach(again[0], "t", b"d")
     cache.flush()
-    (digest,) = block_digests(SEED, [1, 2])
-    assert cache.events_since(0) == [BlockStored(1, digest), Cleared(2)]
-    assert cache.events_since(1) == [Cleared(2)]
-    cache.pool.unpin(table)
-    for _ in range(MAX_EVENTS):
-        cache.flush()
-    assert cache.events_since(1) is None
-    assert cache.events_since(2) is not None
+    assert cache.take_node_changes() == (NodeChange("t", b"d", True), NodeChange("t", b"d", False))
+    cache.pool.unpin(again)
+
+
+def test_a_block_has_a_bounded_number_of_nodes_and_the_oldest_goes() -> None:
+    cache = PrefixCache(1, 2)
+    (block,) = compute(cache, [1, 2])
+    for number in range(MAX_NODES_PER_BLOCK + 1):
+        cache.attach(block, "t", b"%d" % number)
+    changes = cache.take_node_changes()
+    assert [change for change in changes if not change.is_stored] == [NodeChange("t", b"0", False)]
+    assert len(changes) == MAX_NODES_PER_BLOCK + 2
+    cache.pool.unpin([block])
 
 
 def test_flush_forgets_all_and_what_goes_on_below_is_not_indexed() -> None:
@@ -235,14 +254,14 @@ def test_flush_of_one_salt_leaves_the_others() -> None:
     cache = PrefixCache(8, 2)
     other = HashSeed(model="m", dtype="float32", block_size=2, cache_salt="other")
     mine, theirs = compute(cache, [1, 2, 3, 4]), compute(cache, [1, 2], other)
+    for block, node in zip([*mine, *theirs], (b"top", b"leaf", b"other"), strict=True):
+        cache.attach(block, "t", node)
+    cache.take_node_changes()
     cache.pool.unpin(mine)
-    since = cache.events_since(0)
     assert cache.flush(lambda seed: seed.cache_salt == "") == 2
     assert find(cache, [1, 2, 3, 4]) == []
     assert find(cache, [1, 2], other) == theirs
-    top, leaf = block_digests(SEED, [1, 2, 3, 4])
-    assert since is not None
-    assert cache.events_since(len(since)) == [BlockRemoved(4, leaf), BlockRemoved(5, top)]
+    assert cache.take_node_changes() == (NodeChange("t", b"leaf", False), NodeChange("t", b"top", False))
     assert cache.pool.counts().free == 7
     cache.check()
 

@@ -524,7 +524,9 @@ def test_admission_is_in_order_and_a_big_one_is_not_overtaken() -> None:
     engine.step()
     assert engine.scheduler.engine_stats().running == 1
     assert engine.scheduler.engine_stats().waiting == 2
+    assert engine.scheduler.engine_stats().backlog_tokens == 8 + 24 + 1  # 4 of the first prompt's 12 are done
     engine.run()
+    assert engine.scheduler.engine_stats().backlog_tokens == 0
     ends = [event.key for event in engine.events if isinstance(event, Finished)]
     assert ends.index(b"a") < ends.index(b"big")
     assert [event.key for event in engine.events if isinstance(event, Started)] == [b"a", b"big", b"small"]

@@ -405,3 +405,13 @@ def test_a_failpoint_kills_at_the_nth_time_its_point_is_reached(monkeypatch: pyt
     failpoint.reach("worker.reply")
     failpoint.reach("worker.reply")
     assert [number for _, number in killed] == [signal.SIGKILL]
+
+
+def test_a_failpoint_drops_the_nth_message_and_no_other() -> None:
+    failpoint = Failpoint("worker.nodes:drop@2")
+    assert [failpoint.reach(name) for name in ["worker.nodes", "worker.reply", "worker.nodes", "worker.nodes"]] == [
+        False,
+        False,
+        True,
+        False,
+    ]
