@@ -10,24 +10,21 @@ killed (PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import enum
 import os
 import signal
-import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
+from kvcache.orphans import die_with_us
 from kvcache.restarts import RestartCounter, RestartPolicy
 
 MAX_LINE_BYTES = 64 * 1024
 NUM_LAST_LINES = 20
-PR_SET_PDEATHSIG = 1
 
 
 class ServiceState(enum.StrEnum):
@@ -152,7 +149,7 @@ class Supervisor:
             stdout=PIPE,
             stderr=STDOUT,
             process_group=0,
-            preexec_fn=partial(_die_with, os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=die_with_us(signal.SIGTERM),
             limit=MAX_LINE_BYTES,
         )
         status.pid, status.exit_code = process.pid, None
@@ -212,13 +209,3 @@ async def _done_within(task: asyncio.Task[None], seconds: float) -> None:
     _, pending = await asyncio.wait([task], timeout=seconds)
     for late in pending:
         late.cancel()
-
-
-def _die_with(parent_pid: int) -> None:
-    """In the child, before exec: ask Linux for SIGTERM when the thread that made us ends."""
-    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent_pid:
-        os._exit(1)  # it ended before we could ask
-
-
-_libc = ctypes.CDLL(None, use_errno=True)  # looked up before any fork: only calls are safe between fork and exec

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from kvcache.bench.peers.environments import PeerUnavailable
+from kvcache.orphans import die_with_us
 
 ANSWER_S = 600.0
 CLOSE_S = 10.0
@@ -31,6 +32,7 @@ class PeerProcess:
             stderr=self._log,
             env={**os.environ, **variables},
             start_new_session=True,  # so that what it starts stops and ends with it
+            preexec_fn=die_with_us(signal.SIGKILL),
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:  # noqa: ANN401 (a line of JSON)
