@@ -59,6 +59,7 @@ class ModelStats(Figures, frozen=True):
     """A model that this worker may serve, and its state: absent, loading, ready or failed (with the reason).
 
     `runner` is what computes it, `torch` or `openvino`; `runner_reason` says why it is not the faster one.
+    `kv_dtype` is how its pool keeps keys and values, `dtype` what it computes in.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelStats(Figures, frozen=True):
     runner: str = ""
     runner_reason: str = ""
     fingerprint: str = ""
+    kv_dtype: str = ""
     num_layers: int = 0
     max_model_len: int = 0
     pool: PoolStats = PoolStats()

@@ -32,7 +32,8 @@ from transformers import AttentionInterface
 
 from workers.batch import Batch
 from workers.decode_attention import DecodeGroup, attend_group, group_decodes, plan_group
-from workers.paged_kv import PagedKV, batch_rows, block_rows, gather_kv, write_kv
+from workers.page_plan import batch_rows, block_rows
+from workers.paged_kv import PagedKV
 
 if TYPE_CHECKING:
     from workers.batch import Slice
@@ -128,7 +129,7 @@ def _plan_slice(piece: Slice, begin: int, kv: PagedKV, window: int | None, with_
 def _mask(num_tokens: int, context_len: int, window: int | None, kv: PagedKV) -> torch.Tensor:
     """Causal mask, within a window if there is one, for the last `num_tokens` of `context_len` positions."""
     before = context_len - num_tokens
-    hidden = torch.full((num_tokens, context_len), float("-inf"), dtype=kv.dtype, device=kv.device)
+    hidden = torch.full((num_tokens, context_len), float("-inf"), dtype=kv.compute_dtype, device=kv.device)
     mask = hidden.triu(before + 1)
     return mask if window is None else mask + hidden.tril(before - window)
 
@@ -155,31 +156,33 @@ def paged_attention(
     """
     layer = module.layer_idx
     assert isinstance(layer, int)
-    keys, values = paged_step.kv.keys[layer], paged_step.kv.values[layer]
-    write_kv(keys, key[0], paged_step.new_rows)
-    write_kv(values, value[0], paged_step.new_rows)
+    kv = paged_step.kv
+    # What is attended to is what the pool will give back, so that it does not matter who computed a prefix.
+    keys, values = kv.store(layer, key[0], value[0], paged_step.new_rows)
     layer_plan = paged_step.for_layer(sliding_window, with_masks=softcap is not None)
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for group in layer_plan.groups:
-        output.index_copy_(0, group.places, attend_group(query, keys, values, group, scaling))
+        output.index_copy_(0, group.places, attend_group(query, layer, kv, group, scaling))
     for plan in layer_plan.slices:
-        attended = _attend(
-            query[:, :, plan.begin : plan.end],
-            _context(keys, key, plan),
-            _context(values, value, plan),
-            plan.mask,
-            scaling,
-            softcap,
-        )
+        context = _context(kv, layer, keys, values, plan)
+        attended = _attend(query[:, :, plan.begin : plan.end], *context, plan.mask, scaling, softcap)
         output[plan.begin : plan.end] = attended[0].transpose(0, 1)
     return output.unsqueeze(0), None
 
 
-def _context(cache: torch.Tensor, new: torch.Tensor, plan: SlicePlan) -> torch.Tensor:
-    """All keys or values that the slice sees: [1, num_kv_heads, gathered_len - unseen_len, head_dim]."""
+def _context(
+    kv: PagedKV, layer: int, keys: torch.Tensor, values: torch.Tensor, plan: SlicePlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values that the slice sees: [1, num_kv_heads, gathered_len - unseen_len, head_dim] each.
+
+    keys, values: the new ones of the whole step, as the pool gives them back.
+    """
     if plan.context_rows is None:
-        return new[:, :, plan.begin : plan.end]
-    return gather_kv(cache, plan.context_rows, plan.gathered_len)[:, plan.unseen_len :].unsqueeze(0)
+        return keys[None, :, plan.begin : plan.end], values[None, :, plan.begin : plan.end]
+    shape = (1, kv.plan.num_kv_heads, -1, kv.plan.head_dim)
+    gathered = kv.gather(layer, plan.context_rows)
+    seen_keys, seen_values = (states.view(shape)[:, :, plan.unseen_len : plan.gathered_len] for states in gathered)
+    return seen_keys, seen_values
 
 
 def _attend(

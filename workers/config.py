@@ -25,6 +25,7 @@ MIN_PART_BYTES = 1 << 20
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["text", "json"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
+KVDTypeChoice = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 RunnerChoice = Literal["auto", "torch", "openvino"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.ASCII | re.IGNORECASE)
@@ -54,6 +55,7 @@ class WorkerConfig:
     kv_plane_bytes: int | None = None
     block_size: int = 32
     dtype: DTypeChoice = "auto"
+    kv_dtype: KVDTypeChoice = "auto"
     device: str = "auto"
     runner: RunnerChoice = "torch"
     max_model_len: int | None = None
@@ -90,6 +92,7 @@ class WorkerConfig:
         if not 0 <= self.audit <= 1:
             raise BadArgument(f"--audit must be from 0 to 1, not {self.audit}")
         _check_choice("--dtype", self.dtype, get_args(DTypeChoice))
+        _check_choice("--kv-dtype", self.kv_dtype, get_args(KVDTypeChoice))
         _check_choice("--runner", self.runner, get_args(RunnerChoice))
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
         _check_choice("--log-format", self.log_format, get_args(LogFormat))
@@ -139,6 +142,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         kv_plane_bytes=_optional(parse_bytes, "--kv-plane-bytes", given("kv_plane_bytes")),
         block_size=_integer("--block-size", given("block_size"), 32),
         dtype=given("dtype") or "auto",  # type: ignore[arg-type]  # __post_init__ checks the choice
+        kv_dtype=given("kv_dtype") or "auto",  # type: ignore[arg-type]  # as above
         device=given("device") or "auto",
         runner=given("runner") or "torch",  # type: ignore[arg-type]  # as above
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
@@ -180,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-plane-bytes", metavar="SIZE", help="the KV plane's part of it (default a quarter)")
     add("--block-size", metavar="TOKENS", help="tokens per block of KV (default 32)")
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16 (default auto)")
+    add("--kv-dtype", metavar="NAME", help="of the pool: auto (the model's), float32, bfloat16, float16, int8 or fp8")
     add("--device", metavar="NAME", help="auto, cpu or cuda (default auto)")
     add("--runner", metavar="NAME", help="torch (default), openvino, or auto: OpenVINO on a CPU, where it can")
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")

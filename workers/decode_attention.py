@@ -1,7 +1,7 @@
 """Attention of many single queries at once: decodes of like length, padded to the longest of them.
 
 A step of 32 decodes would make 32 gathers and 32 kernel calls per layer. Here the blocks of a group are gathered
-in one copy, into memory that all layers of the step use in turn, and attended to in one call with a mask:
+in one copy and attended to in one call with a mask:
 
     sequence 0   |== context ==================| stale |
     sequence 1   |== context ==========| stale |  pad  |      pad: its own first block again
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workers.batch import Slice
-    from workers.paged_kv import PagedKV, PagePlan
+    from workers.page_plan import PagePlan
+    from workers.paged_kv import PagedKV
 
 GROUP_BYTES = 8 << 20
 """Keys and values of one layer, padded, that a group may have."""
@@ -51,22 +52,19 @@ class DecodeGroup:
     places: [num_seqs], where their tokens are in the flat row.
     block_rows: [num_seqs * num_kv_heads * padded_blocks], in this order.
     stale_rows: rows of the gathered `[num_seqs * num_kv_heads * padded_len, head_dim]` that nobody wrote for them.
-    mask: [num_seqs, 1, 1, padded_len] in the pool's dtype, 0 or -inf.
-    keys, values: [len(block_rows), block_size * head_dim], for each layer to gather into.
+    mask: [num_seqs, 1, 1, padded_len] in the compute dtype, 0 or -inf.
     """
 
     places: torch.Tensor
     block_rows: torch.Tensor
     stale_rows: torch.Tensor
     mask: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 def group_decodes(batch: Sequence[Slice], kv: PagedKV) -> list[list[int]]:
     """Indices in the batch of the decodes that go together; those that are better off alone are in no group."""
     plan = kv.plan
-    bytes_of_block = 2 * plan.num_kv_heads * plan.block_size * plan.head_dim * kv.dtype.itemsize
+    bytes_of_block = 2 * plan.num_kv_heads * plan.block_size * plan.head_dim * kv.compute_dtype.itemsize
     decodes = [i for i, piece in enumerate(batch) if len(piece.token_ids) == 1 and 0 < piece.start < MAX_CONTEXT]
     groups: list[list[int]] = []
     longest = 0
@@ -99,45 +97,34 @@ def plan_group(pieces: Sequence[Slice], places: Sequence[int], kv: PagedKV) -> D
     is_stale = (positions >= context_lens) & (positions < torch.tensor(used)[:, None] * plan.block_size)
     of_sequence, offsets = is_stale.nonzero(as_tuple=True)
     stale = (of_sequence[None, :] * plan.num_kv_heads + heads[:, None]) * padded_len + offsets[None, :]
-    mask = torch.zeros(len(pieces), padded_len, dtype=kv.dtype)
+    mask = torch.zeros(len(pieces), padded_len, dtype=kv.compute_dtype)
     mask.masked_fill_(positions >= context_lens, float("-inf"))
-    width = plan.block_size * plan.head_dim
     return DecodeGroup(
         places=torch.tensor(places, device=kv.device),
         block_rows=rows.to(kv.device),
         stale_rows=stale.reshape(-1).to(kv.device),
         mask=mask[:, None, None, :].to(kv.device),
-        keys=torch.empty(len(rows), width, dtype=kv.dtype, device=kv.device),
-        values=torch.empty(len(rows), width, dtype=kv.dtype, device=kv.device),
     )
 
 
-def attend_group(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, group: DecodeGroup, scaling: float
-) -> torch.Tensor:
+def attend_group(query: torch.Tensor, layer: int, kv: PagedKV, group: DecodeGroup, scaling: float) -> torch.Tensor:
     """One layer's attention for a group, whose new keys and values are in the pool already.
 
     query: [1, num_heads, num_tokens, head_dim], of all tokens of the step.
-    keys, values: [num_blocks, num_kv_heads, block_size, head_dim], the layer's caches.
     Returns [num_seqs, num_heads, head_dim].
     """
-    num_seqs, num_kv_heads, head_dim = len(group.places), keys.shape[1], keys.shape[3]
+    num_seqs, num_kv_heads, head_dim = len(group.places), kv.plan.num_kv_heads, kv.plan.head_dim
     # As in the attention of one: the query heads of a KV head are its rows, so nothing is repeated.
     rows = query[0].index_select(1, group.places).transpose(0, 1).reshape(num_seqs, num_kv_heads, -1, head_dim)
+    keys, values = kv.gather(layer, group.block_rows, group.stale_rows)
     output = scaled_dot_product_attention(
         rows,
-        _gather(keys, group.keys, group).view(num_seqs, num_kv_heads, -1, head_dim),
-        _gather(values, group.values, group).view(num_seqs, num_kv_heads, -1, head_dim),
+        keys.view(num_seqs, num_kv_heads, -1, head_dim),
+        values.view(num_seqs, num_kv_heads, -1, head_dim),
         attn_mask=group.mask,
         scale=scaling,
     )
     return output.reshape(num_seqs, -1, head_dim)
-
-
-def _gather(cache: torch.Tensor, into: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
-    """The group's contexts in one copy, with nothing in it that is not theirs: `[.., head_dim]`."""
-    torch.index_select(cache.view(-1, into.shape[1]), 0, group.block_rows, out=into)
-    return into.view(-1, cache.shape[-1]).index_fill_(0, group.stale_rows, 0.0)
 
 
 def _num_blocks(piece: Slice, plan: PagePlan) -> int:

@@ -162,7 +162,7 @@ class Exchange:
             raise NotFound("this worker shares no blocks of that model")
         facts, seed = slot.model.facts, slot.seed(lend.tenant, lend.cache_salt)
         theirs = (lend.dtype, lend.block_size, lend.layout_version)
-        ours = (facts.dtype, facts.block_size, seed.layout_version)
+        ours = (seed.dtype, facts.block_size, seed.layout_version)
         if theirs != ours:
             raise Conflict(f"blocks of (dtype, block size, layout) {ours} are here, {theirs} were asked for")
         digests = block_digests(seed, struct.unpack(f"<{len(lend.tokens) // TOKEN_BYTES}I", lend.tokens))

@@ -59,6 +59,7 @@ async def _run(config: WorkerConfig) -> None:
     memory = plan_memory(config)
     options = LoadOptions(
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         device=config.device,
         max_model_len=config.max_model_len,
         block_size=config.block_size,

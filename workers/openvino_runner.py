@@ -102,6 +102,8 @@ def _check_carried(loaded: LoadedModel, kv: PagedKV) -> None:
         raise NotCarried(f"OpenVINO runs on the CPU here, and the model is on {loaded.device}")
     if loaded.dtype not in PRECISIONS:
         raise NotCarried(f"OpenVINO runs float32 and bfloat16 here, not {loaded.dtype}")
+    if kv.dtype is not loaded.dtype:
+        raise NotCarried(f"OpenVINO keeps keys and values as the model computes them here, not as {kv.dtype}")
     if block_size != openvino_export.BLOCK_SIZE:
         raise NotCarried(f"OpenVINO takes blocks of {openvino_export.BLOCK_SIZE} tokens, not of {block_size}")
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import Cache
 
-from workers.paged_kv import PagedKV, block_rows, gather_kv, token_rows, write_kv
+from workers.page_plan import batch_rows, token_rows
+from workers.paged_kv import PagedKV
 
 if TYPE_CHECKING:
-    from workers.batch import Batch
+    from workers.batch import Batch, Slice
 
 
 class PoolCache(Cache):
@@ -36,16 +37,14 @@ class PoolCache(Cache):
         self._kv = kv
         self._num_tokens = len(batch[0].token_ids)
         starts = torch.tensor([piece.start for piece in batch], device=kv.device)
+        self._num_slices = len(batch)
         self._lengths = [piece.start + self._num_tokens for piece in batch]
         self._longest = max(self._lengths)
-        self._new_rows = [
-            token_rows(kv.plan, piece.block_table, piece.start, stop, kv.device)
-            for piece, stop in zip(batch, self._lengths, strict=True)
-        ]
-        self._context_rows = [
-            block_rows(kv.plan, piece.block_table, stop, kv.device)
-            for piece, stop in zip(batch, self._lengths, strict=True)
-        ]
+        self._new_rows = batch_rows(kv.plan, batch, kv.device)
+        self._context_rows = torch.stack([self._padded_rows(piece) for piece in batch]).reshape(-1)
+        missing = (self._longest - torch.tensor(self._lengths))[:, None, None]
+        is_padding = (torch.arange(self._longest) < missing).expand(-1, kv.plan.num_kv_heads, -1)
+        self._padding = is_padding.reshape(-1).nonzero().squeeze(1).to(kv.device)
         self.position_ids = starts[:, None] + torch.arange(self._num_tokens, device=kv.device)
         self.attention_mask = self._padding_mask() if min(self._lengths) < self._longest else None
 
@@ -62,10 +61,14 @@ class PoolCache(Cache):
         Returns those of the whole contexts, `[num_slices, num_kv_heads, longest context, head_dim]`, padded
         with zeros at the front.
         """
-        return (
-            self._exchange(self._kv.keys[layer_idx], key_states),
-            self._exchange(self._kv.values[layer_idx], value_states),
-        )
+        num_kv_heads, head_dim = key_states.shape[1], key_states.shape[3]
+        # As one row of tokens: [num_kv_heads, num_slices * num_tokens, head_dim].
+        new_keys = key_states.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+        new_values = value_states.transpose(0, 1).reshape(num_kv_heads, -1, head_dim)
+        self._kv.store(layer_idx, new_keys, new_values, self._new_rows)
+        gathered = self._kv.gather(layer_idx, self._context_rows, self._padding, by_token=True)
+        keys, values = (states.view(self._num_slices, num_kv_heads, -1, head_dim) for states in gathered)
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """How many tokens are before the new ones, padding among them."""
@@ -75,12 +78,12 @@ class PoolCache(Cache):
         """Length of the contexts, and how many of their tokens are missing at the front: none."""
         return self._longest, 0
 
-    def _exchange(self, cache: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        contexts = cache.new_zeros((len(states), states.shape[1], self._longest, states.shape[3]))
-        for row, length in enumerate(self._lengths):
-            write_kv(cache, states[row], self._new_rows[row])
-            contexts[row, :, self._longest - length :] = gather_kv(cache, self._context_rows[row], length)
-        return contexts
+    def _padded_rows(self, piece: Slice) -> torch.Tensor:
+        """Token rows of a slice's context, its first token before them as padding: [num_kv_heads, longest context]."""
+        length = piece.start + self._num_tokens
+        rows = token_rows(self._kv.plan, piece.block_table, 0, length, self._kv.device)
+        rows = rows.view(self._kv.plan.num_kv_heads, length)
+        return torch.cat([rows[:, :1].expand(-1, self._longest - length), rows], dim=1)
 
     def _padding_mask(self) -> torch.Tensor:
         lengths = torch.tensor(self._lengths, device=self._kv.device)

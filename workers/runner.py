@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class TorchRunner:
     """One model over one pool. Call it from one thread at a time.
 
-    `kv` must have the model's layers, KV heads, head_dim, dtype and device. Where packing its linear layers makes
-    the model faster they are packed, in place.
+    `kv` must have the model's layers, KV heads, head_dim and device, and its dtype to compute in. Where packing its
+    linear layers makes the model faster they are packed, in place.
     """
 
     def __init__(self, loaded: LoadedModel, kv: PagedKV) -> None:
@@ -73,7 +73,7 @@ class TorchRunner:
         def num_tokens(index: int) -> int:
             return len(batch[index].token_ids)
 
-        logits = torch.empty((len(batch), self._vocab_size), dtype=self.kv.dtype, device=self.kv.device)
+        logits = torch.empty((len(batch), self._vocab_size), dtype=self.kv.compute_dtype, device=self.kv.device)
         for _, same in groupby(sorted(range(len(batch)), key=num_tokens), num_tokens):
             rows = list(same)
             logits[rows] = self._run_equal([batch[row] for row in rows])
@@ -97,6 +97,6 @@ def check_pool(loaded: LoadedModel, kv: PagedKV) -> None:
     """Raise ValueError unless the pool has the model's layers, KV heads, head_dim and dtype."""
     shape, plan = loaded.shape, kv.plan
     ours = (shape.num_layers, shape.num_kv_heads, shape.head_dim, loaded.dtype)
-    theirs = (plan.num_layers, plan.num_kv_heads, plan.head_dim, kv.dtype)
+    theirs = (plan.num_layers, plan.num_kv_heads, plan.head_dim, kv.compute_dtype)
     if ours != theirs:
         raise ValueError(f"the pool is cut for {theirs}, the model needs {ours} (layers, KV heads, head_dim, dtype)")

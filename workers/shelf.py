@@ -136,6 +136,7 @@ def _model_stats(name: str, place: _Place) -> ModelStats:
         device=facts.device,
         runner=facts.runner,
         runner_reason=facts.runner_reason,
+        kv_dtype=facts.kv_dtype,
         fingerprint=facts.fingerprint,
         num_layers=facts.num_layers,
         max_model_len=facts.max_model_len,

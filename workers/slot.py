@@ -1,9 +1,10 @@
 """One loaded model with its scheduler: commands about its generations in, events of the engine out.
 
 The scheduler says what to compute, the model computes it, and this joins the two: it draws with each
-request's own parameters and keeps a fault where it happened: numbers that are no numbers end one generation,
-a step that raises ends those that were in it. Tokens become text elsewhere (`workers.texts`), so that no step
-waits for it. Runs in the engine's thread only. No torch here: `Model` is what the rest of the engine knows of one.
+request's own parameters and keeps a fault where it happened: numbers that are no numbers end one generation, and
+a step that raises is cut in halves and computed again until those that make it raise are alone, which ends them and
+nobody else. Tokens become text elsewhere (`workers.texts`), so that no step waits for it. Runs in the engine's
+thread only. No torch here: `Model` is what the rest of the engine knows of one.
 """
 
 from __future__ import annotations
@@ -54,12 +55,14 @@ class ModelFacts:
     """What is known of a loaded model and its pool. Lengths in tokens; `block_bytes` covers all layers.
 
     kv_tolerance: how far the KV of a token may differ when it is computed in other company, as `Model.difference` says.
+    dtype: what it computes in. kv_dtype: how its pool keeps keys and values.
     runner: what computes it, `torch` or `openvino`. runner_reason: why not the faster one, or empty.
     """
 
     name: str
     fingerprint: str
     dtype: str
+    kv_dtype: str
     device: str
     num_layers: int
     num_kv_heads: int
@@ -302,7 +305,8 @@ class Slot:
         facts = self.model.facts
         return HashSeed(
             model=facts.fingerprint,
-            dtype=facts.dtype,
+            # Keys and values that were rounded otherwise are other ones.
+            dtype=facts.dtype if facts.kv_dtype == facts.dtype else f"{facts.dtype}/{facts.kv_dtype}",
             block_size=facts.block_size,
             tenant=tenant,
             cache_salt=cache_salt,
@@ -389,14 +393,31 @@ class Slot:
     def _compute(
         self, step: tasks.Step, draws: Sequence[Draw | None]
     ) -> Sequence[Drawn | KVCacheError | None] | KVCacheError:
-        """What `Model.compute` returns, or one error for all when it could not."""
+        """Per slice its result, or one error for all if the step's copies could not be made."""
         try:
             if step.copies:
                 self.model.copy_blocks([copy.source for copy in step.copies], [copy.target for copy in step.copies])
-            return self.model.compute(step.batch, draws)
-        except Exception:  # whatever a model raises ends its step, never the engine
-            log.exception("a step of model %s failed", self.model.facts.name)
-            return InternalError("the model failed in this step; the worker's log has the traceback")
+        except Exception:  # as in `_compute_part`; who lacks a copy is not always in the batch
+            log.exception("model %s failed to copy blocks", self.model.facts.name)
+            return InternalError("the model failed to copy blocks; the worker's log has the traceback")
+        return self._compute_part(step.batch, draws)
+
+    def _compute_part(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+        """Per slice its result; what raises is computed again in halves, at most twice as many passes as slices.
+
+        Again does no harm: a pass writes the same positions, draws depend on seed and position, and no slice of a
+        step reads what another one of it writes.
+        """
+        try:
+            return self.model.compute(batch, draws)
+        except Exception:  # whatever a model raises ends generations, never the engine
+            if len(batch) == 1:
+                log.exception("model %s failed to compute a generation", self.model.facts.name)
+                return [InternalError("the model failed on this generation; the worker's log has the traceback")]
+            log.warning("a step of %d in model %s failed; looking for whose fault", len(batch), self.model.facts.name)
+        middle = len(batch) // 2
+        first = self._compute_part(batch[:middle], draws[:middle])
+        return first + self._compute_part(batch[middle:], draws[middle:])
 
     def _audit(self) -> bool:
         """Make the audit that is due, if one is."""

@@ -25,8 +25,10 @@ from kvcache.models import MAX_NAME_CHARS, ModelRegistry
 from workers import sampling
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine_api import ReadResult
+from workers.kv_precision import AUTO, is_scaled, kv_dtype, name_of
 from workers.loader import DTypeName, LoadedModel, load_model
-from workers.paged_kv import PagedKV, plan_pages
+from workers.page_plan import plan_pages
+from workers.paged_kv import PagedKV
 from workers.runners import Chosen, RunnerName, choose_runner
 from workers.slot import ModelFacts
 from workers.text import TextStream, Tokenizer
@@ -39,9 +41,16 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-KV_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.02}
-"""By the pool's dtype: four times and more what SmolLM2 (30 layers) differs by when it computes the same tokens in
-pieces of other lengths (2e-6, 0.03 and 0.005); unrelated blocks differ by 1 and more."""
+KV_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.125,
+    torch.float16: 0.02,
+    torch.int8: 0.25,
+    torch.float8_e4m3fn: 0.4,
+}
+"""By what KV is computed in or kept in, whichever rounds more: four times and more what SmolLM2 (30 layers) differs by
+when it computes the same tokens in pieces of other lengths (2e-6, 0.03 and 0.005, and in bfloat16 kept in 8 bits 0.05
+and 0.09, since a number at the edge of a code may fall to either side); unrelated blocks differ by 1 and more."""
 
 _chat = msgspec.json.Decoder(list[ChatMessage])
 
@@ -56,6 +65,7 @@ class TorchModel:
             name=loaded.name,
             fingerprint=loaded.fingerprint,
             dtype=str(loaded.dtype).removeprefix("torch."),
+            kv_dtype=name_of(kv.dtype),
             device=str(loaded.device),
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
@@ -66,7 +76,7 @@ class TorchModel:
             num_blocks=kv.plan.num_blocks,
             block_size=kv.plan.block_size,
             block_bytes=kv.plan.block_bytes,
-            kv_tolerance=KV_TOLERANCE[loaded.dtype],
+            kv_tolerance=max(KV_TOLERANCE[loaded.dtype], KV_TOLERANCE[kv.dtype]),
             runner=chosen.name,
             runner_reason=chosen.reason,
         )
@@ -118,7 +128,7 @@ class TorchModel:
         self._kv.copy_blocks(sources, targets)
 
     def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
-        """Copy tokens `start .. stop` of one layer out of the pool; `length` is `stop`."""
+        """Copy tokens `start .. stop` of one layer out of the pool, in the model's dtype; `length` is `stop`."""
         keys, values = self._kv.read(layer, block_table, start, stop)
         meta = TensorMeta(dtype=self._dtype, shape=tuple(keys.shape))
         return ReadResult(meta, meta, _buffer(keys), _buffer(values), stop)
@@ -132,7 +142,10 @@ class TorchModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
-    """How models of this worker are loaded. threads: of one step; None leaves it to the runner."""
+    """How models of this worker are loaded. threads: of one step; None leaves it to the runner.
+
+    kv_dtype: of the pool, `auto` or a name in `workers.kv_precision.KV_DTYPES`.
+    """
 
     dtype: DTypeName
     device: str
@@ -140,6 +153,7 @@ class LoadOptions:
     block_size: int
     threads: int | None
     runner: RunnerName = "auto"
+    kv_dtype: str = AUTO
 
 
 class TorchModels:
@@ -196,6 +210,7 @@ class TorchModels:
 
     def _make_pool(self, loaded: LoadedModel) -> PagedKV:
         share = self._left_bytes // 2 if self._share_bytes is None else min(self._share_bytes, self._left_bytes)
+        dtype = kv_dtype(self._options.kv_dtype, loaded.dtype)
         try:
             plan = plan_pages(
                 memory_bytes=share,
@@ -203,13 +218,14 @@ class TorchModels:
                 num_kv_heads=loaded.shape.num_kv_heads,
                 head_dim=loaded.shape.head_dim,
                 block_size=self._options.block_size,
-                itemsize=loaded.dtype.itemsize,
+                itemsize=dtype.itemsize,
+                scale_bytes=loaded.dtype.itemsize if is_scaled(dtype) else 0,
             )
         except BadArgument as error:
             raise ModelUnavailable(
                 f"model {loaded.name!r}: {error.message}; give the worker more with --kv-cache-memory-bytes"
             ) from error
-        kv = PagedKV(plan, loaded.dtype, loaded.device)
+        kv = PagedKV(plan, dtype, loaded.device, loaded.dtype)
         self._left_bytes -= plan.total_bytes
         return kv
 

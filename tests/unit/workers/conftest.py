@@ -22,7 +22,8 @@ from transformers import (
 from kvcache.models import ModelKind, ModelSource
 from workers.batch import BlockId, Slice
 from workers.loader import LoadedModel, load_model
-from workers.paged_kv import PagedKV, plan_pages
+from workers.page_plan import plan_pages
+from workers.paged_kv import PagedKV
 from workers.runner import TorchRunner
 
 if TYPE_CHECKING:

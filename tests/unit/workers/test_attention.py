@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from workers.attention import paged_attention, plan_step
 from workers.batch import BlockId, Slice
 from workers.decode_attention import GROUP_BYTES, MAX_CONTEXT, group_decodes
-from workers.paged_kv import PagedKV, plan_pages
+from workers.page_plan import plan_pages
+from workers.paged_kv import PagedKV
 
 BLOCKS, BLOCK_SIZE, HEAD_DIM = 40, 4, 8
 CPU = torch.device("cpu")

@@ -55,6 +55,7 @@ def test_sizes_are_read_in_their_usual_forms(text: str, size: int) -> None:
         (["--weight", "many"], "--weight"),
         (["--block-size", "0"], "--block-size"),
         (["--dtype", "int4"], "--dtype"),
+        (["--kv-dtype", "int4"], "--kv-dtype"),
         (["--runner", "walker"], "--runner"),
         (["--eviction-policy", "random"], "--eviction-policy"),
         (["--audit", "1.5"], "--audit"),

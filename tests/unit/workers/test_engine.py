@@ -629,20 +629,29 @@ def faulty(make: Callable[[], TorchModel]) -> Bench:
     return Bench(FakeModels(tiny=load), max_tokens_per_step=64)
 
 
-def test_a_step_that_raises_ends_those_that_were_in_it_and_the_engine_lives_on(
-    faulty: Bench, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("culprits", [{2}, {1}, {5}, {1, 4}, {1, 2, 3, 4, 5}])
+def test_a_step_that_raises_ends_only_those_that_made_it(
+    faulty: Bench, make: Callable[[], TorchModel], culprits: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    faulty.tell(start(1), start(2, prompt=(13, 2, 3)), start(3, prompt=[*PROMPT, 12, 15, 17]))
-    faulty.tell(Hold(run_id(3)))  # so that it is not in the step
+    """The others say what they would have said without them, and the engine lives on."""
+
+    def prompt(number: int) -> tuple[int, ...]:
+        return (13 if number in culprits else 15, 2, number)
+
+    faulty.tell(*(start(number, prompt=prompt(number)) for number in range(1, 6)))
     events = faulty.run()
     assert {event.run: type(event.error) for event in events if isinstance(event, Broke)} == {
-        run_id(1): InternalError,
-        run_id(2): InternalError,
+        run_id(number): InternalError for number in culprits
     }
-    assert "out of luck" in caplog.text
-    faulty.tell(Proceed(run_id(3)), start(4))
-    events = faulty.run()
-    assert len(tokens_of(events, 3)) == len(tokens_of(events, 4)) == 6
+    assert (
+        caplog.text.count("failed to compute a generation") == caplog.text.count("RuntimeError: out") == len(culprits)
+    )
+    for number in {1, 2, 3, 4, 5} - culprits:
+        alone = Bench(FakeModels(tiny=make))
+        alone.tell(start(number, prompt=prompt(number)))
+        assert tokens_of(events, number) == tokens_of(alone.run(), number)
+    faulty.tell(start(6))
+    assert len(tokens_of(faulty.run(), 6)) == 6
     assert faulty.host.figures().models[0].pool.held_blocks == 0
 
 

@@ -31,6 +31,7 @@ FACTS = ModelFacts(
     name="fake",
     fingerprint="f",
     dtype="float32",
+    kv_dtype="float32",
     device="cpu",
     num_layers=1,
     num_kv_heads=1,
@@ -198,6 +199,15 @@ def bench() -> Bench:
 
 
 # --- the side that gives ---
+
+
+def test_blocks_that_are_kept_rounded_are_lent_to_those_who_round_alike_and_nobody_else() -> None:
+    bench, seed = Bench(kv_dtype="int8"), replace(SEED, dtype="float32/int8")
+    bench.compute()
+    (broke,) = bench.tell(lend())
+    assert isinstance(broke.error, Conflict)
+    digests = block_digests(seed, PROMPT[:20])
+    assert bench.tell(lend(dtype=seed.dtype, digest=digests[-1])) == [Lent(LOAN, 5, digests[-1], BLOCK_BYTES)]
 
 
 def test_lent_blocks_are_read_in_slices_until_they_are_returned(bench: Bench) -> None:

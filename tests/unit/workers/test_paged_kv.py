@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bus.errors import BadArgument, BadTensor, NoSpace
 from workers.batch import BlockId
-from workers.paged_kv import PagedKV, PagePlan, block_rows, gather_kv, plan_pages, token_rows, write_kv
+from workers.page_plan import PagePlan, block_rows, plan_pages, token_rows
+from workers.paged_kv import PagedKV, write_kv
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, BLOCK_SIZE, HEAD_DIM, BLOCKS = 2, 3, 4, 5, 12
@@ -109,11 +110,25 @@ def test_rows_are_where_block_head_and_offset_say(blocks: list[int], data: st.Da
 
 
 def test_gather_is_the_plain_walk_over_blocks() -> None:
-    torch.manual_seed(0)
-    cache = torch.randn(BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM)
-    table = table_of(7, 2, 11)
-    plain = torch.cat([cache[block] for block in table], dim=1)[:, :10]
-    assert torch.equal(gather_kv(cache, block_rows(make_plan(), table, 10, CPU), 10), plain)
+    kv, table = make_kv(), table_of(7, 2, 11)
+    for tensor in (*kv.keys, *kv.values):
+        tensor.normal_()
+    shape = (HEADS, -1, HEAD_DIM)
+    for by_token, rows in (
+        (False, block_rows(kv.plan, table, 12, CPU)),
+        (True, token_rows(kv.plan, table, 0, 12, CPU)),
+    ):
+        gathered = kv.gather(1, rows, by_token=by_token)
+        for states, cache in zip(gathered, (kv.keys[1], kv.values[1]), strict=True):
+            assert torch.equal(states.view(shape), torch.cat([cache[block] for block in table], dim=1))
+
+
+def test_gathered_rows_that_are_stale_are_zeros_and_the_pool_keeps_what_it_has() -> None:
+    kv = make_kv()
+    kv.keys[1].fill_(torch.nan)
+    keys, _ = kv.gather(1, block_rows(kv.plan, table_of(7), 4, CPU), torch.tensor([2, 5]))
+    assert [row for row in range(len(keys)) if not keys[row].any()] == [2, 5]
+    assert kv.keys[1].isnan().all()
 
 
 def test_write_takes_any_strides() -> None:
@@ -215,8 +230,8 @@ def test_blocks_that_travel_arrive_bit_for_bit_and_touch_no_others(blocks: list[
         source.write(layer, table_of(*range(BLOCKS)), 0, *states_of(BLOCKS * BLOCK_SIZE))
     places = others[: len(blocks)]
     out = source.export_blocks(table_of(*blocks))
-    assert out.shape == (len(blocks), LAYERS, 2, HEADS, BLOCK_SIZE, HEAD_DIM)
-    target.import_blocks(table_of(*places), bytearray(out.view(torch.uint8).numpy().tobytes()))
+    assert out.shape == (len(blocks), BLOCK_BYTES)
+    target.import_blocks(table_of(*places), bytearray(out.numpy().tobytes()))
     for layer in range(LAYERS):
         for mine, theirs in ((source.keys[layer], target.keys[layer]), (source.values[layer], target.values[layer])):
             assert torch.equal(theirs[places], mine[blocks])

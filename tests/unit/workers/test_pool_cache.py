@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from workers.batch import BlockId, Slice
-from workers.paged_kv import PagedKV, plan_pages
+from workers.page_plan import plan_pages
+from workers.paged_kv import PagedKV
 from workers.pool_cache import PoolCache
 
 HEADS, HEAD_DIM, BLOCK_SIZE = 2, 3, 4

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 
 from kvcache.models import ModelKind, ModelSource
 from workers.loader import load_model
-from workers.paged_kv import PagedKV, plan_pages
+from workers.page_plan import plan_pages
+from workers.paged_kv import PagedKV
 from workers.runner import TorchRunner
 
 from .conftest import BLOCK_SIZE, VOCAB_SIZE, Family, make_slice, scattered_table

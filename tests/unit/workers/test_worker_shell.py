@@ -63,6 +63,7 @@ class CountingModel:
     """Says the number after the last one."""
 
     facts = ModelFacts(
+        kv_dtype="float32",
         name="count",
         fingerprint="f",
         dtype="float32",
