@@ -180,7 +180,7 @@ def _context(
     if plan.context_rows is None:
         return keys[None, :, plan.begin : plan.end], values[None, :, plan.begin : plan.end]
     shape = (1, kv.plan.num_kv_heads, -1, kv.plan.head_dim)
-    gathered = kv.gather(layer, plan.context_rows)
+    gathered = kv.borrow(layer, plan.context_rows)
     seen_keys, seen_values = (states.view(shape)[:, :, plan.unseen_len : plan.gathered_len] for states in gathered)
     return seen_keys, seen_values
 

@@ -10,14 +10,18 @@ in one copy and attended to in one call with a mask:
 A masked key has no weight, but a weight of 0 times NaN is NaN, and a block's stale end holds whatever its last
 owner left. So stale ends are zeroed in the copy, and what is padded with is the sequence's own.
 
-A group saves what it costs to call a kernel, which is much for short contexts and nothing for long ones, where
-padding costs more. Milliseconds per step of 32 decodes of SmolLM2-135M on one core, one by one -> in groups:
+A group saves what it costs to call a kernel, which is much for short contexts and nothing for long ones. But what is
+gathered must stay in the core's second-level cache until it is attended to (2 MiB here), or it goes to memory and
+back. So a group has a limit in bytes, and decodes of long contexts are alone. Milliseconds per layer for 32 decodes
+of SmolLM2-135M on one core, by the size of their groups:
 
-    contexts up to      128           256           512           1,024
-    bfloat16            101 -> 87     117 -> 108    151 -> 151    275 -> 312
-    float32             216 -> 220    218 -> 221    279 -> 315
-
-In float32 a group gains nothing and up to 256 tokens loses nothing that could be told from noise.
+    sequences in a group            1      2      4      8     16     32
+    bfloat16, contexts of   128   1.17   0.77   0.55   0.53   0.61   0.66
+                            256   1.93   1.45   1.32   1.50   1.49   1.77
+                            512   3.14   2.83   2.73   2.83   2.99   3.55
+                          1,024   6.29   6.59   6.52   6.97   7.47   8.30
+    float32, contexts of    128   1.63   1.16   0.84   1.06   1.03   1.28
+                          1,024   11.0   11.2   11.4   12.7   14.2   16.0
 """
 
 from __future__ import annotations
@@ -35,11 +39,8 @@ if TYPE_CHECKING:
     from workers.page_plan import PagePlan
     from workers.paged_kv import PagedKV
 
-GROUP_BYTES = 8 << 20
+GROUP_BYTES = 1 << 20
 """Keys and values of one layer, padded, that a group may have."""
-
-MAX_CONTEXT = 256
-"""Tokens. A decode with a longer context goes alone."""
 
 MIN_FILL = 0.75
 """The shortest context of a group has at least this share of the longest one's blocks."""
@@ -65,7 +66,7 @@ def group_decodes(batch: Sequence[Slice], kv: PagedKV) -> list[list[int]]:
     """Indices in the batch of the decodes that go together; those that are better off alone are in no group."""
     plan = kv.plan
     bytes_of_block = 2 * plan.num_kv_heads * plan.block_size * plan.head_dim * kv.compute_dtype.itemsize
-    decodes = [i for i, piece in enumerate(batch) if len(piece.token_ids) == 1 and 0 < piece.start < MAX_CONTEXT]
+    decodes = [i for i, piece in enumerate(batch) if len(piece.token_ids) == 1 and piece.start > 0]
     groups: list[list[int]] = []
     longest = 0
     for index in sorted(decodes, key=lambda index: -batch[index].start):
@@ -116,7 +117,7 @@ def attend_group(query: torch.Tensor, layer: int, kv: PagedKV, group: DecodeGrou
     num_seqs, num_kv_heads, head_dim = len(group.places), kv.plan.num_kv_heads, kv.plan.head_dim
     # As in the attention of one: the query heads of a KV head are its rows, so nothing is repeated.
     rows = query[0].index_select(1, group.places).transpose(0, 1).reshape(num_seqs, num_kv_heads, -1, head_dim)
-    keys, values = kv.gather(layer, group.block_rows, group.stale_rows)
+    keys, values = kv.borrow(layer, group.block_rows, group.stale_rows)
     output = scaled_dot_product_attention(
         rows,
         keys.view(num_seqs, num_kv_heads, -1, head_dim),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from workers.attention import paged_attention, plan_step
 from workers.batch import BlockId, Slice
-from workers.decode_attention import GROUP_BYTES, MAX_CONTEXT, group_decodes
+from workers.decode_attention import GROUP_BYTES, group_decodes
 from workers.page_plan import plan_pages
 from workers.paged_kv import PagedKV
 
@@ -202,7 +202,9 @@ def test_decodes_together_get_what_each_gets_alone(starts: list[int], heads: tup
 
 def test_decodes_of_like_length_are_grouped_and_prefills_and_odd_ones_are_not() -> None:
     kv = make_kv(2)
-    starts = [2, 40, 41, 35, 17, 16, MAX_CONTEXT, MAX_CONTEXT + 1]
+    bytes_of_token = 2 * 2 * HEAD_DIM * 4
+    too_long = GROUP_BYTES // 2 // bytes_of_token  # with the new token more than half of what a group may have
+    starts = [2, 40, 41, 35, 17, 16, too_long, too_long]
     batch = [decode(start, [BlockId(0)] * (start // BLOCK_SIZE + 1)) for start in starts]
     batch.append(Slice(token_ids=[0, 0], start=40, block_table=[BlockId(0)] * 11, wants_logits=True))
     batch.append(Slice(token_ids=[0], start=0, block_table=[BlockId(0)], wants_logits=True))
@@ -211,9 +213,9 @@ def test_decodes_of_like_length_are_grouped_and_prefills_and_odd_ones_are_not() 
 
 def test_a_group_is_no_larger_than_its_memory_allows() -> None:
     kv = make_kv(2)
-    padded = 2 * 2 * (MAX_CONTEXT // BLOCK_SIZE) * BLOCK_SIZE * HEAD_DIM * 4
-    most = GROUP_BYTES // padded
-    batch = [decode(MAX_CONTEXT - 1, [BlockId(0)] * (MAX_CONTEXT // BLOCK_SIZE)) for _ in range(2 * most + 2)]
+    length = 64 * BLOCK_SIZE
+    most = GROUP_BYTES // (2 * 2 * length * HEAD_DIM * 4)
+    batch = [decode(length - 1, [BlockId(0)] * 64) for _ in range(2 * most + 2)]
     assert [len(group) for group in group_decodes(batch, kv)] == [most, most, 2]
 
 

@@ -93,8 +93,8 @@ def test_what_the_step_itself_reads_is_bit_for_bit_what_all_others_read(name: st
     given = torch.randn(2, 3, 11, 16).to(computed)
     now = kv.store(0, given[0], given[1], token_rows(kv.plan, table, 0, 11, CPU))
     later = kv.read(0, table, 0, 11)
-    gathered = kv.gather(0, block_rows(kv.plan, table, 11, CPU))
-    for first, second, third in zip(now, later, gathered, strict=True):
+    borrowed = kv.borrow(0, block_rows(kv.plan, table, 11, CPU))
+    for first, second, third in zip(now, later, borrowed, strict=True):
         assert first.dtype is second.dtype is third.dtype is computed
         assert torch.equal(first, second.transpose(0, 1))
         assert torch.equal(first, third.view(3, -1, 16)[:, :11])

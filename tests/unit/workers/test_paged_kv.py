@@ -131,6 +131,23 @@ def test_gathered_rows_that_are_stale_are_zeros_and_the_pool_keeps_what_it_has()
     assert kv.keys[1].isnan().all()
 
 
+def test_what_is_borrowed_is_what_is_gathered_whatever_was_borrowed_before() -> None:
+    kv = make_kv()
+    for cache in (*kv.keys, *kv.values):
+        cache.copy_(torch.randn_like(cache))
+    for layer, tokens, stale in ((0, 4, None), (1, 12, [2, 5]), (0, 5, [0]), (1, 5, None)):
+        rows = block_rows(kv.plan, table_of(7, 0, 3), tokens, CPU)
+        stale_rows = None if stale is None else torch.tensor(stale)
+        borrowed, gathered = kv.borrow(layer, rows, stale_rows), kv.gather(layer, rows, stale_rows)
+        assert all(map(torch.equal, borrowed, gathered))
+
+
+def test_what_is_borrowed_takes_the_memory_of_what_was_borrowed_before() -> None:
+    kv = make_kv()
+    rows = block_rows(kv.plan, table_of(7, 0, 3), 12, CPU)
+    assert [states.data_ptr() for states in kv.borrow(0, rows)] == [states.data_ptr() for states in kv.borrow(1, rows)]
+
+
 def test_write_takes_any_strides() -> None:
     cache = torch.zeros(BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM)
     keys, _ = states_of(6)
