@@ -25,3 +25,6 @@ MAX_CHAIN_NODES = 256
 
 MAX_CHANGED_NODES = 4096
 """Nodes in one report of what a worker holds."""
+
+MAX_COPIES = 2
+"""Workers that a stored sequence may be written to at once."""

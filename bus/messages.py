@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from bus.limits import MAX_CHAIN_NODES, MAX_CHANGED_NODES
+from bus.limits import MAX_CHAIN_NODES, MAX_CHANGED_NODES, MAX_COPIES
 from bus.tensors import TensorMeta
 
 MAX_PAYLOADS = 8
@@ -34,6 +34,7 @@ Name = Annotated[str, msgspec.Meta(max_length=256)]
 SeqId = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Piece = Annotated[str, msgspec.Meta(max_length=4096)]
+Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
 PayloadBytes = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 
 
@@ -84,6 +85,7 @@ class WorkerHello(Message, frozen=True):
     """A worker joins. Of two with one `worker_id`, the higher `incarnation` of the same user wins.
 
     peer_url: where other workers reach it to copy KV; empty if they cannot.
+    sequences: how many named sequences it holds, of which it will tell.
     """
 
     opcode = 2
@@ -96,6 +98,7 @@ class WorkerHello(Message, frozen=True):
     pid: U63 = 0
     software: Name = ""
     peer_url: Name = ""
+    sequences: U63 = 0
 
 
 class Welcome(Message, frozen=True):
@@ -457,7 +460,10 @@ class StreamBeat(Message, frozen=True):
 
 
 class Put(Message, frozen=True):
-    """Store K and V of one layer. Payloads: K and V, or none: then they follow as `Chunk`s once there is `Credit`."""
+    """Store K and V of one layer. Payloads: K and V, or none: then they follow as `Chunk`s once there is `Credit`.
+
+    rf: how many workers are to have it before it is acknowledged.
+    """
 
     opcode = 64
     payloads = (0, 2)
@@ -469,10 +475,11 @@ class Put(Message, frozen=True):
     k: TensorMeta
     v: TensorMeta
     payload: Parts = ()
+    rf: Copies = 1
 
 
 class Append(Message, frozen=True):
-    """Add to the end of a layer, if its length is `at` (or whatever it is, when `at` is None)."""
+    """Add to the end of a layer, if its length is `at` (or whatever it is, when `at` is None). rf: as of `Put`."""
 
     opcode = 65
     payloads = (0, 2)
@@ -485,6 +492,7 @@ class Append(Message, frozen=True):
     v: TensorMeta
     at: U63 | None = None
     payload: Parts = ()
+    rf: Copies = 1
 
 
 class Get(Message, frozen=True):
@@ -558,7 +566,7 @@ class ListSequences(Message, frozen=True):
 
 
 class KvDone(Message, frozen=True):
-    """A KV request took effect. `durability` says what an acknowledged write survives: `mem1` is one memory.
+    """A KV request took effect. `durability` says where an acknowledged write is: `mem1`, one memory, or `mem2`, two.
 
     length: tokens now in the layer. count: layers, sequences or blocks concerned. duplicate: it was applied before.
     """
@@ -688,6 +696,29 @@ class BlocksFound(Message, frozen=True):
     block_bytes: U63
 
 
+# --- where named sequences are --------------------------------------------------------------------
+
+
+class WorkerSequences(Message, frozen=True):
+    """What has become of a worker's named sequences; the payload is a `bus.stats.Holdings`.
+
+    A worker tells all that it has when it joins, then what changes. is_complete: nothing is left to tell now.
+    """
+
+    opcode = 88
+    payloads = (1, 1)
+    is_complete: bool
+    payload: Parts
+
+
+class DropSequences(Message, frozen=True):
+    """Newer copies than these exist: drop what is older. The payload is a `bus.stats.Holdings`."""
+
+    opcode = 89
+    payloads = (1, 1)
+    payload: Parts
+
+
 # --- ends and envelopes --------------------------------------------------------------------------
 
 
@@ -708,6 +739,8 @@ class Assign(Message, frozen=True):
 
     call: the broker's number for it. tenant, client: who asks, by the broker's word. reason: why this worker.
     pull: where to copy the KV of the prompt's beginning from, if that pays.
+    newest: the newest version of the sequence that the broker has heard of; an older copy must not answer.
+    version: what a write makes it. copies: how many workers are given this write.
     """
 
     opcode = 112
@@ -717,6 +750,9 @@ class Assign(Message, frozen=True):
     deadline_ms: Millis
     reason: Text
     pull: PullOrder | None = None
+    newest: U63 = 0
+    version: U63 = 0
+    copies: Copies = 1
 
 
 class Forward(Message, frozen=True):
@@ -727,11 +763,15 @@ class Forward(Message, frozen=True):
 
 
 class Reply(Message, frozen=True):
-    """Envelope, worker to broker: an answer within a call; `final` ends it. The answer's frames follow untouched."""
+    """Envelope, worker to broker: an answer within a call; `final` ends it. The answer's frames follow untouched.
+
+    version: that of the sequence, if this answers a write that took effect.
+    """
 
     opcode = 114
     call: U63
     final: bool
+    version: U63 = 0
 
 
 class Release(Message, frozen=True):
@@ -762,9 +802,18 @@ FollowUp = Cancel | Resume | Ack | Credit | Chunk
 
 ToBroker = Hello | AttachBulk | Beat | Goodbye | OpenStream | Query | Route | Dispatched | FollowUp
 WorkerToBroker = (
-    WorkerHello | AttachBulk | WorkerBeat | WorkerStatus | NodesChanged | NodesHeld | Goodbye | Reply | Prefilled
+    WorkerHello
+    | AttachBulk
+    | WorkerBeat
+    | WorkerStatus
+    | NodesChanged
+    | NodesHeld
+    | WorkerSequences
+    | Goodbye
+    | Reply
+    | Prefilled
 )
-ToWorker = Welcome | BrokerBeat | AskNodes | Goodbye | Assign | Forward | Release | Grant | Failed
+ToWorker = Welcome | BrokerBeat | AskNodes | Goodbye | DropSequences | Assign | Forward | Release | Grant | Failed
 ToHolder = PullBlocks | Credit | Cancel
 """What a worker hears from another that copies from it."""
 

@@ -6,7 +6,7 @@ type like everything else; numbers are totals since the process started unless t
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -181,6 +181,7 @@ class BrokerStats(Figures, frozen=True):
     reasons: how often each policy decided for what reason, by the reason's first word.
     Of `prompt_tokens` that workers have prefilled, `foreseen_tokens` were in the index where they were sent, and
     `cached_tokens` were not computed.
+    `sequences`: named ones of which it knows who holds them.
     """
 
     incarnation: int
@@ -209,6 +210,7 @@ class BrokerStats(Figures, frozen=True):
     prompt_tokens: int = 0
     foreseen_tokens: int = 0
     cached_tokens: int = 0
+    sequences: int = 0
 
 
 class ClusterStats(Figures, frozen=True):
@@ -264,7 +266,10 @@ class LayerInfo(Figures, frozen=True):
 
 
 class SequenceInfo(Figures, frozen=True):
-    """One sequence of a worker. `kind`: stored (put by a client) or computed (left by a generation)."""
+    """One sequence of a worker. `kind`: stored (put by a client) or computed (left by a generation).
+
+    `version` grows with each write, whichever worker makes it: of two copies, the greater one is current.
+    """
 
     seq_id: str
     kind: str
@@ -272,6 +277,7 @@ class SequenceInfo(Figures, frozen=True):
     pinned: bool
     layers: tuple[LayerInfo, ...]
     num_tokens: int = 0
+    version: int = 0
 
 
 class SequencePage(Figures, frozen=True):
@@ -280,6 +286,19 @@ class SequencePage(Figures, frozen=True):
     worker_id: str
     sequences: tuple[SequenceInfo, ...] = ()
     more: bool = False
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A named sequence: its version, and whether the worker that tells of it has that or once had it."""
+
+    tenant: Annotated[str, msgspec.Meta(max_length=256)]
+    seq_id: Annotated[str, msgspec.Meta(max_length=256)]
+    version: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    is_held: bool = True
+
+
+class Holdings(Figures, frozen=True):
+    sequences: Annotated[tuple[Holding, ...], msgspec.Meta(max_length=1000)] = ()
 
 
 F = TypeVar("F", bound=Figures)

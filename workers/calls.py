@@ -40,6 +40,7 @@ class Call:
     """One request in progress. deadline: monotonic seconds. reason: why the broker chose this worker.
 
     pull: where it says that the beginning of the prompt may be copied from.
+    newest, version, copies: see `bus.messages.Assign`.
     """
 
     id: CallId
@@ -48,6 +49,9 @@ class Call:
     deadline: float
     reason: str
     pull: PullOrder | None
+    newest: int = 0
+    version: int = 0
+    copies: int = 1
 
 
 class Channel(enum.Enum):
@@ -134,6 +138,9 @@ class Calls:
             deadline=now + assign.deadline_ms / 1000,
             reason=assign.reason,
             pull=assign.pull,
+            newest=assign.newest,
+            version=assign.version,
+            copies=assign.copies,
         )
         self._calls[call.id] = call
         return call
@@ -159,12 +166,17 @@ class Calls:
         return [_answer(call.id, message, payload, channel, final=False)]
 
     def finish(
-        self, call: Call, message: Message, *payload: Buffer, channel: Channel = Channel.CONTROL
+        self,
+        call: Call,
+        message: Message,
+        *payload: Buffer,
+        channel: Channel = Channel.CONTROL,
+        version: int = 0,
     ) -> list[Action]:
-        """The last answer. Nothing, if the call is over already."""
+        """The last answer; to a write with the version that it made. Nothing, if the call is over already."""
         if self._calls.pop(call.id, None) is None:
             return []
-        return [_answer(call.id, message, payload, channel, final=True)]
+        return [_answer(call.id, message, payload, channel, final=True, version=version)]
 
     def fail(self, call: Call, error: KVCacheError) -> list[Action]:
         """The last answer, a bad one."""
@@ -179,6 +191,8 @@ class Calls:
         self._calls.pop(call.id, None)
 
 
-def _answer(call_id: CallId, message: Message, payload: Sequence[Buffer], channel: Channel, *, final: bool) -> Send:
-    envelope = wire.encode(Reply(call=call_id.number, final=final))
+def _answer(
+    call_id: CallId, message: Message, payload: Sequence[Buffer], channel: Channel, *, final: bool, version: int = 0
+) -> Send:
+    envelope = wire.encode(Reply(call=call_id.number, final=final, version=version))
     return Send(call_id.link, channel, [envelope, wire.encode(message), *payload], call_id)

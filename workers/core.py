@@ -25,6 +25,7 @@ from bus.messages import (
     AskNodes,
     Assign,
     BrokerBeat,
+    DropSequences,
     Failed,
     Forward,
     Goodbye,
@@ -33,14 +34,16 @@ from bus.messages import (
     Release,
     Welcome,
     WorkerHello,
+    WorkerSequences,
     WorkerState,
     WorkerStatus,
 )
-from bus.stats import WorkerStats, pack
+from bus.stats import Holdings, WorkerStats, pack, unpack
 from bus.wire import Frames
 from workers.calls import Action, CallId, Channel, Send, ToCaller, ToPeer
 from workers.copy_api import BlocksRead, CopyBroke, Filled, Lent, Wanted
 from workers.engine_api import EngineFigures, Event, NodesMoved
+from workers.holdings import HeldSequences
 from workers.links import Link, Load
 from workers.node_log import NodeLog
 from workers.peers import Peers
@@ -51,6 +54,7 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0
 STATUS_S = 1.0
+PAGES_PER_TICK = 8
 
 _SETTLED = (ModelState.READY, ModelState.FAILED)
 
@@ -67,7 +71,8 @@ class WorkerCore:
     ) -> None:
         self._hello = hello
         self._links = [Link(number, hello, now) for number in range(num_links)]
-        self._requests = Requests(hello.worker_id, store, self._may_act)
+        self._held = HeldSequences(num_links)
+        self._requests = Requests(hello.worker_id, store, self._held, self._may_act)
         self._nodes = NodeLog()
         self._peers = Peers(hello.worker_id)
         self._malformed = 0
@@ -117,6 +122,8 @@ class WorkerCore:
                 return self._requests.released(CallId(number, message.call))
             case Grant():
                 return self._peers.granted(message, now)
+            case DropSequences():
+                return self._drop_sequences(number, frames)
             case Welcome():
                 return self._welcomed(link, message, now)
             case Goodbye():
@@ -184,6 +191,7 @@ class WorkerCore:
                 actions += link.beat(self._state, self._load(link, now), now)
         actions += self._requests.tick(now)
         actions += self._peers.tick(now)
+        actions += self._tell_sequences()
         if now >= self._drain_until:
             actions += self._requests.fail_all(WorkerLost("the worker was told to drain and its time is up"))
         if now >= self._status_due:
@@ -254,6 +262,7 @@ class WorkerCore:
             progress=figures.progress,
             kv_used_bytes=figures.kv_used_bytes + store.used_bytes,
             kv_total_bytes=figures.kv_total_bytes + store.capacity_bytes,
+            sequences=len(self._held),
             models=tuple((model.name, ModelState(model.state)) for model in figures.models),
             backlog_tokens=figures.engine.backlog_tokens,
             changes=self._nodes.sent(link.number),
@@ -265,6 +274,29 @@ class WorkerCore:
             return WorkerState.READY
         return self._state
 
+    # --- named sequences ---
+
+    def _tell_sequences(self) -> list[Action]:
+        """Tell each broker more of what we hold; a great many take some ticks, so that nothing else waits."""
+        actions: list[Action] = []
+        for link in self._links:
+            for _ in range(PAGES_PER_TICK):
+                page = self._held.next_page(link.number)
+                if page is None:
+                    break
+                holdings, is_complete = page
+                payload = pack(holdings)
+                message = WorkerSequences(is_complete=is_complete, payload=wire.describe([payload]))
+                actions += link.say(message, payload)
+        return actions
+
+    def _drop_sequences(self, number: int, frames: Frames) -> list[Action]:
+        try:
+            holdings = unpack(wire.decode(frames).payload[0], Holdings)
+        except KVCacheError as error:
+            return self._unreadable(number, error)
+        return self._requests.drop_sequences(holdings)
+
     # --- sessions ---
 
     def _welcomed(self, link: Link, welcome: Welcome, now: float) -> list[Action]:
@@ -273,12 +305,14 @@ class WorkerCore:
         log.info("broker %d welcomes this worker", link.number)
         lost = self._requests.lose_session(link.number, now)
         self._nodes.joined(link.number)
+        self._held.joined(link.number)
         told = [*link.attach(), *link.beat(self._state, self._load(link, now), now)]
         return [*lost, *told, *self._tell_nodes(now)]
 
     def _lose(self, link: Link, now: float) -> list[Action]:
         link.left(now)
         self._nodes.left(link.number)
+        self._held.left(link.number)
         return self._requests.lose_session(link.number, now)
 
     def _may_act(self, number: int, now: float) -> bool:

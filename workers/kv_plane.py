@@ -19,7 +19,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from bus import wire
-from bus.errors import BadArgument, BadTensor, Conflict, KVCacheError
+from bus.errors import BadArgument, BadTensor, Conflict, KVCacheError, NotFound
 from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES
 from bus.messages import (
     Append,
@@ -34,6 +34,7 @@ from bus.messages import (
     KvValue,
     Length,
     ListSequences,
+    Message,
     Pin,
     Put,
     Unpin,
@@ -57,6 +58,7 @@ from workers.engine_api import (
     Ticket,
     UnpinKV,
 )
+from workers.holdings import HeldSequences
 from workers.keys import SequenceKey
 from workers.replies import Replies
 from workers.store import Committed, KVStore
@@ -78,7 +80,7 @@ Work: TypeAlias = Upload | Download | _Question
 
 
 class KVPlane:
-    """`is_writing(sequence)`: whether a generation is going on under that name."""
+    """held: the versions of what is here. is_writing(sequence): whether a generation is going on under that name."""
 
     def __init__(
         self,
@@ -86,12 +88,14 @@ class KVPlane:
         calls: Calls,
         store: KVStore,
         replies: Replies,
+        held: HeldSequences,
         is_writing: Callable[[SequenceKey], bool],
     ) -> None:
         self._worker_id = worker_id
         self._calls = calls
         self._store = store
         self._replies = replies
+        self._held = held
         self._is_writing = is_writing
         self._computed: set[SequenceKey] = set()
         self._work: dict[CallId, Work] = {}
@@ -113,6 +117,8 @@ class KVPlane:
         if isinstance(message, Put | Append):
             return self._write(call, message, key, payload, now)
         if self._is_computed(key):
+            if self._held.version(key) < call.newest and not isinstance(message, Delete):
+                raise NotFound(f"sequence {key.seq_id!r} is being generated, and its name has been used anew since")
             return self._ask(call, message, key, now)
         match message:
             case Get():
@@ -122,7 +128,7 @@ class KVPlane:
                     call, self._done(call, length=self._store.length(key, message.layer), count=1)
                 )
             case Delete():
-                return self._finish(call, self._done(call, count=self._store.delete(key, message.layer)))
+                return self._delete(call, message, key)
             case Pin():
                 self._store.pin(key, message.ttl_ms / 1000 if message.ttl_ms else None, now)
             case Unpin():
@@ -142,6 +148,29 @@ class KVPlane:
                 return self._send_chunks(call, work)
             case _:
                 raise BadArgument(f"this request expects no {type(message).__name__.lower()}")
+
+    def repeat(self, call: Call, reply: Message) -> list[Action]:
+        """Answer a request again that took effect before; a write is not made again, but counts as new."""
+        version = 0
+        if isinstance(call.message, Put | Append):
+            key = SequenceKey(call.request.tenant, call.message.seq_id)
+            version = self._held.wrote(key, call.version, call.copies) if self._held.version(key) else 0
+        return self._calls.finish(call, reply, version=version)
+
+    def outdate(self, key: SequenceKey, newest: int) -> list[Action]:
+        """Drop what is here of a sequence if it is older than `newest`, which exists or existed elsewhere.
+
+        What is being generated just now stays, and is not read.
+        """
+        if not 0 < self._held.version(key) < newest or self._is_writing(key):
+            return []
+        self._held.dropped(key)
+        if key in self._computed:
+            self._computed.remove(key)
+            return [Tell(DropKV(self._next_ticket(), key))]
+        if self._store.has(key):
+            self._store.delete(key)
+        return []
 
     def stop(self, call: Call) -> list[Action]:
         """Give up the work of a call: an upload has no effect, a download holds nothing any more."""
@@ -164,13 +193,23 @@ class KVPlane:
         match event:
             case Retained():
                 self._computed.add(event.sequence)
-            case Forgotten():
-                self._computed.discard(event.sequence)
+                self._held.kept(event.sequence)
+            case Forgotten() if event.sequence in self._computed:
+                self._computed.remove(event.sequence)
+                self._held.dropped(event.sequence)
+            case Forgotten():  # dropped by us, and it may have been stored anew since
+                pass
             case Answered():
                 return self._answered(event)
             case _:
                 assert_never(event)
         return []
+
+    def note_evicted(self) -> None:
+        """Brokers are to hear of what had to make room."""
+        for key in self._store.take_evicted():
+            if not self._store.has(key):
+                self._held.dropped(key)
 
     def stats(self, now: float) -> StoreStats:
         return self._store.stats(now)
@@ -187,6 +226,7 @@ class KVPlane:
         if len(payload) == 1:
             raise BadTensor("K and V travel together: two payloads, or none and then chunks")
         upload = Upload(self._store, self._begin(message, key, now))
+        self.note_evicted()
         if payload:
             return self._commit(call, upload.take_whole(payload))
         if upload.is_complete:
@@ -207,12 +247,25 @@ class KVPlane:
         return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=granted)) if granted else []
 
     def _commit(self, call: Call, done: Committed) -> list[Action]:
-        return self._finish(call, self._done(call, length=done.length, count=1, duplicate=done.duplicate))
+        assert isinstance(call.message, Put | Append)
+        version = self._held.wrote(SequenceKey(call.request.tenant, call.message.seq_id), call.version, call.copies)
+        return self._finish(
+            call, self._done(call, length=done.length, count=1, duplicate=done.duplicate), version=version
+        )
 
-    def _finish(self, call: Call, done: KvDone) -> list[Action]:
+    def _delete(self, call: Call, message: Delete, key: SequenceKey) -> list[Action]:
+        """A sequence that is gone leaves a mark; one that has layers left is another version of itself."""
+        count, version = self._store.delete(key, message.layer), 0
+        if self._store.has(key):
+            version = self._held.wrote(key, call.version, call.copies)
+        else:
+            self._held.dropped(key, call.version)
+        return self._finish(call, self._done(call, count=count), version=version)
+
+    def _finish(self, call: Call, done: KvDone, *, version: int = 0) -> list[Action]:
         """Answer a change, and remember the answer: a retry must not change anything again."""
         self._replies.keep(call.request, msgspec.structs.replace(done, duplicate=True))
-        return self._calls.finish(call, done)
+        return self._calls.finish(call, done, version=version)
 
     # --- reads ---
 
@@ -260,9 +313,13 @@ class KVPlane:
         message = call.message
         assert isinstance(message, ListSequences)
         found = sorted([*question.stored, *computed], key=lambda info: info.seq_id)
+        tenant = call.request.tenant
         page = SequencePage(
             worker_id=self._worker_id,
-            sequences=tuple(found[: message.limit]),
+            sequences=tuple(
+                msgspec.structs.replace(info, version=self._held.version(SequenceKey(tenant, info.seq_id)))
+                for info in found[: message.limit]
+            ),
             more=question.has_more or len(found) > message.limit,
         )
         payload = pack(page)
@@ -319,6 +376,8 @@ class KVPlane:
             return self._send_value(call, message, value, Download(cut(answer.k_data, answer.v_data), value))
         if isinstance(message, Length):
             return self._calls.finish(call, self._done(call, length=answer, count=1))
+        if isinstance(message, Delete):
+            self._held.dropped(SequenceKey(call.request.tenant, message.seq_id), call.version)
         return self._finish(call, self._done(call, count=answer))
 
     def _next_ticket(self) -> Ticket:

@@ -43,6 +43,7 @@ class KVSequences:
         self.pages = PagePool(num_pages)
         self.page_bytes = page_bytes
         self.num_evicted = 0
+        self.evicted: list[SequenceKey] = []
         self._sequences: OrderedDict[SequenceKey, KVSequence] = OrderedDict()  # least recently held first
         self._held: set[Layer] = set()
 
@@ -181,6 +182,7 @@ class KVSequences:
             for layer in self._sequences.pop(key).layers.values():
                 self._retire(layer)
             self.num_evicted += 1
+            self.evicted.append(key)
 
     def _retire(self, layer: Layer) -> None:
         layer.retired = True

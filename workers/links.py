@@ -36,13 +36,14 @@ SILENCE_S = 0.75
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a beat says beside that we live."""
+    """What a beat says beside that we live. sequences: how many named ones we hold, for the hello."""
 
     running: int = 0
     waiting: int = 0
     progress: int = 0
     kv_used_bytes: int = 0
     kv_total_bytes: int = 0
+    sequences: int = 0
     models: tuple[tuple[str, ModelState], ...] = ()
     backlog_tokens: int = 0
     changes: int = 0
@@ -101,7 +102,8 @@ class Link:
             self._hello_due = now + HELLO_S
             if self.welcome is None:
                 actions.append(Forget(self.number))
-            actions.append(self._send(msgspec.structs.replace(self._hello, state=state)))
+            hello = msgspec.structs.replace(self._hello, state=state, sequences=load().sequences)
+            actions.append(self._send(hello))
         if self.welcome is not None and now >= self._beat_due:
             self._beat_due = max(now, self._beat_due + self.welcome.heartbeat_ms / 1000)
             actions += self.beat(state, load(), now)

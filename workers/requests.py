@@ -31,18 +31,21 @@ from bus.messages import (
     Credit,
     Delete,
     Dispatched,
+    FlushPrefixCache,
     Forward,
     Generate,
+    ListSequences,
     Pin,
     Put,
     Resume,
     Unpin,
 )
-from bus.stats import StoreStats
+from bus.stats import Holdings, StoreStats
 from bus.wire import Buffer, Frames
 from workers.calls import Action, Call, CallId, Calls
 from workers.engine_api import Answered, Forgotten, KVEvent, Retained, RunEvent
 from workers.generations import Generations, StreamCounts
+from workers.holdings import HeldSequences
 from workers.keys import SequenceKey
 from workers.kv_plane import KVPlane
 from workers.replies import Replies
@@ -58,14 +61,17 @@ _CHANGES = (Put, Append, Delete, Pin, Unpin)
 class Requests:
     """All requests of one worker. `may_act(link, now)`: whether it holds that broker's lease."""
 
-    def __init__(self, worker_id: str, store: KVStore, may_act: Callable[[int, float], bool]) -> None:
+    def __init__(
+        self, worker_id: str, store: KVStore, held: HeldSequences, may_act: Callable[[int, float], bool]
+    ) -> None:
         self.is_closed = False
         self.malformed = 0
+        self._held = held
         self._may_act = may_act
         self._calls = Calls()
         self._replies = Replies()
         self._generations = Generations(worker_id, self._calls, may_act)
-        self._kv = KVPlane(worker_id, self._calls, store, self._replies, self._generations.is_writing)
+        self._kv = KVPlane(worker_id, self._calls, store, self._replies, held, self._generations.is_writing)
 
     def __len__(self) -> int:
         """How many have no final answer yet."""
@@ -95,10 +101,11 @@ class Requests:
             req_id = wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST
             return self._calls.refuse(CallId(link, assign.call), req_id, error)
         call = self._calls.open(link, assign, message, now)
+        actions = self._outdate(call)
         try:
-            return self._begin(call, payload, now)
+            return actions + self._begin(call, payload, now)
         except KVCacheError as error:
-            return self._end(call, error)
+            return actions + self._end(call, error)
         except Exception:  # noqa: BLE001  # the outermost edge of one request: logged, and answered
             return self._fault(call)
 
@@ -114,6 +121,14 @@ class Requests:
             return self._end(call, error)
         except Exception:  # noqa: BLE001  # as above
             return self._fault(call)
+
+    def drop_sequences(self, holdings: Holdings) -> list[Action]:
+        """Newer versions than these of ours exist."""
+        return [
+            action
+            for newer in holdings.sequences
+            for action in self._kv.outdate(SequenceKey(newer.tenant, newer.seq_id), newer.version)
+        ]
 
     def released(self, call_id: CallId) -> list[Action]:
         """Nobody waits for it any more."""
@@ -175,14 +190,25 @@ class Requests:
         if isinstance(message, (*_CHANGES, Generate)):
             reply = self._replies.claim(call.request, message, now)
             if reply is not None:
-                return self._calls.finish(call, reply)
+                return self._kv.repeat(call, reply)
         if not isinstance(message, Generate):
             return self._kv.start(call, payload, now)
-        if message.seq_id and self._kv.is_stored(SequenceKey(call.request.tenant, message.seq_id)):
+        if not message.seq_id:
+            return self._generations.start(call, message, payload, now)
+        key = SequenceKey(call.request.tenant, message.seq_id)
+        if self._kv.is_stored(key):
             raise Conflict(
                 f"sequence {message.seq_id!r} was stored by a client; delete it or generate under another seq_id"
             )
-        return self._generations.start(call, message, payload, now)
+        actions = self._generations.start(call, message, payload, now)
+        self._held.mark(key, call.version)
+        return actions
+
+    def _outdate(self, call: Call) -> list[Action]:
+        """A copy that is older than the broker knows of must not serve."""
+        if isinstance(call.message, ListSequences | FlushPrefixCache) or not call.newest:
+            return []
+        return self._kv.outdate(SequenceKey(call.request.tenant, call.message.seq_id), call.newest)
 
     def _continue(self, call: Call, message: object, payload: Sequence[Buffer], now: float) -> list[Action]:
         match message:

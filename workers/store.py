@@ -205,6 +205,11 @@ class KVStore:
         """Whether any layer of it is stored."""
         return self._sequences.has(key)
 
+    def take_evicted(self) -> list[SequenceKey]:
+        """The sequences that had to make room since the last call."""
+        evicted, self._sequences.evicted = self._sequences.evicted, []
+        return evicted
+
     def delete(self, key: SequenceKey, layer: int | None = None) -> int:
         """Forget a sequence, pinned or not, or one layer of it; returns how many layers that were. Raises NotFound."""
         if layer is not None:

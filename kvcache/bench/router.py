@@ -20,6 +20,7 @@ from kvcache.broker.calls import Calls
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Client, Worker, Workers
 from kvcache.broker.placement import Placement
+from kvcache.broker.sequences import Sequences
 from kvcache.hashing import ROUTING_BLOCK_TOKENS, ROUTING_DEPTHS, ROUTING_NODE_BYTES, TOKEN_BYTES
 from kvcache.routing.index import NodeIndex
 from kvcache.routing.policies import DEFAULT_POLICY
@@ -43,7 +44,9 @@ class Bench:
             self._workers.by_id[worker.id] = self._workers.by_link[worker.link] = worker
         self._workers.rebuild()
         self.knowledge = Knowledge(self._workers)
-        self.placement = Placement(DEFAULT_POLICY, self._workers, self.knowledge)
+        self.placement = Placement(
+            DEFAULT_POLICY, self._workers, self.knowledge, Sequences(self._workers, wall_ms=0, now=NOW)
+        )
         self._chains = [self._chain() for _ in range(num_workers * CHAINS_PER_WORKER // 4)]
         held: dict[str, list[bytes]] = {worker.id: [] for worker in members}
         for chain in self._chains:
@@ -157,4 +160,4 @@ def _bytes_per_node(num_nodes: int, num_workers: int) -> float:
 def _member(number: int) -> Worker:
     name = f"worker-{number}"
     hello = m.WorkerHello(worker_id=name, incarnation=1, major=wire.MAJOR, minor=wire.MINOR)
-    return Worker(name.encode(), bytes(16), "tenant", hello, NOW, NOW, m.WorkerState.READY)
+    return Worker(name.encode(), bytes(16), "tenant", hello, NOW, NOW, m.WorkerState.READY, NOW, is_known=True)

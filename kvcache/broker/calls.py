@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from kvcache.broker.answers import Answers
 from kvcache.broker.deadlines import Deadlines
+from kvcache.broker.directory import Name
 from kvcache.broker.members import Call, Client, Gather, Stream, Worker
 
 
@@ -34,19 +34,31 @@ class Calls:
         """Those in flight; ending them meanwhile is allowed."""
         return iter(list(self._open.values()))
 
-    def begin(self, client: Client, worker: Worker, req_id: bytes, deadline: float, stream: Stream | None) -> Call:
+    def begin(
+        self,
+        client: Client,
+        worker: Worker,
+        req_id: bytes,
+        deadline: float,
+        stream: Stream | None,
+        name: Name | None = None,
+        *,
+        writes: bool = False,
+    ) -> Call:
         """A request goes to `worker`. The client must have none of this id in flight."""
-        call = Call(next(self._numbers), client, worker, req_id, deadline, stream)
+        call = Call(next(self._numbers), client, worker, req_id, deadline, stream, name, writes)
         client.calls[req_id] = call
         self._add(call)
         return call
 
-    def begin_all(self, client: Client, workers: Sequence[Worker], req_id: bytes, deadline: float) -> list[Call]:
-        """A request goes to each of `workers`, in a call of its own."""
-        gather = Gather(client, req_id, Answers(req_id))
+    def begin_all(
+        self, gather: Gather, workers: Sequence[Worker], deadline: float, name: Name, *, writes: bool = False
+    ) -> list[Call]:
+        """A request about this sequence goes to each of `workers`, in a call of its own."""
+        client, req_id = gather.client, gather.req_id
         client.calls[req_id] = gather
         for worker in workers:
-            call = Call(next(self._numbers), client, worker, req_id, deadline, gather=gather)
+            call = Call(next(self._numbers), client, worker, req_id, deadline, name=name, writes=writes, gather=gather)
             gather.parts[call.id] = call
             self._add(call)
         return list(gather.parts.values())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from bus import messages as m
 from bus import wire
 from bus.errors import Draining, InternalError, MalformedMessage, Overloaded, ProtocolError, UnsupportedVersion
-from bus.stats import BrokerStats, ClusterStats, WorkerStats, pack, unpack
+from bus.stats import BrokerStats, ClusterStats, Holdings, WorkerStats, pack, unpack
 from bus.topics import stream_of
 from bus.wire import Buffer
 from kvcache.broker.knowledge import Knowledge
@@ -26,6 +26,7 @@ from kvcache.broker.members import GARBAGE_PER_S, Client, Worker, Workers
 from kvcache.broker.placement import RETRY_AFTER_MS
 from kvcache.broker.requests import Requests
 from kvcache.broker.sends import Port, Send, to_client, to_worker
+from kvcache.broker.sequences import Sequences
 from kvcache.broker.sessions import News, Sessions, refuse_version
 from kvcache.config import BrokerConfig
 
@@ -46,7 +47,10 @@ class Gauges:
 
 
 class BrokerCore:
-    """One broker's state. `incarnation` tells its restarts apart; `new_id` makes 16 secret random bytes."""
+    """One broker's state. `new_id` makes 16 secret random bytes.
+
+    incarnation: when it started, in nanoseconds since 1970; tells restarts apart.
+    """
 
     def __init__(
         self,
@@ -62,9 +66,15 @@ class BrokerCore:
         self._started_at = now
         self._malformed = self._unwelcome = 0
         self._workers = Workers(3 * config.heartbeat_ms / 1000, config.max_inflight)
+        self._sequences = Sequences(self._workers, wall_ms=incarnation // 1_000_000, now=now)
         self._knowledge = Knowledge(self._workers)
         self._requests = Requests(
-            config.policy, self._workers, self._knowledge, serves_from=now + config.settle_ms / 1000, new_id=new_id
+            config.policy,
+            self._workers,
+            self._knowledge,
+            self._sequences,
+            serves_from=now + config.settle_ms / 1000,
+            new_id=new_id,
         )
         self._sessions = Sessions(
             config, self._workers, self._requests, self._knowledge, incarnation=incarnation, now=now, new_id=new_id
@@ -132,7 +142,7 @@ class BrokerCore:
             worker.heard_at = now
             match message:
                 case m.Reply():
-                    return self._requests.reply(worker, message, frames, Port.CLIENT)
+                    return self._requests.reply(worker, message, frames, Port.CLIENT, now)
                 case m.Prefilled():
                     self._requests.prefilled(worker, message, now)
                     return []
@@ -144,6 +154,10 @@ class BrokerCore:
                 case m.WorkerStatus():
                     worker.stats = unpack(wire.decode(frames).payload[0], WorkerStats)
                     return []
+                case m.WorkerSequences():
+                    holdings = unpack(wire.decode(frames).payload[0], Holdings)
+                    self._sequences.told(worker, holdings, now, is_complete=message.is_complete)
+                    return self._sequences.take_late()
                 case m.WorkerHello():
                     return self._sessions.welcome_worker(link, message, now, user_id)
                 case m.Goodbye():
@@ -178,7 +192,7 @@ class BrokerCore:
         owner = self._sessions.of_bulk_link(link)
         if isinstance(owner, Worker) and isinstance(message, m.Reply):
             owner.heard_at = now
-            return self._requests.reply(owner, message, frames, Port.CLIENT_BULK)
+            return self._requests.reply(owner, message, frames, Port.CLIENT_BULK, now)
         if not isinstance(message, m.AttachBulk) or not self._sessions.attach(link, message, Worker, user_id):
             self._unwelcome += 1
         return []
@@ -224,7 +238,8 @@ class BrokerCore:
         """Time has passed: end overdue calls and sessions that fell silent, ask again for what did not come."""
         self._knowledge.tick(now)
         sends = [*self._requests.end_overdue(now), *self._sessions.end_silent(now)]
-        return [*sends, *(send for worker in self._workers.by_id.values() for send in self._ask(worker, now))]
+        asks = [send for worker in self._workers.by_id.values() for send in self._ask(worker, now)]
+        return [*sends, *asks, *self._sequences.take_late()]
 
     def take_news(self) -> list[News]:
         """What there is to log since the last time."""
@@ -251,6 +266,7 @@ class BrokerCore:
         self._requests.streams.check()
         self._sessions.check()
         self._knowledge.check()
+        self._sequences.check()
 
     def _ask(self, worker: Worker, now: float) -> list[Send]:
         """Ask a worker for what is missing of its reports."""
@@ -318,7 +334,7 @@ class BrokerCore:
             failed=dict(self._requests.failed),
             routed=dict(self._requests.placement.routed),
             reasons=dict(self._requests.placement.reasons),
-            pulls_ordered=self._requests.pulls_ordered,
+            pulls_ordered=self._requests.dispatch.pulls_ordered,
             malformed=self._malformed,
             unwelcome=self._unwelcome,
             workers_lost=self._sessions.workers_lost,
@@ -326,6 +342,7 @@ class BrokerCore:
             prompt_tokens=self._knowledge.hits.prompt_tokens,
             foreseen_tokens=self._knowledge.hits.foreseen_tokens,
             cached_tokens=self._knowledge.hits.cached_tokens,
+            sequences=len(self._sequences),
             pid=self.gauges.pid,
             rss_bytes=self.gauges.rss_bytes,
             loop_lag_ms=round(self.gauges.loop_lag_s * 1000, 3),

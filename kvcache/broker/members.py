@@ -6,11 +6,13 @@ identity. `user_id` is who a peer counts as by its socket's security; it is the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bus.messages import WorkerBeat, WorkerHello, WorkerState
 from bus.stats import WorkerStats, WorkerView
 from kvcache.broker.answers import Answers
+from kvcache.broker.directory import Name
 from kvcache.ring import UNIT_WEIGHT, HashRing
 
 GARBAGE_PER_S = 100
@@ -43,7 +45,10 @@ class Stream:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One dispatched request, or one worker's part of one. `stream` is None unless it generates."""
+    """One dispatched request, or one worker's part of one. `stream` is None unless it generates.
+
+    name: the sequence that it names, if any. writes: whether it changes that by a `Put` or an `Append`.
+    """
 
     id: int
     client: Client
@@ -51,6 +56,8 @@ class Call:
     req_id: bytes
     deadline: float
     stream: Stream | None = None
+    name: Name | None = None
+    writes: bool = False
     gather: Gather | None = None
     prefill: Prefill | None = None
 
@@ -66,12 +73,19 @@ class Prefill:
 
 @dataclass(slots=True, eq=False)
 class Gather:
-    """One request that several workers serve, each in a call of its own. parts: those without an answer yet."""
+    """One request that several workers serve, each in a call of its own. parts: those without an answer yet.
+
+    deletes: the sequence that is gone when it is done, and the version of that; None if it is not one to be gone.
+    granted: chunks that each part can take of an upload, since its begin. passed_on: how many the client knows of.
+    """
 
     client: Client
     req_id: bytes
     answers: Answers
+    deletes: tuple[Name, int] | None = None
     parts: dict[int, Call] = field(default_factory=dict)
+    granted: dict[int, int] = field(default_factory=dict)
+    passed_on: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +105,10 @@ class Client:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """A worker's session. calls: what it has of ours to answer. turn, decodes: see `kvcache.routing.views.Belief`."""
+    """A worker's session. calls: what it has of ours to answer. turn, decodes: see `kvcache.routing.views.Belief`.
+
+    is_known: whether it has told of all named sequences that it holds.
+    """
 
     link: bytes
     session: bytes
@@ -100,6 +117,8 @@ class Worker:
     heard_at: float
     lease_until: float
     state: WorkerState
+    joined_at: float
+    is_known: bool
     bulk_link: bytes = b""
     calls: dict[int, Call] = field(default_factory=dict)
     dispatched: int = 0
@@ -171,6 +190,14 @@ class Workers:
     def can_serve(self, now: float) -> bool:
         """Whether any worker takes requests and was heard of lately."""
         return any(not self._is_suspect(self.by_id[name], now) for name in self.ring.workers)
+
+    def available(self, worker_ids: Iterable[str], now: float) -> list[str]:
+        """Those of them that were heard of lately and have room."""
+        return [worker_id for worker_id in worker_ids if self.is_available(self.by_id[worker_id], now)]
+
+    def least_busy(self, worker_ids: Sequence[str]) -> str:
+        """The worker with the fewest calls; among equals the one whose turn it is."""
+        return min(worker_ids, key=lambda name: (len(self.by_id[name].calls), self.by_id[name].turn))
 
     def is_full(self, worker: Worker) -> bool:
         return len(worker.calls) >= self._max_inflight

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
 import msgspec
 
 from bus import messages as m
-from bus.errors import BadArgument, NoWorkers, Overloaded
+from bus.errors import BadArgument, Conflict, NoWorkers, Overloaded
 from bus.stats import Candidate, Explanation
+from kvcache.broker.directory import Name
 from kvcache.broker.knowledge import Knowledge, Prompt
 from kvcache.broker.members import Worker, Workers
 from kvcache.broker.pulls import MAX_PULL_TOKENS
+from kvcache.broker.sequences import Sequences
 from kvcache.hashing import ROUTING_FINE_NODES
 from kvcache.routing.keys import PrefixKeys, RoutingKey, sequence_key
 from kvcache.routing.policies import load_limit, policy_by_name
@@ -21,6 +24,7 @@ from kvcache.routing.views import Choice, Pull, Refusal
 
 RETRY_AFTER_MS = 200
 MAX_RETRY_S = 3600.0
+LEARN_AFTER_MS = 50
 NAMELESS = "seq_id must not be empty"
 
 Placed = m.Dispatched | m.Route
@@ -43,12 +47,13 @@ class Place(NamedTuple):
 class Placement:
     """Chooses; counts what it chose: `routed` by policy, `reasons` also by the first word of why."""
 
-    def __init__(self, policy: str, workers: Workers, knowledge: Knowledge) -> None:
+    def __init__(self, policy: str, workers: Workers, knowledge: Knowledge, sequences: Sequences) -> None:
         self.routed: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._policy = policy
         self._workers = workers
         self._knowledge = knowledge
+        self._sequences = sequences
         self._prefixes = PrefixKeys()
 
     def place(self, tenant: str, message: Placed, now: float) -> Place:
@@ -58,7 +63,7 @@ class Placement:
         self._check_ready()
         prompt = self._knowledge.read(tenant, message) if isinstance(message, POLICED) else None
         if message.seq_id:
-            choice = self._owner(tenant, message)
+            choice = self._holder(tenant, message, now)
         elif isinstance(message, POLICED) and prompt is not None:
             choice = self._by_policy(tenant, message, prompt, now)
         else:
@@ -123,16 +128,74 @@ class Placement:
             raise BadArgument(f"no live worker is called {worker_id!r}")
         return Place(Choice(worker_id, "named: the request names the worker"), worker)
 
-    def _owner(self, tenant: str, message: Placed) -> Choice:
-        """A sequence lives on its owner and nowhere else, so its requests have no second choice."""
+    def _holder(self, tenant: str, message: Placed, now: float) -> Choice:
+        """A sequence is where its newest version is; while nobody has it, its owner on the ring serves it.
+
+        If several have it, they take turns, which also keeps them from forgetting it.
+        """
         assert not isinstance(message, NAMED)
         if isinstance(message, POLICED) and message.policy not in {"", "consistent_hash"}:
             raise BadArgument(f"a request with a seq_id goes to its owner; leave out policy {message.policy!r}")
+        self._check_learned(now)
         key = sequence_key(tenant, message.seq_id)
         owner = self._workers.ring.owner(key.key)
+        holders = self._holders(Name(tenant, message.seq_id), key)
+        available = self._workers.available(holders, now)
+        chosen = self._workers.least_busy(available) if available else (holders or [owner])[0]
         if not isinstance(message, m.Route):
-            self._check_room(self._workers.by_id[owner], key)
-        return Choice(owner, f"consistent_hash: owner of {key.text}")
+            self._check_room(self._workers.by_id[chosen], key)
+        if chosen == owner:
+            return Choice(owner, f"consistent_hash: owner of {key.text}")
+        also = "also" if owner in holders else "not"
+        return Choice(chosen, f"holder: has {key.text}; its owner {owner} has it {also}")
+
+    def place_write(self, tenant: str, seq_id: str, rf: int, now: float) -> tuple[Choice, list[Worker]]:
+        """The workers that a change goes to: those that have the sequence, or else its owner and who follows that.
+
+        Raises as `place` does, and Conflict if fewer have the sequence than are to have it.
+        """
+        self._check_ready()
+        if not seq_id:
+            raise BadArgument(NAMELESS)
+        self._check_learned(now)
+        name, key = Name(tenant, seq_id), sequence_key(tenant, seq_id)
+        targets = list(self._sequences.targets(name)) or self._holders(name, key)
+        choice = Choice(self._workers.ring.owner(key.key), f"consistent_hash: owner of {key.text}")
+        if not targets:
+            targets = self._first(key, rf, now)
+        elif len(targets) < rf:
+            raise Conflict(
+                f"{key.text} has a copy on worker {targets[0]} only; delete it and put it anew, or write with rf=1"
+            )
+        elif choice.worker_id not in targets:
+            choice = Choice(targets[0], f"holder: has {key.text}, which its owner {choice.worker_id} has not")
+        if len(targets) > 1:
+            choice = Choice(targets[0], f"replicated: {key.text} on {' and '.join(targets)}")
+        workers = [self._workers.by_id[target] for target in targets]
+        for worker in workers:
+            self._check_room(worker, key)
+        self._count(choice)
+        return choice, workers
+
+    def _holders(self, name: Name, key: RoutingKey) -> list[str]:
+        """The workers on the ring that have the newest version, in the order of the ring's preference."""
+        ring = self._workers.ring
+        holders = ring.weights.keys() & self._sequences.use(name).holders
+        return list(islice((worker for worker in ring.preference(key.key) if worker in holders), len(holders)))
+
+    def _first(self, key: RoutingKey, rf: int, now: float) -> list[str]:
+        """The owner, and those that follow it on the ring and can serve. Raises NoWorkers if they are not `rf`."""
+        ring = self._workers.ring
+        owner = ring.owner(key.key)
+        others = [other for other in ring.preference(key.key) if other != owner] if rf > 1 else []
+        found = [owner, *self._workers.available(others, now)[: rf - 1]]
+        if len(found) < rf:
+            raise NoWorkers(f"{rf} workers are to have {key.text}, and {len(found)} can", retry_after_ms=RETRY_AFTER_MS)
+        return found
+
+    def _check_learned(self, now: float) -> None:
+        if self._sequences.is_learning(now):
+            raise NoWorkers("a worker that has just joined still tells what it holds", retry_after_ms=LEARN_AFTER_MS)
 
     def _by_policy(self, tenant: str, message: m.Generate | m.Route, prompt: Prompt, now: float) -> Choice:
         policy = policy_by_name(message.policy or self._policy)

@@ -23,16 +23,19 @@ from bus.errors import (
     ProtocolError,
     WorkerLost,
 )
+from bus.limits import MAX_COPIES
 from bus.stats import pack
 from bus.wire import Buffer
+from kvcache.broker.answers import DeleteAnswers, WriteAnswers
 from kvcache.broker.calls import Calls
+from kvcache.broker.directory import Name
+from kvcache.broker.dispatch import Dispatch
 from kvcache.broker.knowledge import Knowledge
-from kvcache.broker.members import Call, Client, Stream, Worker, Workers
-from kvcache.broker.placement import RETRY_AFTER_MS, Place, Placement
-from kvcache.broker.pulls import can_pull, order_pull
+from kvcache.broker.members import Call, Client, Gather, Stream, Worker, Workers
+from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, Place, Placement
 from kvcache.broker.sends import Port, Send, to_client, to_worker
+from kvcache.broker.sequences import Sequences
 from kvcache.broker.streams import Streams
-from kvcache.routing.views import Choice
 
 MAX_CALLS_PER_CLIENT = 4096
 
@@ -41,18 +44,24 @@ class Requests:
     """`serves_from`: when those workers have had time to join that knew an earlier broker, monotonic seconds."""
 
     def __init__(
-        self, policy: str, workers: Workers, knowledge: Knowledge, *, serves_from: float, new_id: Callable[[], bytes]
+        self,
+        policy: str,
+        workers: Workers,
+        knowledge: Knowledge,
+        sequences: Sequences,
+        *,
+        serves_from: float,
+        new_id: Callable[[], bytes],
     ) -> None:
         self.calls = Calls()
         self.streams = Streams(new_id)
-        self.placement = Placement(policy, workers, knowledge)
+        self.placement = Placement(policy, workers, knowledge, sequences)
+        self.dispatch = Dispatch(workers, knowledge, sequences, new_id)
         self.is_draining = False
         self.arrived = 0
         self.failed: Counter[str] = Counter()
-        self.pulls_ordered = 0
-        self._new_id = new_id
-        self._workers = workers
         self._knowledge = knowledge
+        self._sequences = sequences
         self._serves_from = serves_from
 
     # --- from clients ----------------------------------------------------------------------------
@@ -64,18 +73,22 @@ class Requests:
         try:
             stream = self._admit(client, message, now)
             if isinstance(message, m.Delete):
-                return self._dispatch_to_all(client, message, frames, now)
+                return self._delete(client, message, frames, now)
+            if isinstance(message, m.Put | m.Append | m.Pin | m.Unpin):
+                return self._write(client, message, frames, now)
             place = self.placement.place(client.user_id, message, now)
             if isinstance(message, m.Generate) and message.explain:
                 explanation.append(self._explanation(client, message, place, now))
         except KVCacheError as error:
             return [self._refuse_request(client, message, error)]
-        call = self.calls.begin(client, place.worker, message.req_id, now + message.deadline_ms / 1000, stream)
+        name = None if isinstance(message, NAMED) else _name(client, message.seq_id)
+        call = self.calls.begin(client, place.worker, message.req_id, now + message.deadline_ms / 1000, stream, name)
         if stream is not None:
             self.streams.use(stream, call)
         if isinstance(message, m.Generate) and place.prompt is not None:
             self._knowledge.dispatched(call, message, place.prompt, place.choice, now)
-        return [*explanation, *self._assign(call, message, place.choice, frames)]
+        version = self._sequences.next_version(now) if name and isinstance(message, m.Generate) else 0
+        return [*explanation, *self.dispatch.assign(call, message, place.choice, frames, version)]
 
     def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
@@ -105,11 +118,17 @@ class Requests:
 
     # --- from workers ----------------------------------------------------------------------------
 
-    def reply(self, worker: Worker, reply: m.Reply, frames: Sequence[Buffer], port: Port) -> list[Send]:
+    def reply(self, worker: Worker, reply: m.Reply, frames: Sequence[Buffer], port: Port, now: float) -> list[Send]:
         """A worker's answer within a call of its own; of one that ended here first, nobody wants to know."""
         call = worker.calls.get(reply.call)
         if call is None:
             return []
+        if call.name is not None and reply.version:
+            self._sequences.wrote(worker, call.name, reply.version, now)
+            return [*self._answer(call, reply, frames, port), *self._sequences.take_late()]
+        return self._answer(call, reply, frames, port)
+
+    def _answer(self, call: Call, reply: m.Reply, frames: Sequence[Buffer], port: Port) -> list[Send]:
         if call.gather is not None:
             return self._gathered(call, reply, frames[1:])
         link = call.client.link if port is Port.CLIENT else call.client.bulk_link
@@ -157,9 +176,11 @@ class Requests:
     def drop_worker(self, worker: Worker, why: str) -> list[Send]:
         """The worker is gone: whoever waited for it alone hears that another may serve them."""
         error = WorkerLost(f"worker {worker.id} was lost: {why}")
+        self._sequences.forget(worker)
         sends: list[Send] = []
         for call in list(worker.calls.values()):
             if call.gather is not None:
+                call.gather.answers.lose(worker.id)
                 sends += self._end_part(call)
             else:
                 self._end(call)
@@ -172,45 +193,73 @@ class Requests:
 
     # --- requests of several workers -------------------------------------------------------------
 
-    def _dispatch_to_all(self, client: Client, message: m.Delete, frames: Sequence[Buffer], now: float) -> list[Send]:
+    def _delete(self, client: Client, message: m.Delete, frames: Sequence[Buffer], now: float) -> list[Send]:
         """Copies of a sequence may lie elsewhere than with its owner, left there while that one was away."""
         choice, workers = self.placement.place_all(client.user_id, message)
-        calls = self.calls.begin_all(client, workers, message.req_id, now + message.deadline_ms / 1000)
-        return [send for call in calls for send in self._assign(call, message, choice, frames)]
+        name, version = Name(client.user_id, message.seq_id), self._sequences.next_version(now)
+        deletes = (name, version) if message.layer is None else None
+        gather = Gather(client, message.req_id, DeleteAnswers(message.req_id), deletes)
+        calls = self.calls.begin_all(gather, workers, now + message.deadline_ms / 1000, name, writes=True)
+        self._sequences.begin_write(name)
+        return [
+            send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, MAX_COPIES)
+        ]
+
+    def _write(
+        self, client: Client, message: m.Put | m.Append | m.Pin | m.Unpin, frames: Sequence[Buffer], now: float
+    ) -> list[Send]:
+        """To every worker that has the sequence or is to have it; all get it in the same order."""
+        rf = message.rf if isinstance(message, m.Put | m.Append) else 1
+        choice, workers = self.placement.place_write(client.user_id, message.seq_id, rf, now)
+        name, version = Name(client.user_id, message.seq_id), self._sequences.next_version(now)
+        deadline = now + message.deadline_ms / 1000
+        if len(workers) == 1:
+            calls = [self.calls.begin(client, workers[0], message.req_id, deadline, None, name, writes=True)]
+        else:
+            gather = Gather(client, message.req_id, WriteAnswers(message.req_id))
+            calls = self.calls.begin_all(gather, workers, deadline, name, writes=True)
+        self._sequences.begin_write(name, tuple(worker.id for worker in workers))
+        return [
+            send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, len(calls))
+        ]
 
     def _gathered(self, call: Call, reply: m.Reply, frames: Sequence[Buffer]) -> list[Send]:
         """One worker's answer to a request of several, which are answered together."""
         assert call.gather is not None
-        if not reply.final:
-            return []
         try:
-            call.gather.answers.add(wire.decode(frames).message)
+            message = wire.decode(frames).message
         except ProtocolError as error:
             call.gather.answers.add_error(InternalError(f"worker {call.worker.id} gave no readable answer: {error}"))
+            return self._end_part(call)
+        if isinstance(message, m.Credit) and not reply.final:
+            return self._pass_on_credit(call, call.gather, message)
+        call.gather.answers.add(message)
         return self._end_part(call)
 
+    def _pass_on_credit(self, call: Call, gather: Gather, credit: m.Credit) -> list[Send]:
+        """The client may send what every worker can take, since each of them gets it all."""
+        gather.granted[call.id] = gather.granted.get(call.id, 0) + credit.chunks
+        chunks = min(gather.granted.get(part, 0) for part in gather.parts) - gather.passed_on
+        if chunks <= 0:
+            return []
+        gather.passed_on += chunks
+        return [to_client(call.client, m.Credit(req_id=call.req_id, chunks=chunks))]
+
     def _end_part(self, call: Call) -> list[Send]:
-        """One worker is done with its part, or gone; after the last one the client hears what came of it."""
-        assert call.gather is not None
-        self._knowledge.ended(call)
-        return [to_client(call.client, call.gather.answers.total())] if self.calls.end(call) else []
+        """One worker is done with its part, or gone; when nothing more is to be waited for, the client is answered."""
+        gather = call.gather
+        assert gather is not None
+        self._end(call)
+        rest = list(gather.parts.values()) if gather.answers.is_settled else []
+        for part in rest:
+            self._end(part)
+        if gather.parts:
+            return []
+        if gather.deletes is not None and not gather.answers.is_refused:
+            self._sequences.deleted(*gather.deletes)
+        return [to_client(call.client, gather.answers.total()), *map(_release, rest)]
 
     # --- details ---------------------------------------------------------------------------------
-
-    def _assign(self, call: Call, message: m.Dispatched, choice: Choice, frames: Sequence[Buffer]) -> list[Send]:
-        """The request for its worker, and before it what another one hears that it is to copy from."""
-        self._workers.count_dispatch(call.worker)
-        self._knowledge.touch(call.worker)
-        order, grants = self._order_pull(call, message, choice)
-        envelope = m.Assign(
-            call=call.id,
-            tenant=call.client.user_id,
-            client=call.client.instance,
-            deadline_ms=message.deadline_ms,
-            reason=choice.reason,
-            pull=order,
-        )
-        return [*grants, Send(Port.WORKER, call.worker.link, [wire.encode(envelope), *frames], call)]
 
     def _admit(self, client: Client, message: m.Dispatched, now: float) -> Stream | None:
         """The stream that the request brings along, if it generates. Raises what speaks against taking it."""
@@ -240,17 +289,6 @@ class Requests:
                 self.streams.close(stream)
         return self.refuse(client, message.req_id, error)
 
-    def _order_pull(self, call: Call, message: m.Dispatched, choice: Choice) -> tuple[m.PullOrder | None, list[Send]]:
-        """What the worker is to copy first, if the choice says so and it can, and the holder's ticket for it."""
-        if choice.pull is None or not isinstance(message, m.Generate):
-            return None, []
-        source = self._workers.by_id.get(choice.pull.source)
-        if source is None or not can_pull(source, call.worker):
-            return None, []
-        self.pulls_ordered += 1
-        order, grant = order_pull(choice.pull, source, call.worker, message, call.client.user_id, self._new_id())
-        return order, [grant]
-
     def _explanation(self, client: Client, message: m.Generate | m.Route, place: Place, now: float) -> Send:
         payload, choice = pack(self.placement.explain(client.user_id, message, place, now)), place.choice
         routed = m.Routed(
@@ -259,10 +297,16 @@ class Requests:
         return to_client(client, routed, payload)
 
     def _end(self, call: Call) -> None:
-        self.calls.end(call)
+        is_over = self.calls.end(call)
         self._knowledge.ended(call)
         if call.stream is not None:
             self.streams.close(call.stream)
+        if is_over and call.writes and call.name is not None:
+            self._sequences.end_write(call.name)
+
+
+def _name(client: Client, seq_id: str) -> Name | None:
+    return Name(client.user_id, seq_id) if seq_id else None
 
 
 def _release(call: Call) -> Send:

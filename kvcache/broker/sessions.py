@@ -92,7 +92,9 @@ class Sessions:
             if (other := self.workers.by_link.get(link)) is not None:
                 sends += self.lose_worker(other, "its link now speaks for another worker")
             lease_until = now + self._config.lease_ms / 1000
-            known = Worker(link, self._new_id(), user_id, hello, now, lease_until, hello.state)
+            known = Worker(
+                link, self._new_id(), user_id, hello, now, lease_until, hello.state, now, hello.sequences == 0
+            )
             self._by_secret[known.session] = known
             self.workers.add(known)
             self._knowledge.joined(known, now)

@@ -11,6 +11,7 @@ from rich.progress import track
 
 import kvcache
 from bus.errors import NotFound
+from bus.limits import MAX_COPIES
 from bus.stats import SequenceInfo
 from kvcache.cli.kv_files import read_layers, write_layers
 from kvcache.cli.options import AsJson, Layer, SeqId, Timeout, Url
@@ -29,11 +30,14 @@ OneLayer = Annotated[
     int | None, typer.Option("--layer", min=0, help="This layer only; default: all.", show_default=False, metavar="N")
 ]
 
+Rf = Annotated[int, typer.Option("--rf", min=1, max=MAX_COPIES, help="How many workers are to have it.", metavar="N")]
+
 
 def put(
     seq_id: SeqId,
     file: InFile,
     layer: OneLayer = None,
+    rf: Rf = 1,
     url: Url = None,
     timeout: Timeout = 60.0,
     as_json: AsJson = False,
@@ -43,7 +47,7 @@ def put(
     lengths: dict[int, int] = {}
     with kvcache.Client(url, timeout=timeout) as client:
         for index in _track(list(layers), "storing"):
-            lengths[index] = client.kv.put(seq_id, index, *layers[index]).length
+            lengths[index] = client.kv.put(seq_id, index, *layers[index], rf=rf).length
     _report(lengths, as_json)
 
 
@@ -57,6 +61,7 @@ def append(
             "--at", min=0, help="Only if the layer holds exactly this many tokens.", show_default=False, metavar="N"
         ),
     ] = None,
+    rf: Rf = 1,
     url: Url = None,
     timeout: Timeout = 60.0,
     as_json: AsJson = False,
@@ -66,7 +71,7 @@ def append(
     lengths: dict[int, int] = {}
     with kvcache.Client(url, timeout=timeout) as client:
         for index in _track(list(layers), "appending"):
-            lengths[index] = client.kv.append(seq_id, index, *layers[index], at=at).length
+            lengths[index] = client.kv.append(seq_id, index, *layers[index], at=at, rf=rf).length
     _report(lengths, as_json)
 
 

@@ -30,22 +30,34 @@ class AsyncKV:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def put(self, seq_id: str, layer: int, k: Array, v: Array, *, deadline: float | None = None) -> KvAck:
+    async def put(
+        self, seq_id: str, layer: int, k: Array, v: Array, *, rf: int = 1, deadline: float | None = None
+    ) -> KvAck:
         """Store K and V of a layer, in place of what was there. k, v: numpy or torch, of one dtype.
 
-        Raises BadTensor, NoSpace or Conflict (the sequence is a generation's) besides what any request may.
+        With rf=2, two workers have it before it is acknowledged (as `mem2`); the first write of a sequence says so.
+        Raises BadTensor, NoSpace, Conflict (the sequence is a generation's, or was written with rf=1) or NoWorkers
+        (there are not `rf`) besides what any request may.
         """
-        call = requests.put(new_id(), self._link.deadline(deadline), seq_id, layer, k, v)
+        call = requests.put(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, rf)
         return await self._link.ask(call, KvAck)
 
     async def append(
-        self, seq_id: str, layer: int, k: Array, v: Array, *, at: int | None = None, deadline: float | None = None
+        self,
+        seq_id: str,
+        layer: int,
+        k: Array,
+        v: Array,
+        *,
+        at: int | None = None,
+        rf: int = 1,
+        deadline: float | None = None,
     ) -> KvAck:
-        """Add tokens to the end of a layer; with `at`, only if that is its length.
+        """Add tokens to the end of a layer; with `at`, only if that is its length. rf: as in `put`.
 
         Raises Conflict, whose `current_len` is the length, if it is another one.
         """
-        call = requests.append(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, at)
+        call = requests.append(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, at, rf)
         return await self._link.ask(call, KvAck)
 
     async def get(
@@ -74,7 +86,7 @@ class AsyncKV:
         await self._link.ask(requests.unpin(new_id(), self._link.deadline(deadline), seq_id), int)
 
     async def list(self, prefix: str = "", limit: int | None = None, *, deadline: float | None = None) -> Sequences:
-        """All sequences whose id begins with `prefix`, by id: those of every worker, at most `limit`."""
+        """All sequences whose id begins with `prefix`, by id, at most `limit`: of each its newest copy anywhere."""
         if prefix:
             check_name("prefix", prefix)
         if limit is not None:
@@ -82,11 +94,12 @@ class AsyncKV:
         until = self._link.deadline(deadline)
         query = requests.query(new_id(), until, QueryKind.WORKERS)
         figures = await self._link.ask(query, ClusterStats)
-        found: list[SequenceInfo] = []
+        newest: dict[str, SequenceInfo] = {}
         for worker in figures.workers:
-            found += await self._of_worker(worker.worker_id, prefix, limit, until)
-        found.sort(key=lambda info: info.seq_id)
-        return found[:limit]
+            for info in await self._of_worker(worker.worker_id, prefix, limit, until):
+                if info.seq_id not in newest or info.version > newest[info.seq_id].version:
+                    newest[info.seq_id] = info
+        return [newest[seq_id] for seq_id in sorted(newest)[:limit]]
 
     async def _of_worker(self, worker_id: str, prefix: str, limit: int | None, until: float) -> Sequences:
         """One worker's sequences, page by page. One that is lost meanwhile has none any more."""

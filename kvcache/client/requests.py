@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from bus.errors import BadArgument
+from bus.limits import MAX_COPIES
 from bus.messages import (
     Append,
     Delete,
@@ -58,9 +59,10 @@ def route(key: bytes, deadline: float, *, seq_id: str, chain: tuple[bytes, ...],
     )
 
 
-def put(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array) -> WriteCall:
+def put(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, rf: int = 1) -> WriteCall:
     check_name("seq_id", seq_id)
     layer = check_index("layer", layer, MAX_LAYER)
+    rf = check_index("rf", rf, MAX_COPIES, least=1)
     pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
     return WriteCall(
         key,
@@ -75,14 +77,18 @@ def put(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array
             k=pair[0].meta,
             v=pair[1].meta,
             payload=parts,
+            rf=rf,
         ),
     )
 
 
-def append(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, at: int | None) -> WriteCall:
+def append(
+    key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, at: int | None, rf: int = 1
+) -> WriteCall:
     check_name("seq_id", seq_id)
     layer = check_index("layer", layer, MAX_LAYER)
     offset = None if at is None else check_index("at", at, MAX_LENGTH)
+    rf = check_index("rf", rf, MAX_COPIES, least=1)
     pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
     return WriteCall(
         key,
@@ -98,6 +104,7 @@ def append(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Ar
             v=pair[1].meta,
             at=offset,
             payload=parts,
+            rf=rf,
         ),
     )
 

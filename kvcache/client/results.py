@@ -96,7 +96,7 @@ Event: TypeAlias = Start | Token | Done
 
 @dataclass(frozen=True, slots=True)
 class KvAck:
-    """A write took effect. length: tokens now in the layer. durability: what it survives; `mem1` is one memory.
+    """A write took effect. length: tokens now in the layer. durability: where it is; `mem1` is one memory, `mem2` two.
 
     duplicate: the same write had been applied before, and was not applied again.
     """

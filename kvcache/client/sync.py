@@ -245,21 +245,31 @@ class KV:
         self._thread = thread
         self._kv = kv
 
-    def put(self, seq_id: str, layer: int, k: Array, v: Array, *, deadline: float | None = None) -> KvAck:
+    def put(self, seq_id: str, layer: int, k: Array, v: Array, *, rf: int = 1, deadline: float | None = None) -> KvAck:
         """Store K and V of a layer, in place of what was there. k, v: numpy or torch, of one dtype.
 
-        Raises BadTensor, NoSpace or Conflict (the sequence is a generation's) besides what any request may.
+        With rf=2, two workers have it before it is acknowledged (as `mem2`); the first write of a sequence says so.
+        Raises BadTensor, NoSpace, Conflict (the sequence is a generation's, or was written with rf=1) or NoWorkers
+        (there are not `rf`) besides what any request may.
         """
-        return self._thread.call(self._kv.put(seq_id, layer, k, v, deadline=deadline))
+        return self._thread.call(self._kv.put(seq_id, layer, k, v, rf=rf, deadline=deadline))
 
     def append(
-        self, seq_id: str, layer: int, k: Array, v: Array, *, at: int | None = None, deadline: float | None = None
+        self,
+        seq_id: str,
+        layer: int,
+        k: Array,
+        v: Array,
+        *,
+        at: int | None = None,
+        rf: int = 1,
+        deadline: float | None = None,
     ) -> KvAck:
-        """Add tokens to the end of a layer; with `at`, only if that is its length.
+        """Add tokens to the end of a layer; with `at`, only if that is its length. rf: as in `put`.
 
         Raises Conflict, whose `current_len` is the length, if it is another one.
         """
-        return self._thread.call(self._kv.append(seq_id, layer, k, v, at=at, deadline=deadline))
+        return self._thread.call(self._kv.append(seq_id, layer, k, v, at=at, rf=rf, deadline=deadline))
 
     def get(
         self, seq_id: str, layer: int, start: int = 0, stop: int | None = None, *, deadline: float | None = None

@@ -32,8 +32,8 @@ SHORT = m.Sampling(max_tokens=4, temperature=0.0, ignore_eos=True)
 @pytest_asyncio.fixture(autouse=True)
 async def no_names(client: AsyncClient) -> None:
     """Sequences that earlier tests have named keep their blocks; here none does."""
-    for name in {info.seq_id for info in await client.kv.list()}:
-        await client.kv.delete(name)
+    for info in await client.kv.list():
+        await client.kv.delete(info.seq_id)
 
 
 async def is_idle(client: AsyncClient) -> bool:

@@ -19,7 +19,7 @@ from tests.harness.generations import Crowd, greedy
 from tests.harness.models import Reference
 from tests.harness.placement import owned_by
 from tests.harness.prompts import token_prompt
-from tests.harness.waiting import until
+from tests.harness.waiting import until, until_serving
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150)]
 
@@ -146,10 +146,3 @@ def rows(num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(num_tokens)
     k, v = (draw.standard_normal((num_tokens, *ROW), np.float32) for _ in "kv")
     return k, v
-
-
-async def until_serving(client: AsyncClient, worker_id: str) -> None:
-    async def serves() -> bool:
-        return any((view.worker_id, view.status) == (worker_id, "ready") for view in await client.workers())
-
-    await until(serves, f"{worker_id} serves", 90.0)

@@ -1,4 +1,4 @@
-"""Requests that several workers serve: each is asked, their answers are added up, and the client gets one."""
+"""Requests that several workers serve, deletions and replicated writes: each is asked, the client gets one answer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pytest
 
 from bus import messages as m
 from bus import wire
-from bus.errors import Conflict, ErrorCode, NotFound, WorkerLost
-from kvcache.broker.answers import Answers
+from bus.errors import Conflict, ErrorCode, NoSpace, NotFound, WorkerLost
+from bus.stats import Holding, Holdings, pack
+from bus.tensors import DType, TensorMeta
+from kvcache.broker.answers import DeleteAnswers
 from kvcache.broker.sends import Port
-from tests.unit.kvcache.broker_driver import USER, Driver, Heard, beat, frames_of, read, rid
+from tests.unit.kvcache.broker_driver import USER, Driver, Heard, beat, frames_of, length, read, rid
 
 LINKS = (b"a", b"b", b"c")
 
@@ -147,7 +149,7 @@ def test_a_delete_must_name_its_sequence_and_needs_a_worker(driver: Driver) -> N
 
 
 def test_an_answer_counts_as_repeated_only_if_all_were() -> None:
-    answers = Answers(rid(1))
+    answers = DeleteAnswers(rid(1))
     answers.add(gone(1, duplicate=True))
     assert answers.total() == gone(1, duplicate=True)
     answers.add(gone(1))
@@ -155,7 +157,7 @@ def test_an_answer_counts_as_repeated_only_if_all_were() -> None:
 
 
 def test_an_answer_of_another_kind_is_a_refusal() -> None:
-    answers = Answers(rid(1))
+    answers = DeleteAnswers(rid(1))
     answers.add(m.Credit(req_id=rid(1), chunks=1))
     answers.add(gone(1))
     total = answers.total()
@@ -164,5 +166,166 @@ def test_an_answer_of_another_kind_is_a_refusal() -> None:
 
 
 def test_no_answer_at_all_is_a_loss() -> None:
-    total = Answers(rid(1)).total()
+    total = DeleteAnswers(rid(1)).total()
     assert total == wire.failed(rid(1), WorkerLost("every worker that was asked was lost"))
+
+
+# --- replicated writes ---------------------------------------------------------------------------
+
+META = TensorMeta(DType.UINT8, (1, 1, 8))
+
+
+def put(number: int = 1, seq_id: str = "s", rf: int = 2, layer: int = 0, deadline_ms: int = 5000) -> m.Put:
+    """Its bytes follow in chunks."""
+    return m.Put(
+        req_id=rid(number), attempt=0, deadline_ms=deadline_ms, seq_id=seq_id, layer=layer, k=META, v=META, rf=rf
+    )
+
+
+def written(number: int = 1, length: int = 1, *, duplicate: bool = False) -> m.KvDone:
+    return m.KvDone(req_id=rid(number), length=length, count=1, duplicate=duplicate)
+
+
+def answer(driver: Driver, assigned: Heard, done: m.Message, version: int | None = None) -> list[Heard]:
+    """A worker's answer to what it was assigned; a write's with its version."""
+    envelope = m.Reply(
+        call=assigned.message.call,
+        final=not isinstance(done, m.Credit),
+        version=assigned.message.version if version is None else version,
+    )
+    return driver.worker(assigned.link, envelope, wire.encode(done))
+
+
+def write(driver: Driver, seq_id: str = "s", rf: int = 2) -> set[bytes]:
+    """A put that is done; the workers that have it."""
+    assigned = driver.client(b"c1", put(9, seq_id, rf))
+    assert {each.message.copies for each in assigned} == {rf}
+    heard = [each for one in assigned for each in answer(driver, one, written(9))]
+    assert [each.message.durability for each in heard] == [f"mem{rf}"]
+    return {one.link for one in assigned}
+
+
+def orders_to_drop(heard: list[Heard]) -> set[bytes]:
+    return {each.link for each in heard if isinstance(each.message, m.DropSequences)}
+
+
+def test_a_replicated_write_goes_to_the_owner_and_the_next_and_is_answered_after_both(driver: Driver) -> None:
+    assigned = driver.client(b"c1", put())
+    (route,) = driver.client(b"c1", m.Route(req_id=rid(2), seq_id="s"))
+    assert len(assigned) == 2
+    assert assigned[0].link.decode() == route.message.worker_id
+    assert len({each.message.version for each in assigned}) == 1
+    assert answer(driver, assigned[0], written()) == []
+    (heard,) = answer(driver, assigned[1], written())
+    assert heard.message == m.KvDone(req_id=rid(1), length=1, count=1, durability="mem2")
+
+
+def test_later_writes_go_to_all_who_have_the_sequence_whatever_they_ask_for(driver: Driver) -> None:
+    holders = write(driver)
+    assert {each.link for each in driver.client(b"c1", put(2, rf=1, layer=1))} == holders
+    pin = m.Pin(req_id=rid(3), attempt=0, deadline_ms=5000, seq_id="s")
+    assert {each.link for each in driver.client(b"c1", pin)} == holders
+
+
+def test_a_write_while_the_first_is_in_flight_goes_where_that_went(driver: Driver) -> None:
+    """Nobody is known to have the sequence yet."""
+    first = driver.client(b"c1", put())
+    second = driver.client(b"c1", put(2, rf=1, layer=1))
+    assert [each.link for each in second] == [each.link for each in first]
+    other = driver.client(b"c1", put(3, "other", rf=1))
+    assert len(other) == 1
+    assert ErrorCode(driver.client(b"c1", put(4, "other", layer=1))[0].message.code) is ErrorCode.CONFLICT
+
+
+def test_reads_take_turns_between_those_who_have_the_sequence(driver: Driver) -> None:
+    holders = write(driver)
+    readers = [driver.client(b"c1", length(number))[0].link for number in range(20, 26)]
+    assert [readers.count(holder) for holder in sorted(holders)] == [3, 3]
+    driver.now += 0.9  # one of them is silent, and does not yet count as lost
+    silent, other = sorted(holders)
+    for link in LINKS:
+        if link != silent:
+            driver.worker(link, beat())
+    assert {driver.client(b"c1", length(number))[0].link for number in range(30, 34)} == {other}
+
+
+def test_a_replicated_write_without_enough_workers_is_refused(driver: Driver) -> None:
+    for link in (b"a", b"b"):
+        driver.worker(link, m.Goodbye(reason=""))
+    assert the_end(driver.client(b"c1", put())) is ErrorCode.NO_WORKERS
+
+
+def test_a_sequence_of_one_copy_cannot_be_made_two_by_writing_to_it(driver: Driver) -> None:
+    write(driver, rf=1)
+    assert the_end(driver.client(b"c1", put())) is ErrorCode.CONFLICT
+    write(driver, "other")
+    (reader,) = driver.client(b"c1", length(3, "other"))
+    driver.worker(reader.link, m.Goodbye(reason=""))
+    assert the_end(driver.client(b"c1", put(1, "other"))) is ErrorCode.CONFLICT
+    assert len(driver.client(b"c1", put(4, "other", rf=1))) == 1
+
+
+def test_a_replicated_write_that_one_refuses_fails_at_once_and_the_other_stops(driver: Driver) -> None:
+    first, second = driver.client(b"c1", put())
+    heard = answer(driver, first, wire.failed(rid(1), NoSpace("full")))
+    assert the_end(heard) is ErrorCode.NO_SPACE
+    assert [each.link for each in heard if isinstance(each.message, m.Release)] == [second.link]
+    assert answer(driver, second, written()) == []
+    assert driver.core.inflight == 0
+
+
+def test_a_replicated_write_fails_when_one_of_its_workers_is_lost(driver: Driver) -> None:
+    first, second = driver.client(b"c1", put())
+    assert answer(driver, first, written()) == []
+    assert the_end(driver.worker(second.link, m.Goodbye(reason=""))) is ErrorCode.WORKER_LOST
+    driver.core.check()
+
+
+def test_copies_that_turn_out_to_differ_are_no_acknowledged_write(driver: Driver) -> None:
+    first, second = driver.client(b"c1", put())
+    answer(driver, first, written(length=1))
+    assert the_end(answer(driver, second, written(length=2))) is ErrorCode.INTERNAL
+
+
+def test_a_client_may_send_what_both_workers_can_take(driver: Driver) -> None:
+    first, second = driver.client(b"c1", put())
+    assert answer(driver, first, m.Credit(req_id=rid(1), chunks=8), 0) == []
+    (credit,) = answer(driver, second, m.Credit(req_id=rid(1), chunks=3), 0)
+    assert credit.message == m.Credit(req_id=rid(1), chunks=3)
+    (credit,) = answer(driver, second, m.Credit(req_id=rid(1), chunks=9), 0)
+    assert credit.message.chunks == 5
+    assert answer(driver, first, m.Credit(req_id=rid(1), chunks=1), 0)[0].message.chunks == 1
+
+
+def test_chunks_go_to_both_workers(driver: Driver) -> None:
+    session = driver.join_client(b"c2", b"x" * 16).session
+    driver.client_bulk(b"bulk", m.AttachBulk(session=session))
+    for link, welcome in {link: driver.join_worker(link, link.decode(), 2).session for link in LINKS}.items():
+        driver.worker_bulk(b"bulk-" + link, m.AttachBulk(session=welcome))
+    assigned = driver.client(b"c2", put())
+    chunk = m.Chunk(req_id=rid(1), offset=0, payload=wire.describe([b"x" * 16]))
+    forwarded = driver.client_bulk(b"bulk", chunk, b"x" * 16)
+    assert {each.link for each in forwarded} == {b"bulk-" + each.link for each in assigned}
+
+
+def test_nobody_is_told_to_drop_a_copy_while_writes_to_it_are_in_flight(driver: Driver) -> None:
+    """One worker has the write and tells of it before the other has it."""
+    write(driver)
+    first, second = driver.client(b"c1", put(1, layer=1))
+    ahead = Holdings(sequences=(Holding(USER, "s", first.message.version),))
+    page = m.WorkerSequences(is_complete=True, payload=wire.describe([pack(ahead)]))
+    assert orders_to_drop(driver.worker(first.link, page, pack(ahead))) == set()
+    other_first, other_second = driver.client(b"c1", put(2, layer=2))
+    heard = answer(driver, first, written()) + answer(driver, second, written())
+    heard += answer(driver, other_first, written(2)) + answer(driver, other_second, written(2))
+    assert orders_to_drop(heard + driver.tick(0.25)) == set()
+    assert {each.link for each in driver.client(b"c1", put(3, layer=3))} == {first.link, second.link}
+
+
+def test_a_copy_that_missed_a_write_is_dropped_when_the_writes_are_over(driver: Driver) -> None:
+    write(driver)
+    first, second = driver.client(b"c1", put(deadline_ms=300))
+    answer(driver, first, written())
+    heard = driver.tick(0.75)
+    assert the_end(heard) is ErrorCode.DEADLINE
+    assert orders_to_drop(heard) == {second.link}

@@ -58,9 +58,8 @@ def test_a_request_goes_to_its_worker_in_an_envelope_and_otherwise_untouched(dri
         payload=wire.describe([b"kkkk", b"vvvv"]),
     )
     (heard,) = driver.client(b"c1", put, b"kkkk", b"vvvv")
-    envelope = m.Assign(
-        call=1, tenant=USER, client=bytes(16), deadline_ms=700, reason="consistent_hash: owner of sequence 's'"
-    )
+    reason = "consistent_hash: owner of sequence 's'"
+    envelope = m.Assign(call=1, tenant=USER, client=bytes(16), deadline_ms=700, reason=reason, version=1)
     assert heard == Heard(Port.WORKER, b"w1", envelope, (wire.encode(put), b"kkkk", b"vvvv"))
 
 

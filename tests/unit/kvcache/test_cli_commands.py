@@ -153,12 +153,12 @@ class FakeClient:
     def stats(self) -> ClusterStats:
         return ClusterStats(healthy=True, broker=BROKER, workers=(WORKER,))
 
-    def put(self, *args: object) -> KvAck:
-        self._record("put", *args)
+    def put(self, *args: object, rf: int) -> KvAck:
+        self._record("put", *args, rf=rf)
         return KvAck(length=4, durability="mem1", duplicate=False)
 
-    def append(self, *args: object, at: int | None) -> KvAck:
-        self._record("append", *args, at=at)
+    def append(self, *args: object, at: int | None, rf: int) -> KvAck:
+        self._record("append", *args, at=at, rf=rf)
         return KvAck(length=8, durability="mem1", duplicate=False)
 
     def get(self, *args: object) -> object:
@@ -399,11 +399,13 @@ def test_kv_goes_to_a_file_and_back(
     }
     assert calls_named(clients, "get") == [(("paris", layer, 1, None), {}) for layer in (0, 1)]
     assert read_layers(Path(file))[1][0].tolist() == [[[1.5, 1.5]]] * 4
-    assert main(["kv", "put", "rome", "--file", file]) == 0
-    assert [args[:2] for args, _ in calls_named(clients, "put")] == [("rome", 0), ("rome", 1)]
+    assert main(["kv", "put", "rome", "--file", file, "--rf", "2"]) == 0
+    assert [(*args[:2], kwargs) for args, kwargs in calls_named(clients, "put")] == [
+        ("rome", layer, {"rf": 2}) for layer in (0, 1)
+    ]
     assert main(["kv", "append", "rome", "--file", file, "--layer", "1", "--at", "4"]) == 0
     (((seq_id, layer, *_), kwargs),) = calls_named(clients, "append")
-    assert (seq_id, layer, kwargs) == ("rome", 1, {"at": 4})
+    assert (seq_id, layer, kwargs) == ("rome", 1, {"at": 4, "rf": 1})
     assert "1 layer of 8 tokens" in capsys.readouterr().err
 
 

@@ -97,12 +97,22 @@ class CoreBench:
         tenant: str = "t",
         client: bytes = CLIENT,
         deadline_ms: int = 60_000,
+        newest: int = 0,
+        version: int = 0,
     ) -> tuple[int, list[Action]]:
         """Hand a request to the worker; its payload is described if the message does not."""
         call = next(self._calls)
         if payload and not message.payload:
             message = msgspec.structs.replace(message, payload=wire.describe(payload))
-        envelope = Assign(call=call, tenant=tenant, client=client, deadline_ms=deadline_ms, reason="because")
+        envelope = Assign(
+            call=call,
+            tenant=tenant,
+            client=client,
+            deadline_ms=deadline_ms,
+            reason="because",
+            newest=newest,
+            version=version,
+        )
         frames = [wire.encode(envelope), wire.encode(message), *payload]
         return call, self.core.on_control(link, frames, self.now)
 

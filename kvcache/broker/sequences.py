@@ -1,0 +1,147 @@
+"""Explicit sequences: where they live and how new they are, from what workers tell and answer.
+
+Every write gets a version when it is dispatched, and every request goes out with the newest version that was ever
+heard of, so that a worker with an older copy does not answer from it, even before it was told to drop that. What
+is known here is lost with the process and told again by the workers; until they have, requests that name a
+sequence are asked to come again, for two seconds at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from bus import messages as m
+from bus import wire
+from bus.stats import Holding, Holdings, pack
+from kvcache.broker.directory import Directory, Name, Place
+from kvcache.broker.members import Worker, Workers
+from kvcache.broker.sends import Port, Send
+from kvcache.broker.versions import Versions
+
+LEARN_S = 2.0
+
+
+@dataclass(slots=True)
+class _Flux:
+    """Writes of one sequence that are in flight: how many, to which workers, and the versions those told meanwhile."""
+
+    num_writes: int = 0
+    targets: tuple[str, ...] = ()
+    told: dict[str, int] = field(default_factory=dict)
+
+
+class Sequences:
+    """`wall_ms`: milliseconds since 1970, at `now` (monotonic seconds)."""
+
+    def __init__(self, workers: Workers, *, wall_ms: int, now: float) -> None:
+        self._workers = workers
+        self._directory = Directory()
+        self._versions = Versions(wall_ms, now)
+        self._in_flux: dict[Name, _Flux] = {}
+        self._late: list[Send] = []
+
+    def __len__(self) -> int:
+        return len(self._directory)
+
+    def use(self, name: Name) -> Place:
+        """Where the newest version is, for a request that is about to go there."""
+        return self._directory.use(name)
+
+    def is_learning(self, now: float) -> bool:
+        """Whether a worker that joined just now may still tell of copies that nobody else has, or of newer ones."""
+        workers = self._workers.by_id.values()
+        return any(not worker.is_known and now - worker.joined_at < LEARN_S for worker in workers)
+
+    def next_version(self, now: float) -> int:
+        return self._versions.next(now)
+
+    # --- writes ----------------------------------------------------------------------------------
+
+    def targets(self, name: Name) -> tuple[str, ...]:
+        """The workers that writes in flight go to: another one must go to the same, so that their copies stay equal."""
+        flux = self._in_flux.get(name)
+        return () if flux is None else flux.targets
+
+    def begin_write(self, name: Name, targets: tuple[str, ...] = ()) -> None:
+        """A write goes out. Until the last one has ended, nothing that is told of the sequence takes effect here:
+        workers that get the same writes have them at different times, and neither's copy is stale for that."""
+        flux = self._in_flux.setdefault(name, _Flux())
+        flux.num_writes += 1
+        flux.targets = flux.targets or targets
+
+    def end_write(self, name: Name) -> None:
+        """A write has ended, however it did."""
+        flux = self._in_flux[name]
+        flux.num_writes -= 1
+        if flux.num_writes:
+            return
+        del self._in_flux[name]
+        stale: set[str] = set()
+        for worker_id, version in flux.told.items():
+            stale.update(self._directory.told(worker_id, name, version))
+        self._drop(stale.difference(self._directory.find(name).holders), name)
+
+    def wrote(self, worker: Worker, name: Name, version: int, now: float) -> None:
+        """A worker has written this version; whoever holds an older one drops it."""
+        self._versions.saw(version, now)
+        self._told(worker, name, version)
+
+    def take_late(self) -> list[Send]:
+        """Whom to tell of newer versions than theirs."""
+        late, self._late = self._late, []
+        return late
+
+    # --- what workers tell -----------------------------------------------------------------------
+
+    def told(self, worker: Worker, holdings: Holdings, now: float, *, is_complete: bool) -> None:
+        """A worker tells what it has and had. Raises MalformedMessage for versions that cannot be."""
+        for one in holdings.sequences:
+            self._versions.saw(one.version, now)
+            name = Name(one.tenant, one.seq_id)
+            if one.is_held:
+                self._told(worker, name, one.version)
+            else:
+                self._untold(worker, name)
+                self._directory.gone(worker.id, name, one.version)
+        worker.is_known = worker.is_known or is_complete
+
+    def deleted(self, name: Name, version: int) -> None:
+        """No worker has it any more, and copies that turn up later are stale."""
+        self._directory.mark(name, version)
+
+    def forget(self, worker: Worker) -> None:
+        """The worker is lost, with all that it held."""
+        self._directory.forget(worker.id)
+        for name in self._in_flux:
+            self._untold(worker, name)
+
+    def check(self) -> None:
+        """Assert that the books agree, and that only live workers are in them."""
+        self._directory.check()
+        assert self._directory.workers() <= self._workers.by_id.keys()
+
+    # --- details ---------------------------------------------------------------------------------
+
+    def _told(self, worker: Worker, name: Name, version: int) -> None:
+        flux = self._in_flux.get(name)
+        if flux is not None:
+            flux.told[worker.id] = max(version, flux.told.get(worker.id, 0))
+        else:
+            self._drop(self._directory.told(worker.id, name, version), name)
+
+    def _untold(self, worker: Worker, name: Name) -> None:
+        flux = self._in_flux.get(name)
+        if flux is not None:
+            flux.told.pop(worker.id, None)
+
+    def _drop(self, holders: Iterable[str], name: Name) -> None:
+        newer = Holding(name.tenant, name.seq_id, self._directory.find(name).version)
+        self._late += [_drop_from(self._workers.by_id[holder], newer) for holder in sorted(holders)]
+
+
+def _drop_from(worker: Worker, newer: Holding) -> Send:
+    """Tell a worker of a version that is newer than what it holds."""
+    payload = pack(Holdings(sequences=(newer,)))
+    message = m.DropSequences(payload=wire.describe([payload]))
+    return Send(Port.WORKER, worker.link, [wire.encode(message), payload])

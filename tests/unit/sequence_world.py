@@ -1,0 +1,246 @@
+"""A broker and workers as they are, with the wires between them, the clock and the faults in a test's hand.
+
+Real cores on both sides; a message waits in its receiver's inbox until the receiver runs. A client that asks one
+thing at a time keeps a history of what it asked, when, and what it was told.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bus import messages as m
+from bus import wire
+from bus.errors import ErrorCode
+from bus.tensors import DType, TensorMeta
+from bus.wire import Buffer
+from kvcache.broker.core import BrokerCore
+from kvcache.broker.sends import Port, Send
+from kvcache.config import BrokerConfig
+from workers.calls import Action, Channel
+from workers.calls import Send as WorkerSend
+from workers.core import WorkerCore
+from workers.engine_api import EngineFigures
+from workers.keys import SequenceKey
+from workers.memory import HostMemory
+from workers.store import KVStore
+
+META = TensorMeta(DType.UINT8, (1, 1, 8))
+PAGE = 64
+WALL_S = 1_700_000_000
+USER = "default"
+TICK_S = 0.05
+DONE = -1
+RETRYABLE = {ErrorCode.WORKER_LOST, ErrorCode.NO_WORKERS, ErrorCode.OVERLOADED}
+
+
+@dataclass(eq=False)
+class Asked:
+    """One request of the client, and its end: `answer` is the value that was read, or a code; None: none yet."""
+
+    kind: str
+    seq_id: str
+    value: int
+    asked_at: int
+    answer: int | ErrorCode | None = None
+    ended_at: int | None = None
+
+
+class Peer:
+    """One worker process. `frozen`: it does not run, and what is sent to it waits."""
+
+    def __init__(self, name: str, now: float, incarnation: int, num_pages: int) -> None:
+        hello = m.WorkerHello(worker_id=name, incarnation=incarnation, major=wire.MAJOR, minor=0)
+        self.store = KVStore(HostMemory(num_pages * PAGE), PAGE)
+        self.core = WorkerCore(hello, self.store, num_links=1, preloading=(), now=now)
+        self.inbox: list[list[Buffer]] = []
+        self.frozen = False
+
+
+class World:
+    """`num_pages`: of each worker's store; a sequence takes two."""
+
+    def __init__(self, names: Sequence[str], num_pages: int = 64) -> None:
+        self.now = 100.0
+        self.history: list[Asked] = []
+        self._num_pages = num_pages
+        self._steps = itertools.count(1)
+        self._waiting: dict[bytes, Asked] = {}
+        self._incarnations = itertools.count(1)
+        self.broker = self._new_broker()
+        self.workers = {name: self._new_worker(name) for name in names}
+        self.run(2.0)
+
+    def watch(self, seq_id: str, seconds: float) -> list[int | ErrorCode | None]:
+        """Read all the while, between any two things that time brings about; returns what was read."""
+        read = []
+        for _ in range(round(seconds / TICK_S)):
+            asked = self.ask("get", seq_id)
+            self.settle()
+            read.append(asked.answer)
+            self.run(TICK_S)
+        return read
+
+    def owner(self, seq_id: str) -> str:
+        """Who serves it now."""
+        route = m.Route(req_id=b"r" * 16, seq_id=seq_id)
+        (send,) = self.broker.on_client(b"client", [wire.encode(route)], self.now, USER)
+        routed = wire.decode([bytes(frame) for frame in send.frames]).message
+        assert isinstance(routed, m.Routed), routed
+        return routed.worker_id
+
+    def copies(self, seq_id: str) -> set[str]:
+        """The workers that have it stored."""
+        key = SequenceKey(USER, seq_id)
+        return {name for name, peer in self.workers.items() if peer.store.has(key)}
+
+    def join(self, name: str) -> None:
+        """A worker is started, and joins before any time has passed."""
+        self.workers[name] = self._new_worker(name)
+        self._from_worker(name, self.workers[name].core.tick(EngineFigures(), self.now, rss_bytes=0, lag_s=0.0))
+        self.settle()
+
+    # --- faults ---
+
+    def kill(self, name: str) -> None:
+        """The process ends with all that it had, and another is started in its place."""
+        self.workers[name] = self._new_worker(name)
+        self._perform(self.broker.on_unsent(Send(Port.WORKER, name.encode(), [b""]), is_gone=True))
+
+    def freeze(self, name: str) -> None:
+        self.workers[name].frozen = True
+
+    def thaw(self, name: str) -> None:
+        self.workers[name].frozen = False
+
+    def restart_broker(self) -> None:
+        self._waiting.clear()
+        self.broker = self._new_broker()
+        for peer in self.workers.values():
+            peer.inbox.clear()
+
+    # --- the client ---
+
+    def ask(self, kind: str, seq_id: str, value: int = 0, *, rf: int = 1) -> Asked:
+        """Send a request; its answer comes as the world runs."""
+        asked = Asked(kind, seq_id, value, next(self._steps))
+        req_id = asked.asked_at.to_bytes(16, "big")
+        self.history.append(asked)
+        self._waiting[req_id] = asked
+        head: dict[str, Any] = {"req_id": req_id, "attempt": 0, "deadline_ms": 60_000, "seq_id": seq_id}
+        message: m.Message
+        data: list[bytes] = []
+        match kind:
+            case "put":
+                data = [value.to_bytes(8, "big")] * 2
+                message = m.Put(**head, layer=0, k=META, v=META, payload=wire.describe(data), rf=rf)
+            case "get":
+                message = m.Get(**head, layer=0)
+            case _:
+                message = m.Delete(**head)
+        self._perform(self.broker.on_client(b"client", [wire.encode(message), *data], self.now, USER))
+        return asked
+
+    def tell(
+        self, kind: str, seq_id: str, value: int = 0, *, rf: int = 1, seconds: float = 3.0
+    ) -> int | ErrorCode | None:
+        """Ask again and again, as a client does, for as long as that may help."""
+        until = self.now + seconds
+        while True:
+            asked = self.ask(kind, seq_id, value, rf=rf)
+            self.settle()
+            if asked.answer not in {None, *RETRYABLE} or self.now >= until:
+                return asked.answer
+            self.run(TICK_S)
+
+    # --- time ---
+
+    def settle(self) -> None:
+        """Deliver what is on its way, without letting time pass."""
+        while any(peer.inbox and not peer.frozen for peer in self.workers.values()):
+            for name in self.workers:
+                self.deliver(name, 100)
+
+    def deliver(self, name: str, count: int) -> None:
+        """Let a worker read so many of its messages."""
+        peer = self.workers[name]
+        if peer.frozen:
+            return
+        taken, peer.inbox = peer.inbox[:count], peer.inbox[count:]
+        for frames in taken:
+            self._from_worker(name, peer.core.on_control(0, frames, self.now))
+
+    def run(self, seconds: float) -> None:
+        """Let time pass, and everybody who is not frozen do what time brings about."""
+        for _ in range(round(seconds / TICK_S)):
+            self.now += TICK_S
+            self._perform(self.broker.tick(self.now))
+            self._perform(self.broker.on_client(b"client", [wire.encode(m.Beat(beat=1))], self.now, USER))
+            for name, peer in self.workers.items():
+                if not peer.frozen:
+                    self._from_worker(name, peer.core.tick(EngineFigures(), self.now, rss_bytes=0, lag_s=0.0))
+            self.settle()
+
+    def check(self) -> None:
+        self.broker.check()
+        for peer in self.workers.values():
+            peer.store.check()
+
+    # --- details ---
+
+    def _new_broker(self) -> BrokerCore:
+        wall_ns = int((WALL_S + self.now) * 1e9)
+        broker = BrokerCore(BrokerConfig(), incarnation=wall_ns, now=self.now)
+        hello = m.Hello(instance=bytes(16), major=wire.MAJOR, minor=0, software="")
+        broker.on_client(b"client", [wire.encode(hello)], self.now, USER)
+        return broker
+
+    def _new_worker(self, name: str) -> Peer:
+        return Peer(name, self.now, next(self._incarnations), self._num_pages)
+
+    def _from_worker(self, name: str, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, WorkerSend) and action.channel is Channel.CONTROL:
+                self._perform(self.broker.on_worker(name.encode(), list(action.frames), self.now, USER))
+
+    def _perform(self, sends: list[Send]) -> None:
+        for send in sends:
+            if send.port is Port.WORKER:
+                self.workers[send.link.decode()].inbox.append([bytes(frame) for frame in send.frames])
+            elif send.port is Port.CLIENT:
+                self._answered(wire.decode([bytes(frame) for frame in send.frames]))
+
+    def _answered(self, decoded: wire.Decoded) -> None:
+        message = decoded.message
+        asked = self._waiting.pop(getattr(message, "req_id", b""), None)
+        if asked is None:
+            return
+        asked.ended_at = next(self._steps)
+        if isinstance(message, m.KvValue):
+            asked.answer = int.from_bytes(decoded.payload[0], "big")
+        elif isinstance(message, m.Failed):
+            asked.answer = ErrorCode(message.code)
+        else:
+            asked.answer = DONE
+
+
+def stale(history: Sequence[Asked], read: Asked) -> Asked | None:
+    """What makes the answer of a read stale: a change that was acknowledged before the read was asked, and asked after
+    the value that was read had been acknowledged. None if the answer is right."""
+    assert read.kind == "get"
+    source = next(one for one in history if one.kind == "put" and one.value == read.answer)
+    if source.ended_at is None or source.answer != DONE:
+        return None
+    for other in history:
+        if (
+            other.kind != "get"
+            and other.seq_id == read.seq_id
+            and other.answer == DONE
+            and other.ended_at is not None
+            and other.asked_at > source.ended_at
+            and other.ended_at < read.asked_at
+        ):
+            return other
+    return None
