@@ -22,3 +22,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, LARGEST_BYTES)
         mallopt(_TRIM_THRESHOLD, KEEP_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Return what is free inside the heap to the kernel, once, after much was freed. Linux with glibc only."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

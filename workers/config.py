@@ -27,6 +27,7 @@ LogFormat = Literal["text", "json"]
 DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 KVDTypeChoice = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 RunnerChoice = Literal["auto", "torch", "openvino"]
+WeightsChoice = Literal["auto", "int8"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -57,7 +58,8 @@ class WorkerConfig:
     dtype: DTypeChoice = "auto"
     kv_dtype: KVDTypeChoice = "auto"
     device: str = "auto"
-    runner: RunnerChoice = "torch"
+    runner: RunnerChoice = "auto"
+    weights: WeightsChoice = "auto"
     max_model_len: int | None = None
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 64
@@ -94,6 +96,7 @@ class WorkerConfig:
         _check_choice("--dtype", self.dtype, get_args(DTypeChoice))
         _check_choice("--kv-dtype", self.kv_dtype, get_args(KVDTypeChoice))
         _check_choice("--runner", self.runner, get_args(RunnerChoice))
+        _check_choice("--weights", self.weights, get_args(WeightsChoice))
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
         _check_choice("--log-format", self.log_format, get_args(LogFormat))
         if self.failpoint and not _FAILPOINT.fullmatch(self.failpoint):
@@ -144,7 +147,8 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         dtype=given("dtype") or "auto",  # type: ignore[arg-type]  # __post_init__ checks the choice
         kv_dtype=given("kv_dtype") or "auto",  # type: ignore[arg-type]  # as above
         device=given("device") or "auto",
-        runner=given("runner") or "torch",  # type: ignore[arg-type]  # as above
+        runner=given("runner") or "auto",  # type: ignore[arg-type]  # as above
+        weights=given("weights") or "auto",  # type: ignore[arg-type]  # as above
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
         max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
@@ -186,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16 (default auto)")
     add("--kv-dtype", metavar="NAME", help="of the pool: auto (the model's), float32, bfloat16, float16, int8 or fp8")
     add("--device", metavar="NAME", help="auto, cpu or cuda (default auto)")
-    add("--runner", metavar="NAME", help="torch (default), openvino, or auto: OpenVINO on a CPU, where it can")
+    add("--runner", metavar="NAME", help="torch, openvino, or auto: OpenVINO on a CPU, where it can (default auto)")
+    add("--weights", metavar="NAME", help="auto: the model's own (default), or int8: rounded, OpenVINO only")
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
     add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")

@@ -65,6 +65,7 @@ async def _run(config: WorkerConfig) -> None:
         block_size=config.block_size,
         threads=config.threads,
         runner=config.runner,
+        weights=config.weights,
     )
     models = TorchModels(config.home, config.models, memory.pools_bytes, options)
     hello = WorkerHello(

@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 
-from workers import openvino_export
+from workers import openvino_export, openvino_graph
 from workers.batch import check_batch
-from workers.openvino_api import ov
+from workers.openvino_api import opset13, ov
+from workers.openvino_cache import GraphCache, GraphKey
 from workers.runner import check_pool
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from workers.batch import Batch
     from workers.loader import LoadedModel
     from workers.paged_kv import PagedKV
+    from workers.runners import WeightsName
 
 PRECISIONS = {torch.float32: ov.Type.f32, torch.bfloat16: ov.Type.bf16}
 
@@ -32,21 +37,37 @@ class NotCarried(Exception):
 class OpenVinoRunner:
     """One model over one pool, as `TorchRunner`, for a float32 or bfloat16 model on the CPU with blocks of 32.
 
-    threads: of one step; None leaves it to OpenVINO, which takes every core. Raises NotCarried.
+    threads: of one step; None leaves it to OpenVINO, which takes every core. weights: in which they are multiplied,
+    see `workers.openvino_graph.compress`. graphs: the folder that exported graphs are kept in, None for nowhere.
+    Raises NotCarried.
     """
 
-    def __init__(self, loaded: LoadedModel, kv: PagedKV, *, threads: int | None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        kv: PagedKV,
+        *,
+        threads: int | None,
+        weights: WeightsName = "auto",
+        graphs: Path | None = None,
+    ) -> None:
         check_pool(loaded, kv)
         _check_carried(loaded, kv)
         self.kv = kv
         self._max_len = loaded.shape.max_model_len
-        self._vocab_size = loaded.shape.vocab_size
-        self._weights = loaded.model  # the graph's constants are its memory, and OpenVINO does not hold on to it
-        compiled = _compile(loaded, threads)
+        graph, is_on_disk = _graph(loaded, weights, graphs)
+        # Constants of a graph that is not on disk may be the model's memory, and OpenVINO does not hold on to it.
+        self._weights = None if is_on_disk else loaded.model
+        compiled = _compile(graph, loaded, threads)
         _check_caches(compiled, kv)
         self._request = compiled.create_infer_request()
         for index, cache in enumerate(_caches(kv)):
             self._request.set_tensor(f"cache.{index}", _share(cache))
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the loaded model's weights must stay in memory."""
+        return self._weights is not None
 
     def run(self, batch: Batch) -> torch.Tensor:
         """One forward pass over every slice of the batch; see `TorchRunner.run`, whose contract this keeps."""
@@ -70,10 +91,11 @@ def _wanted_rows(batch: Batch) -> list[int]:
 
 
 def _inputs(batch: Batch, rows: list[int]) -> dict[str, np.ndarray[Any, Any]]:
-    """A step as the graph takes it; shapes and dtypes are listed in `workers.openvino_export`."""
+    """A step as the graph takes it; shapes and dtypes are listed in `workers.openvino_export` and
+    `workers.openvino_graph`."""
     starts = np.array([piece.start for piece in batch], dtype=np.int32)
     lengths = np.array([len(piece.token_ids) for piece in batch], dtype=np.int32)
-    num_blocks = -(-(starts + lengths) // openvino_export.BLOCK_SIZE)
+    num_blocks = -(-(starts + lengths) // openvino_graph.BLOCK_SIZE)
     tables = [piece.block_table[:used] for piece, used in zip(batch, num_blocks, strict=True)]
     return {
         "input_ids": np.fromiter((token for piece in batch for token in piece.token_ids), dtype=np.int64),
@@ -104,12 +126,34 @@ def _check_carried(loaded: LoadedModel, kv: PagedKV) -> None:
         raise NotCarried(f"OpenVINO runs float32 and bfloat16 here, not {loaded.dtype}")
     if kv.dtype is not loaded.dtype:
         raise NotCarried(f"OpenVINO keeps keys and values as the model computes them here, not as {kv.dtype}")
-    if block_size != openvino_export.BLOCK_SIZE:
-        raise NotCarried(f"OpenVINO takes blocks of {openvino_export.BLOCK_SIZE} tokens, not of {block_size}")
+    if block_size != openvino_graph.BLOCK_SIZE:
+        raise NotCarried(f"OpenVINO takes blocks of {openvino_graph.BLOCK_SIZE} tokens, not of {block_size}")
 
 
-def _compile(loaded: LoadedModel, threads: int | None) -> ov.CompiledModel:
-    """Raises NotCarried with the reason, whatever it is: exporting and compiling are foreign code."""
+def _graph(loaded: LoadedModel, weights: WeightsName, folder: Path | None) -> tuple[ov.Model, bool]:
+    """The exported graph, and whether it is on disk. Raises NotCarried, whatever exporting raises."""
+
+    def make() -> ov.Model:
+        graph = openvino_export.export(loaded)
+        if weights == "int8":
+            openvino_graph.compress(graph)
+        return graph
+
+    key = GraphKey(
+        fingerprint=loaded.fingerprint,
+        dtype=str(loaded.dtype),
+        weights=weights,
+        max_model_len=loaded.shape.max_model_len,
+        versions=(ov.__version__, torch.__version__, transformers.__version__),
+    )
+    try:
+        return (make(), False) if folder is None else GraphCache(folder).fetch(key, make)
+    except Exception as error:
+        raise NotCarried(f"OpenVINO {ov.__version__} cannot export it: {error}"[:500]) from error
+
+
+def _compile(graph: ov.Model, loaded: LoadedModel, threads: int | None) -> ov.CompiledModel:
+    """Raises NotCarried with the reason, whatever it is: compiling is foreign code."""
     precision = PRECISIONS[loaded.dtype]
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -117,13 +161,27 @@ def _compile(loaded: LoadedModel, threads: int | None) -> ov.CompiledModel:
         "PERFORMANCE_HINT": "LATENCY",
         # Several workers share a machine, and each would pin its threads to the same first cores.
         "ENABLE_CPU_PINNING": False,
+        # Or else, where weights are int8, what they are multiplied with would be rounded to int8 as well.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     try:
-        return ov.Core().compile_model(openvino_export.export(loaded), "CPU", options)
+        openvino_graph.attend(graph, loaded.shape, precision)
+        openvino_graph.keep_compressed(graph)
+        core = ov.Core()
+        if _num_threads(core, options) == 1:
+            openvino_graph.part_gates(graph)
+        return core.compile_model(graph, "CPU", options)
     except Exception as error:
         raise NotCarried(f"OpenVINO {ov.__version__} cannot compile it: {error}"[:500]) from error
+
+
+def _num_threads(core: ov.Core, options: dict[str, Any]) -> int:
+    """How many OpenVINO will really take, which only a compiled model knows."""
+    nothing = opset13.parameter(ov.PartialShape([1]), ov.Type.f32)
+    probe = core.compile_model(ov.Model([opset13.relu(nothing)], [nothing]), "CPU", options)
+    return int(probe.get_property("INFERENCE_NUM_THREADS"))
 
 
 def _check_caches(compiled: ov.CompiledModel, kv: PagedKV) -> None:

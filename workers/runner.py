@@ -42,6 +42,8 @@ class TorchRunner:
         self._model = loaded.model
         self._run = self._run_by_length if loaded.has_own_attention else self._run_flat
 
+    needs_weights = True
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """One forward pass over every slice of the batch, or a few if the family attends in its own code.

@@ -16,6 +16,8 @@ from bus.errors import ModelUnavailable
 from workers.runner import TorchRunner
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from workers.batch import Batch
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RunnerName = Literal["auto", "torch", "openvino"]
+WeightsName = Literal["auto", "int8"]
 
 
 class Runner(Protocol):
     """One model over one pool. Call it from one thread at a time."""
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it computes with the loaded model's weights, or else has its own."""
 
     def run(self, batch: Batch) -> torch.Tensor:
         """One forward pass: logits `[num_wanting_logits, vocab_size]` float32. See `TorchRunner.run`."""
@@ -43,18 +50,37 @@ class Chosen:
     reason: str = ""
 
 
-def choose_runner(choice: RunnerName, loaded: LoadedModel, kv: PagedKV, *, threads: int | None) -> Chosen:
+def choose_runner(
+    choice: RunnerName,
+    loaded: LoadedModel,
+    kv: PagedKV,
+    *,
+    threads: int | None,
+    weights: WeightsName = "auto",
+    graphs: Path | None = None,
+) -> Chosen:
     """The runner that `choice` means for this model; `auto` is OpenVINO on a CPU where it can be.
 
-    Making one may take seconds. Raises ModelUnavailable if `openvino` was asked for and is not to be had.
+    threads: of one step; None leaves it to the runner. weights: `auto` are the model's own, `int8` are OpenVINO's
+    only. graphs: the folder where OpenVINO's runner keeps what it has exported.
+    Making one may take seconds. Raises ModelUnavailable if `openvino`, or int8 weights, were asked for and are not
+    to be had.
     """
-    if choice == "torch" or (choice == "auto" and loaded.device.type != "cpu"):
+    is_compressed = weights != "auto"
+    is_out_of_question = choice == "torch" or (choice == "auto" and loaded.device.type != "cpu")
+    if is_out_of_question and not is_compressed:
         return Chosen(TorchRunner(loaded, kv), "torch")
     try:
-        return Chosen(_openvino_runner(loaded, kv, threads), "openvino")
+        if is_out_of_question:
+            raise _NotToBeHad("it was not asked for, and torch runs a model's own weights only")
+        return Chosen(_openvino_runner(loaded, kv, threads, weights, graphs), "openvino")
     except _NotToBeHad as error:
         if choice == "openvino":
             raise ModelUnavailable(f"model {loaded.name!r} cannot run on OpenVINO: {error}") from error
+        if is_compressed:
+            raise ModelUnavailable(
+                f"model {loaded.name!r} cannot have {weights} weights, which take OpenVINO: {error}"
+            ) from error
         log.warning("model %s runs on torch, not OpenVINO: %s", loaded.name, error)
         return Chosen(TorchRunner(loaded, kv), "torch", str(error))
 
@@ -63,7 +89,9 @@ class _NotToBeHad(Exception):
     """`str` says why."""
 
 
-def _openvino_runner(loaded: LoadedModel, kv: PagedKV, threads: int | None) -> Runner:
+def _openvino_runner(
+    loaded: LoadedModel, kv: PagedKV, threads: int | None, weights: WeightsName, graphs: Path | None
+) -> Runner:
     if importlib.util.find_spec("openvino") is None:
         raise _NotToBeHad("it is not installed; pip install 'kvcache[openvino]'")
     try:
@@ -72,7 +100,7 @@ def _openvino_runner(loaded: LoadedModel, kv: PagedKV, threads: int | None) -> R
     except (ImportError, AttributeError) as error:
         raise _NotToBeHad(f"the OpenVINO that is installed is not the one we know: {error}") from error
     try:
-        runner: Runner = module.OpenVinoRunner(loaded, kv, threads=threads)
+        runner: Runner = module.OpenVinoRunner(loaded, kv, threads=threads, weights=weights, graphs=graphs)
     except module.NotCarried as error:
         raise _NotToBeHad(str(error)) from error
     return runner

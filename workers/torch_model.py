@@ -7,9 +7,10 @@ for block pools out between the models that load. What it hands on are numbers a
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,7 @@ from bus.errors import BadArgument, KVCacheError, ModelNotFound, ModelUnavailabl
 from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import PromptKind
 from bus.tensors import TensorMeta, dtype_by_name
+from kvcache.allocator import give_back_freed_memory
 from kvcache.hashing import TOKEN_BYTES
 from kvcache.models import MAX_NAME_CHARS, ModelRegistry
 from workers import sampling
@@ -29,7 +31,7 @@ from workers.kv_precision import AUTO, is_scaled, kv_dtype, name_of
 from workers.loader import DTypeName, LoadedModel, load_model
 from workers.page_plan import plan_pages
 from workers.paged_kv import PagedKV
-from workers.runners import Chosen, RunnerName, choose_runner
+from workers.runners import Chosen, RunnerName, WeightsName, choose_runner
 from workers.slot import ModelFacts
 from workers.text import TextStream, Tokenizer
 
@@ -154,6 +156,7 @@ class LoadOptions:
     threads: int | None
     runner: RunnerName = "auto"
     kv_dtype: str = AUTO
+    weights: WeightsName = "auto"
 
 
 class TorchModels:
@@ -166,6 +169,7 @@ class TorchModels:
     def __init__(self, home: Path, named: Sequence[str], pools_bytes: int, options: LoadOptions) -> None:
         self._registry = ModelRegistry(home, named)
         self._options = options
+        self._graphs = self._registry.home / "graphs"
         self._left_bytes = pools_bytes
         self._named = list(self._registry.named)
         self._share_bytes = pools_bytes // len(named) if named else None
@@ -198,11 +202,20 @@ class TorchModels:
         )
         kv = self._make_pool(loaded)
         try:
-            chosen = choose_runner(options.runner, loaded, kv, threads=options.threads)
+            chosen = choose_runner(
+                options.runner, loaded, kv, threads=options.threads, weights=options.weights, graphs=self._graphs
+            )
         except ModelUnavailable:
             self._left_bytes += kv.plan.total_bytes
             raise
+        if options.weights != "auto":
+            # Rounded weights compute other keys and values: another model, to whoever would share them.
+            changed = f"{loaded.fingerprint}/{options.weights}"
+            loaded = replace(loaded, fingerprint=hashlib.sha256(changed.encode()).hexdigest())
         model = TorchModel(loaded, kv, chosen)
+        if not chosen.runner.needs_weights:
+            loaded.model.to("meta")  # type: ignore[arg-type]  # frees them, whoever still holds the model
+            give_back_freed_memory()
         # The million objects of torch and transformers are here to stay. Left to the garbage collector they cost
         # pauses of half a second, which is a lease, and seconds when the process ends.
         gc.freeze()

@@ -902,7 +902,7 @@ def test_a_job_that_raises_leaves_its_thread_to_the_next_one(caplog: pytest.LogC
     assert "ZeroDivisionError" in caplog.text
 
 
-OPTIONS = LoadOptions(dtype="float32", device="cpu", max_model_len=None, block_size=4, threads=None)
+OPTIONS = LoadOptions(dtype="float32", device="cpu", max_model_len=None, block_size=4, threads=None, runner="torch")
 
 
 def test_named_models_share_the_memory_and_exclude_all_others(model_dirs: dict[str, Path], tmp_path: Path) -> None:
