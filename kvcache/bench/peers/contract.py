@@ -2,7 +2,6 @@
 
     {"do": "load", "model": FOLDER, "threads": N, "dtype": "bfloat16"}  ->  {"engine": ..., "dtype": ..., ...}
     {"do": "run", "prompts": [[token id, ...], ...], "max_tokens": N}   ->  {"seconds": ..., "tokens": ...}
-    {"do": "forget"}                                                    ->  {}
     {"do": "memory"}                                                    ->  {"peak_bytes": ...}
     {"do": EXTRA}: what only some engines tell, a method named in their `extras`
 
@@ -30,9 +29,6 @@ class Engine(Protocol):
     def run(self, prompts: list[list[int]], max_tokens: int) -> int:
         """Generate for all prompts at once, to the end; returns how many tokens came out."""
 
-    def forget(self) -> None:
-        """Forget every cached prefix, if the engine keeps any."""
-
 
 def serve(engine: Engine) -> None:
     """Answer lines until stdin ends. What the engine's libraries print goes to stderr."""
@@ -55,9 +51,6 @@ def _answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
             tokens = engine.run(request["prompts"], request["max_tokens"])
             return {"seconds": time.perf_counter() - started, "tokens": tokens}
-        case "forget":
-            engine.forget()
-            return {}
         case "memory":
             return {"peak_bytes": _peak_bytes(os.getpid())}
         case other if other in getattr(engine, "extras", ()):

@@ -29,7 +29,6 @@ class Fake:
             sys.stderr.write("out of luck")
             os._exit(3)
         return len(prompts) * max_tokens
-    def forget(self): pass
     def colour(self): return {"colour": "green"}
 
 serve(Fake())
@@ -50,7 +49,6 @@ def test_an_engine_answers_line_by_line_whatever_its_libraries_print(peer: PeerP
         assert peer.ask(do="load", model="m", threads=1, dtype="float32") == {"engine": "fake", "dtype": "float32"}
         answer = peer.ask(do="run", prompts=[[1], [2]], max_tokens=3)
         assert (answer["tokens"], answer["seconds"] >= 0) == (6, True)
-        assert peer.ask(do="forget") == {}
         assert peer.ask(do="colour") == {"colour": "green"}
         assert peer.ask(do="memory")["peak_bytes"] > 1 << 20
 

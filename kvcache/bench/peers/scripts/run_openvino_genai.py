@@ -37,8 +37,5 @@ class GenAI:
         inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(mask))
         return sum(len(tokens) for tokens in self._pipeline.generate(inputs, config).tokens)
 
-    def forget(self) -> None:
-        pass
-
 
 serve(GenAI())

@@ -29,8 +29,5 @@ class Batching:
         outputs = self._model.generate_batch(inputs=prompts, generation_config=config, **self._batching)
         return sum(len(output.generated_tokens) for output in outputs.values())
 
-    def forget(self) -> None:
-        pass
-
 
 serve(Batching())

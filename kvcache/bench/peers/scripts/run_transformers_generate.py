@@ -30,8 +30,5 @@ class Generate:
         )
         return int(output.shape[0] * (output.shape[1] - longest))
 
-    def forget(self) -> None:
-        pass
-
 
 serve(Generate())

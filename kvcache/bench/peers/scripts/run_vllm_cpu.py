@@ -31,8 +31,5 @@ class VLLM:
         outputs = self._llm.generate(inputs, params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
-    def forget(self) -> None:
-        self._llm.reset_prefix_cache()
-
 
 serve(VLLM())
