@@ -20,6 +20,7 @@ from bus.limits import MAX_CHAIN_NODES, MAX_CHANGED_NODES, MAX_COPIES
 from bus.tensors import TensorMeta
 
 MAX_PAYLOADS = 8
+MAX_BEAT_MODELS = 32
 
 U32 = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -147,7 +148,7 @@ class WorkerBeat(Message, frozen=True):
     progress: U63
     kv_used_bytes: U63
     kv_total_bytes: U63
-    models: Annotated[tuple[tuple[Name, ModelState], ...], msgspec.Meta(max_length=32)] = ()
+    models: Annotated[tuple[tuple[Name, ModelState], ...], msgspec.Meta(max_length=MAX_BEAT_MODELS)] = ()
     changes: U63 = 0
     backlog_tokens: U63 = 0
 

@@ -58,6 +58,8 @@ class PoolStats(Figures, frozen=True):
 class ModelStats(Figures, frozen=True):
     """A model that this worker may serve, and its state: absent, loading, ready or failed (with the reason).
 
+    `stage` says in words what is being done to it, `progress` how much of that is done (0 to 1; 0 where it cannot be
+    said). `loads` and `unloads` count; `weights_bytes` is what its weights are counted as while it is in memory.
     `runner` is what computes it, `torch` or `openvino`; `runner_reason` says why it is not the faster one.
     `kv_dtype` is how its pool keeps keys and values, `dtype` what it computes in.
     """
@@ -65,7 +67,12 @@ class ModelStats(Figures, frozen=True):
     name: str
     state: str
     reason: str = ""
+    stage: str = ""
+    progress: float = 0.0
     load_s: float = 0.0
+    loads: int = 0
+    unloads: int = 0
+    weights_bytes: int = 0
     dtype: str = ""
     device: str = ""
     runner: str = ""

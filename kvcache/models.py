@@ -1,14 +1,16 @@
 """Which models a process may serve, by name, and where each one lies.
 
 A name from outside is only ever a key of a map: it is never joined to a path, so `../../etc` is simply
-a name nobody registered. The map is filled from four places: the built-in model, folders found by
-listing the cache, folders and hub ids that the operator named at start. A model in the cache is whole:
-`kvcache.pull` renames a finished folder into place. Nothing here reads weights or imports torch.
+a name nobody registered. The map is filled from these places: the built-in model, folders found by listing
+the cache, and what the operator named at start: folders, GGUF files, and models of a hub, as `org/name`,
+`org/name@revision` or `org/name/file.gguf`. A model in the cache is whole: `kvcache.pull` renames a
+finished folder into place. Nothing here reads weights or imports torch.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 DEFAULT_HOME = Path("~/.cache/kvcache")
 MAX_NAME_CHARS = 200
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+_HUB_ID = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(/(?P<file>{_PART}\.gguf))?(@(?P<revision>[\w][\w./-]{{0,63}}))?", re.ASCII
+)
 
 
 class ModelKind(enum.Enum):
@@ -32,17 +37,32 @@ class ModelKind(enum.Enum):
     BUILT_IN = "built-in"
     CACHED = "cached"
     FOLDER = "folder"
+    GGUF = "gguf file"
     HUB = "hub"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HubId:
+    """A model on a hub. revision: a branch, tag or commit, None for the hub's own choice. file: one GGUF file of it."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """One servable model. `path` is a Hugging Face folder; it exists if `is_present`, else `pull` makes it."""
+    """One servable model. `path` is a Hugging Face folder; it exists if `is_present`, else `pull` makes it.
+
+    hub: where on a hub it comes from. gguf: the file it is made of. Neither: it is built in, or a folder.
+    """
 
     name: str
     kind: ModelKind
     path: Path
     is_present: bool
+    hub: HubId | None = None
+    gguf: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +90,7 @@ class ModelRegistry:
     """The names this process answers to.
 
     home: the cache folder; models lie in `home/models`. It need not exist.
-    named: what the operator asked for at start: names known already, folders, or hub ids (`org/name`).
+    named: what the operator asked for at start: names known already, folders, GGUF files, or hub ids.
     Raises BadArgument for an entry that is none of these, or two folders of one name.
     """
 
@@ -96,6 +116,8 @@ class ModelRegistry:
         but was not pulled yet.
         """
         source = self.find(name)
+        if not source.is_present and source.kind is ModelKind.FOLDER:
+            raise ModelUnavailable(f"the folder of model {name!r}, {source.path}, holds no config.json any more")
         if not source.is_present:
             raise ModelUnavailable(f"model {name!r} is not on this machine; run: kvcache models pull {name}")
         return source
@@ -112,8 +134,14 @@ class ModelRegistry:
         """Every model by name, as the disk is now; what the operator named wins over the cache."""
         built_in = {name: self._in_cache(name, ModelKind.BUILT_IN) for name in BUILT_IN}
         found = {source.name: source for source in self._cached()}
-        merged = found | built_in | self._operator
-        return tuple(replace(merged[name], is_present=_is_model_folder(merged[name].path)) for name in sorted(merged))
+        named = {name: self._as_it_is(source) for name, source in self._operator.items()}
+        merged = found | built_in | named
+        return tuple(merged[name] for name in sorted(merged))
+
+    def _as_it_is(self, source: ModelSource) -> ModelSource:
+        if source.gguf is not None and source.gguf.is_file():
+            return self._gguf_file(source.gguf)
+        return replace(source, is_present=_is_model_folder(source.path))
 
     def _named_at_start(self, entry: str) -> ModelSource:
         known = {source.name: source for source in self.list_models()}
@@ -123,15 +151,29 @@ class ModelRegistry:
         if entry and "\0" not in entry and folder.is_dir():
             folder = folder.resolve()
             return ModelSource(name=folder.name, kind=ModelKind.FOLDER, path=folder, is_present=True)
-        if _HUB_ID.fullmatch(entry):
-            return self._in_cache(entry, ModelKind.HUB)
+        if entry.endswith(".gguf") and "\0" not in entry and folder.is_file():
+            return self._gguf_file(folder.resolve())
+        hub = parse_hub_id(entry)
+        if hub is not None:
+            return replace(self._in_cache(entry, ModelKind.HUB), hub=hub)
         names = ", ".join(sorted(known))
-        raise BadArgument(f"model {entry!r} is neither a known name ({names}), nor a folder, nor a hub id (org/name)")
+        raise BadArgument(
+            f"model {entry!r} is neither a known name ({names}), nor a folder, nor a .gguf file, nor a hub id "
+            "(org/name, org/name@revision or org/name/file.gguf)"
+        )
+
+    def _gguf_file(self, file: Path) -> ModelSource:
+        """Its folder is named after the file's place, size and time, so that another file there is another model."""
+        stat = file.stat()
+        place = hashlib.sha256(str(file).encode()).hexdigest()[:16]
+        path = self.home / "gguf" / f"{place}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        is_present = _is_model_folder(path)
+        return ModelSource(name=file.stem, kind=ModelKind.GGUF, path=path, is_present=is_present, gguf=file)
 
     def _add(self, source: ModelSource) -> None:
         other = self._operator.get(source.name)
-        if other is not None and other.path != source.path:
-            raise BadArgument(f"two model folders are called {source.name!r}: {other.path} and {source.path}")
+        if other is not None and _origin(other) != _origin(source):
+            raise BadArgument(f"two models are called {source.name!r}: {_origin(other)} and {_origin(source)}")
         self._operator[source.name] = source
 
     def _in_cache(self, name: str, kind: ModelKind) -> ModelSource:
@@ -143,12 +185,36 @@ class ModelRegistry:
             return
         for path in self.models_dir.iterdir():
             if not path.name.startswith(".") and _is_model_folder(path):
-                yield ModelSource(name=unquote(path.name), kind=ModelKind.CACHED, path=path, is_present=True)
+                name = unquote(path.name)
+                yield ModelSource(name=name, kind=ModelKind.CACHED, path=path, is_present=True, hub=parse_hub_id(name))
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """`org/name`, with `/file.gguf` or without, with `@revision` or without; None for anything else."""
+    match = _HUB_ID.fullmatch(text)
+    if match is None or len(text) > MAX_NAME_CHARS:
+        return None
+    return HubId(repo=match["repo"], revision=match["revision"], file=match["file"])
+
+
+def with_revision(name: str, revision: str) -> str:
+    """A hub id with its revision. Raises BadArgument unless it is a hub id that has none, and the result is one."""
+    hub = parse_hub_id(name)
+    joined = f"{name}@{revision}"
+    if hub is None or hub.revision is not None or parse_hub_id(joined) is None:
+        raise BadArgument(
+            f"only a hub id (org/name) without one can be given a revision, not {name!r} with {revision!r}"
+        )
+    return joined
 
 
 def folder_name(name: str) -> str:
     """The cache folder's name for a registered model: reversible, and with no separator in it."""
     return quote(name, safe="")
+
+
+def _origin(source: ModelSource) -> Path:
+    return source.gguf or source.path
 
 
 def _is_model_folder(path: Path) -> bool:

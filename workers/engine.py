@@ -25,7 +25,8 @@ from typing import Self
 
 from workers.engine_api import Command, EngineEvent, EngineFigures, OnEvents
 from workers.host import Host, Result
-from workers.shelf import Models
+from workers.loading import Loading, Models
+from workers.model_budget import ModelBudget
 from workers.tasks import MAX_NUM_SEQS, CacheConfig
 from workers.texts import Texts
 
@@ -67,13 +68,18 @@ class JobThread:
 
 
 class EngineThread:
-    """Runs a `Host` beside the loop it was made in. `with` it, or `close` it."""
+    """Runs a `Host` beside the loop it was made in. `with` it, or `close` it.
+
+    on_load: called from the load thread at each stage of a load.
+    """
 
     def __init__(
         self,
         models: Models,
+        budget: ModelBudget,
         on_events: OnEvents,
         *,
+        on_load: Callable[[], object] = lambda: None,
         max_tokens_per_step: int,
         max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
@@ -81,6 +87,7 @@ class EngineThread:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events
+        self._on_load = on_load
         self._inbox: queue.SimpleQueue[Command | Result | None] = queue.SimpleQueue()
         self._loader = JobThread("kvcache-load")
         self._text = JobThread("kvcache-text")
@@ -88,7 +95,9 @@ class EngineThread:
         self._texts = Texts()  # of that thread
         self._host = Host(
             models,
+            budget,
             load=lambda job: self._loader.submit(lambda: self._inbox.put(job())),
+            report=self._report,
             encode=lambda job: self._text.submit(lambda: self._inbox.put(job())),
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
@@ -146,6 +155,10 @@ class EngineThread:
             events = self._host.take_events()
             if events:
                 self._detok.submit(partial(self._say, events))
+
+    def _report(self, news: Loading) -> None:
+        self._on_load()
+        self._inbox.put(news)
 
     def _say(self, events: Sequence[EngineEvent]) -> None:
         heard, commands = self._texts.translate(events)

@@ -5,6 +5,7 @@ Off unless `KVCACHE_FAILPOINT` is set at start. The shell passes these points:
     worker.reply    before an answer within a call is sent
     worker.publish  before tokens are published
     worker.nodes    before a broker is told what this worker holds
+    worker.load     at each stage of loading a model
     peer.chunk      before a chunk of KV is sent to another worker
 """
 

@@ -8,12 +8,13 @@ encoding are jobs for other threads: a job is a function that returns a `Result`
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TypeAlias, assert_never
+
+import msgspec
 
 from bus.errors import InternalError, KVCacheError, NotFound
 from bus.stats import EngineStats
@@ -47,7 +48,9 @@ from workers.engine_api import (
 )
 from workers.exchange import Exchange
 from workers.keys import SequenceKey
-from workers.shelf import Loaded, Models, Shelf
+from workers.loading import Closed, Loaded, Loading, Measured, Models
+from workers.model_budget import ModelBudget
+from workers.shelf import Shelf
 from workers.slot import Model, Slot
 from workers.tasks import CacheConfig
 
@@ -62,18 +65,21 @@ class Encoded:
     result: tuple[int, ...] | KVCacheError
 
 
-Result: TypeAlias = Loaded | Encoded
+Result: TypeAlias = Measured | Loading | Loaded | Closed | Encoded
 Job: TypeAlias = Callable[[], Result]
 
 
 class Host:
-    """All models of a worker. `load` and `encode` run a job elsewhere and see to it that its result comes back."""
+    """All models of a worker. `load` and `encode` run a job elsewhere and see to it that its result comes back, and
+    `report` that what it is given while a job runs does."""
 
     def __init__(
         self,
         models: Models,
+        budget: ModelBudget,
         *,
         load: Callable[[Job], None],
+        report: Callable[[Loading], None],
         encode: Callable[[Job], None],
         max_tokens_per_step: int,
         max_num_seqs: int,
@@ -84,7 +90,9 @@ class Host:
         self._run_encode = encode
         self._shelf = Shelf(
             models,
+            budget,
             load=load,
+            report=report,
             make_slot=lambda model: Slot(
                 model,
                 max_tokens_per_step=max_tokens_per_step,
@@ -95,6 +103,7 @@ class Host:
         )
         self._exchange = Exchange(self._shelf.slots)
         self._slot_of: dict[RunId, Slot | None] = {}  # None: not in a slot yet
+        self._waits_for: dict[RunId, str] = {}  # the model that is not there yet
         self._held: set[RunId] = set()  # of those not in a slot yet
         self._events: list[EngineEvent] = []
         self._progress = 0
@@ -116,8 +125,15 @@ class Host:
                 self._conclude(item, now)
             case Load():
                 self._preload(item.model, now)
+            case Measured():
+                self._ask_again(self._shelf.measured(item, now), now)
+                self._make_room(now)
+            case Loading():
+                self._shelf.reported(item)
             case Loaded():
-                self._loaded(item, now)
+                self._ask_again(self._shelf.loaded(item, now), now)
+            case Closed():
+                self._shelf.closed(item)
             case Encoded():
                 self._encoded(item, now)
             case ReadKV() | MeasureKV() | DropKV() | PinKV() | UnpinKV() | ListKV() | FlushKV():
@@ -128,7 +144,8 @@ class Host:
                 assert_never(item)
 
     def step(self, clock: Callable[[], float]) -> bool:
-        """Copies that are due, then one forward pass of each model that has work; False if there is nothing to do."""
+        """Make room for models, copy what is due, compute a step of each model; False if there is nothing to do."""
+        self._make_room(clock())
         self._events += self._exchange.work(clock)
         for waiting in self._exchange.take_released():
             self._submit(waiting.slot, waiting.start, waiting.prompt, clock())
@@ -142,14 +159,15 @@ class Host:
 
     def take_events(self) -> list[EngineEvent]:
         """The events since the last call. A name that is kept is told before the end of the run that kept it."""
-        changes = [event for slot in self._shelf.slots() for event in slot.name_changes()]
+        changes = self._shelf.take_farewells()
+        changes += [event for slot in self._shelf.slots() for event in slot.name_changes()]
         events, self._events = [*changes, *self._events], []
         moved = tuple(change for slot in self._shelf.slots() for change in slot.take_node_changes())
         return [*events, NodesMoved(moved)] if moved else events
 
     @property
     def next_deadline(self) -> float:
-        return min((slot.next_deadline for slot in self._shelf.slots()), default=math.inf)
+        return min([self._shelf.next_deadline, *(slot.next_deadline for slot in self._shelf.slots())])
 
     def figures(self) -> EngineFigures:
         facts = [(slot.model.facts, slot.pool_stats()) for slot in self._shelf.slots()]
@@ -163,46 +181,50 @@ class Host:
 
     # --- models ---
 
-    def _find(self, name: str, now: float) -> Slot | None:
-        return self._shelf.find(name or self._models.default, now)
-
     def _preload(self, name: str, now: float) -> None:
         try:
-            self._find(name, now)
+            self._shelf.find(name, now)
         except KVCacheError as error:
             log.error("model %s is not loaded: %s", name, error.message)
 
-    def _loaded(self, done: Loaded, now: float) -> None:
-        for start in self._shelf.loaded(done, now):
-            if start.run in self._slot_of:  # else it was stopped meanwhile
-                self._start(start, now)
+    def _make_room(self, now: float) -> None:
+        """Models that wait for room get it as far as others can leave."""
+        self._ask_again(self._shelf.make_room(now), now)
+
+    def _ask_again(self, starts: list[Start], now: float) -> None:
+        """Those that waited for a model that is settled now."""
+        for start in starts:
+            self._start(start, now)
 
     # --- generations ---
 
     def _start(self, start: Start, now: float) -> None:
         """Encode its prompt, or wait for its model first."""
         try:
-            slot = self._find(start.model, now)
+            start = replace(start, model=self._models.choose(start.model))
+            slot = self._shelf.find(start.model, now)
         except KVCacheError as error:
             self._break(start.run, error)
             return
         if slot is None:
-            self._shelf.wait(start.model or self._models.default, start)
+            self._shelf.wait(start)
+            self._waits_for[start.run] = start.model
         else:
-            self._run_encode(partial(_encode_job, slot.model, start))
+            self._waits_for.pop(start.run, None)
+            self._run_encode(partial(_encode_job, self._shelf.borrow(start.model).model, start))
 
     def _encoded(self, done: Encoded, now: float) -> None:
+        slot = self._shelf.borrowed(done.start.model)
         run = done.start.run
         if run not in self._slot_of:  # stopped meanwhile
-            return
-        if isinstance(done.result, KVCacheError):
-            self._break(run, done.result)
+            self._shelf.give_back(done.start.model)
             return
         try:
-            slot = self._find(done.start.model, now)
-            assert slot is not None, "a prompt was encoded by a model that is not there"
+            if isinstance(done.result, KVCacheError):
+                raise done.result
             self._take_name(done.start, slot)
         except KVCacheError as error:
+            self._shelf.give_back(done.start.model)
             self._break(run, error)
             return
         wanted = self._exchange.want(slot, done.start, done.result)
@@ -213,6 +235,7 @@ class Host:
 
     def _submit(self, slot: Slot, start: Start, prompt: tuple[int, ...], now: float) -> None:
         run = start.run
+        self._shelf.give_back(start.model)
         self._slot_of[run] = slot
         self._say(slot.submit(start, prompt, now))
         if run in self._held:
@@ -229,7 +252,9 @@ class Host:
 
     def _stop(self, run: RunId, now: float) -> None:
         self._held.discard(run)
-        self._exchange.leave(run)
+        self._shelf.leave(self._waits_for.pop(run, ""), run)
+        if (waiting := self._exchange.leave(run)) is not None:
+            self._shelf.give_back(waiting.start.model)
         slot = self._slot_of.pop(run, None)
         if slot is not None:
             self._say(slot.stop(run, now))
@@ -261,6 +286,7 @@ class Host:
         """End a generation that no slot has."""
         self._failed_early += 1
         self._held.discard(run)
+        self._waits_for.pop(run, None)
         self._say([Broke(run, error)])
 
     def _say(self, events: list[EngineEvent]) -> None:
@@ -316,11 +342,12 @@ class Host:
     # --- figures ---
 
     def _engine_stats(self) -> EngineStats:
-        parts = [slot.engine_stats() for slot in self._shelf.slots()]
-        sums = {name: sum(getattr(part, name) for part in parts) for name in EngineStats.__struct_fields__}
-        sums["waiting"] += sum(1 for slot in self._slot_of.values() if slot is None)
-        sums["failed"] += self._failed_early
-        return EngineStats(**sums)
+        stats = self._shelf.engine_stats()
+        return msgspec.structs.replace(
+            stats,
+            waiting=stats.waiting + sum(1 for slot in self._slot_of.values() if slot is None),
+            failed=stats.failed + self._failed_early,
+        )
 
 
 def _encode_job(model: Model, start: Start) -> Encoded:

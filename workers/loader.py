@@ -7,7 +7,10 @@ to compare it with the weights, and only then is anything allocated. Whatever go
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -57,40 +60,90 @@ class LoadedModel:
     device: torch.device
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredModel:
+    """What a model will take, from its config and the headers of its files. `weights_bytes` in the dtype it runs in."""
+
+    shape: ModelShape
+    dtype: torch.dtype
+    weights_bytes: int
+
+
+def measure_model(
+    source: ModelSource,
+    *,
+    dtype: DTypeName = "auto",
+    device: torch.device | None = None,
+    max_model_len: int | None = None,
+) -> MeasuredModel:
+    """Look at a model as `load_model` does before it allocates anything. Raises ModelUnavailable, whatever is wrong."""
+    with _refusals_named(source.name):
+        found = checkpoint.inspect(source.path)
+        config = _read_config(source.path)
+        _check_size(config, found)
+        chosen = choose_dtype(dtype, device or torch.device("cpu"), config.dtype)
+        return MeasuredModel(
+            shape=_shape_of(config, max_model_len),
+            dtype=chosen,
+            weights_bytes=found.num_elements * chosen.itemsize,
+        )
+
+
 def load_model(
     source: ModelSource,
     *,
     dtype: DTypeName = "auto",
     device: torch.device | None = None,
     max_model_len: int | None = None,
+    report: Callable[[str, float], None] = lambda stage, progress: None,
 ) -> LoadedModel:
     """Load weights and tokenizer; takes seconds and the memory of the weights.
 
     dtype: `auto` is the checkpoint's own on a GPU; on a CPU bfloat16 where it multiplies that natively, else
-    float32. max_model_len: a lower limit than the model's own, in tokens.
+    float32. max_model_len: a lower limit than the model's own, in tokens. report: hears what is being done, and which
+    part of it (0 to 1) is done, 0 where that cannot be said.
     Raises ModelUnavailable, whatever is wrong.
     """
+    with _refusals_named(source.name):
+        return _load(source, dtype, device or torch.device("cpu"), max_model_len, report)
+
+
+@contextmanager
+def _refusals_named(name: str) -> Iterator[None]:
     try:
-        return _load(source, dtype, device or torch.device("cpu"), max_model_len)
+        yield
     except ModelUnavailable as error:
-        raise ModelUnavailable(f"model {source.name!r} cannot be served: {error.message}") from error
+        raise ModelUnavailable(f"model {name!r} cannot be served: {error.message}") from error
     # A folder is foreign input to foreign code, which raises anything; KeyboardInterrupt and the like pass.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ModelUnavailable(f"model {source.name!r} cannot be served: {reason[:500]}") from error
+        raise ModelUnavailable(f"model {name!r} cannot be served: {reason[:500]}") from error
 
 
-def _load(source: ModelSource, dtype_name: str, device: torch.device, max_model_len: int | None) -> LoadedModel:
+def _read_config(path: Path) -> Any:  # noqa: ANN401 (any family's config)
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _load(
+    source: ModelSource,
+    dtype_name: str,
+    device: torch.device,
+    max_model_len: int | None,
+    report: Callable[[str, float], None],
+) -> LoadedModel:
+    report("inspecting files", 0.0)
     found = checkpoint.inspect(source.path)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     attention.register()
-    config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+    config = _read_config(source.path)
     _check_size(config, found)
     dtype = choose_dtype(dtype_name, device, config.dtype)
     tokenizer = cast(
         "PreTrainedTokenizerBase",
         AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False),
     )
+    fingerprint = checkpoint.fingerprint(found, lambda part: report("checking weights", part))
+    report("reading weights", 0.0)
     model = _load_weights(found, config, dtype)
     model.to(device).eval()  # type: ignore[arg-type]
     shape = _shape_of(config, max_model_len)
@@ -100,7 +153,7 @@ def _load(source: ModelSource, dtype_name: str, device: torch.device, max_model_
         has_own_attention=found.family.own_attention is not None,
         tokenizer=tokenizer,
         eos_ids=_eos_ids(model, tokenizer, shape.vocab_size),
-        fingerprint=checkpoint.fingerprint(found),
+        fingerprint=fingerprint,
         shape=shape,
         dtype=dtype,
         device=device,

@@ -18,6 +18,7 @@ from bus.messages import WorkerHello
 from kvcache import logs
 from kvcache.allocator import keep_freed_memory
 from workers.config import WorkerConfig, parse_config, plan_memory
+from workers.model_budget import ModelBudget
 from workers.tasks import CacheConfig
 
 log = logging.getLogger("workers")
@@ -67,7 +68,12 @@ async def _run(config: WorkerConfig) -> None:
         runner=config.runner,
         weights=config.weights,
     )
-    models = TorchModels(config.home, config.models, memory.pools_bytes, options)
+    models = TorchModels(config.home, config.models, options)
+    budget = ModelBudget(
+        pools_bytes=memory.pools_bytes,
+        model_bytes=config.model_memory_bytes,
+        num_named=len(models.names()) if config.models else 0,
+    )
     hello = WorkerHello(
         worker_id=config.worker_id,
         incarnation=time.time_ns(),
@@ -80,6 +86,7 @@ async def _run(config: WorkerConfig) -> None:
         hello,
         config.brokers,
         models,
+        budget,
         kv_plane_bytes=memory.kv_plane_bytes,
         max_tokens_per_step=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,

@@ -17,7 +17,7 @@ from workers import openvino_export, openvino_graph
 from workers.batch import check_batch
 from workers.openvino_api import opset13, ov
 from workers.openvino_cache import GraphCache, GraphKey
-from workers.runner import check_pool
+from workers.runner import check_pool, release_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +78,13 @@ class OpenVinoRunner:
         outputs = self._request.infer(_inputs(batch, rows), share_inputs=True, share_outputs=True)
         # A copy: the request's own output is overwritten by the next step.
         return torch.tensor(outputs[0][: len(wanted)])
+
+    def close(self) -> None:
+        """Give the memory of weights and pool back. It runs nothing any more."""
+        del self._request, self.kv  # first, because they may use the weights' memory
+        if self._weights is not None:
+            release_model(self._weights)
+        self._weights = None
 
 
 def _wanted_rows(batch: Batch) -> list[int]:

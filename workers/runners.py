@@ -40,6 +40,9 @@ class Runner(Protocol):
     def run(self, batch: Batch) -> torch.Tensor:
         """One forward pass: logits `[num_wanting_logits, vocab_size]` float32. See `TorchRunner.run`."""
 
+    def close(self) -> None:
+        """Give the memory of weights and pool back. It runs nothing any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:

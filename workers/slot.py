@@ -32,6 +32,7 @@ from workers.engine_api import (
     EngineEvent,
     Forgotten,
     NewToken,
+    NodesMoved,
     Opened,
     Prefilled,
     ReadResult,
@@ -109,6 +110,9 @@ class Model(Protocol):
 
     def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
         """Overwrite whole blocks with what `read_blocks` gave elsewhere. Raises BadTensor for a wrong length."""
+
+    def close(self) -> None:
+        """Give back the memory of weights and pool. Called from the load thread, when nobody uses the model."""
 
 
 @dataclass(slots=True)
@@ -227,6 +231,11 @@ class Slot:
         """Monotonic seconds; `math.inf` if nothing waits for time to pass."""
         return self._scheduler.next_deadline()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any generation here has not ended."""
+        return bool(self._outputs)
+
     # --- sequences that clients named ---
 
     def has(self, sequence: SequenceKey) -> bool:
@@ -272,6 +281,21 @@ class Slot:
             if key.tenant == tenant and key.seq_id > after and key.seq_id.startswith(prefix)
         ]
         return [self._info(key, now) for key in names[:limit]]
+
+    def has_pins(self, now: float) -> bool:
+        """Whether a client has pinned one of them, for longer than `now`."""
+        sequences = self._scheduler.sequences
+        return any(sequences.is_pinned(key, now) for key in sequences.names())
+
+    def leave(self) -> list[EngineEvent]:
+        """The model leaves memory, and with it every sequence that anybody was told of and every block."""
+        assert not self.is_busy, "a model that still generates cannot leave"
+        self.loans.revoke()
+        self._cache.flush()
+        forgotten = [Forgotten(key) for key in self._names]
+        self._names = set()
+        nodes = self.take_node_changes()
+        return [*forgotten, NodesMoved(nodes)] if nodes else [*forgotten]
 
     def name_changes(self) -> list[EngineEvent]:
         """What has become of named sequences since the last call."""

@@ -1,7 +1,7 @@
 """A model in torch, as the engine knows models: loaded weights, its pool, its tokenizer, and how it draws.
 
-The one place that joins `loader`, `paged_kv`, `runners`, `sampling` and `text`, and that shares the memory
-for block pools out between the models that load. What it hands on are numbers and buffers, never tensors.
+The one place that joins `loader`, `paged_kv`, `runners`, `sampling` and `text`. What it hands on are numbers and
+buffers, never tensors.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from bus.messages import PromptKind
 from bus.tensors import TensorMeta, dtype_by_name
 from kvcache.allocator import give_back_freed_memory
 from kvcache.hashing import TOKEN_BYTES
-from kvcache.models import MAX_NAME_CHARS, ModelRegistry
+from kvcache.models import BUILT_IN, MAX_NAME_CHARS, ModelRegistry, ModelSource
+from kvcache.pull import pull
 from workers import sampling
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine_api import ReadResult
 from workers.kv_precision import AUTO, is_scaled, kv_dtype, name_of
-from workers.loader import DTypeName, LoadedModel, load_model
-from workers.page_plan import plan_pages
+from workers.loader import DTypeName, LoadedModel, ModelShape, load_model, measure_model
+from workers.loading import Report
+from workers.model_budget import ModelNeed
+from workers.page_plan import PagePlan, plan_pages
 from workers.paged_kv import PagedKV
+from workers.runner import release_model
 from workers.runners import Chosen, RunnerName, WeightsName, choose_runner
 from workers.slot import ModelFacts
 from workers.text import TextStream, Tokenizer
@@ -53,6 +57,8 @@ KV_TOLERANCE = {
 """By what KV is computed in or kept in, whichever rounds more: four times and more what SmolLM2 (30 layers) differs by
 when it computes the same tokens in pieces of other lengths (2e-6, 0.03 and 0.005, and in bfloat16 kept in 8 bits 0.05
 and 0.09, since a number at the edge of a code may fall to either side); unrelated blocks differ by 1 and more."""
+MAX_POOL_BYTES = 1 << 50
+"""More than any flag allows: for asking how large a block is."""
 
 _chat = msgspec.json.Decoder(list[ChatMessage])
 
@@ -141,6 +147,12 @@ class TorchModel:
     def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
         self._kv.import_blocks(blocks, data)
 
+    def close(self) -> None:
+        """Give the memory of weights and pool back to the system. Nothing may be called any more, not even this."""
+        self._runner.close()
+        del self._runner, self._kv
+        give_back_freed_memory()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
@@ -160,87 +172,112 @@ class LoadOptions:
 
 
 class TorchModels:
-    """The models a worker may serve, and the memory their pools get out of `pools_bytes`, which is never exceeded.
+    """The models a worker may serve. Raises BadArgument for a name at start that cannot be a model."""
 
-    Models named at start share it equally; with none named, each that loads takes half of what is left.
-    Raises BadArgument for a name at start that cannot be a model.
-    """
-
-    def __init__(self, home: Path, named: Sequence[str], pools_bytes: int, options: LoadOptions) -> None:
+    def __init__(self, home: Path, named: Sequence[str], options: LoadOptions) -> None:
         self._registry = ModelRegistry(home, named)
         self._options = options
         self._graphs = self._registry.home / "graphs"
-        self._left_bytes = pools_bytes
         self._named = list(self._registry.named)
-        self._share_bytes = pools_bytes // len(named) if named else None
-
-    @property
-    def default(self) -> str:
-        """The first model named at start, or else the first there is."""
-        return self._named[0] if self._named else next(iter(self.names()), "")
 
     def names(self) -> list[str]:
         return self._named or [source.name for source in self._registry.list_models() if source.is_present]
+
+    def choose(self, name: str) -> str:
+        """The name itself. An empty one is the first that was named at start; with none named, the built-in model if it
+        is here, or the only one that is. Raises ModelNotFound, with the choices, where that leaves it open."""
+        if name:
+            return name
+        names = self.names()
+        built_in = [known for known in BUILT_IN if known in names]
+        if self._named or built_in or len(names) == 1:
+            return (self._named or built_in or names)[0]
+        if not names:
+            raise ModelNotFound(f"this worker has no model; run: kvcache models pull {next(iter(BUILT_IN))}")
+        raise ModelNotFound(
+            f"the request names no model, and this worker has several: {', '.join(names)}; name one of them, or start "
+            "the worker with --model NAME"
+        )
 
     def check(self, name: str) -> None:
         """Raise ModelNotFound or ModelUnavailable unless it can be tried to load. Named models exclude all others."""
         if self._named and name not in self._named:
             shown = name if len(name) <= MAX_NAME_CHARS else f"{name[:MAX_NAME_CHARS]}..."
             raise ModelNotFound(f"no model named {shown!r}; this worker serves {', '.join(self._named)}")
-        self._registry.resolve(name)
+        if not self._named:
+            self._registry.resolve(name)
 
-    def load(self, name: str) -> TorchModel:
-        """Load weights, tokenizer and a pool. Raises ModelNotFound, ModelUnavailable or NoSpace."""
+    def measure(self, name: str, report: Report) -> ModelNeed:
+        """What it takes, from its files. A GGUF file is made a folder of first, which takes minutes if it is large."""
         options = self._options
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        loaded = load_model(
-            self._registry.resolve(name),
+        measured = measure_model(
+            self._present(name, report),
             dtype=options.dtype,
             device=_device(options.device),
             max_model_len=options.max_model_len,
         )
-        kv = self._make_pool(loaded)
+        plan = self._plan(measured.shape, measured.dtype, MAX_POOL_BYTES)
+        return ModelNeed(weights_bytes=measured.weights_bytes, block_bytes=plan.block_bytes)
+
+    def load(self, name: str, pool_bytes: int, report: Report) -> TorchModel:
+        """Load weights, tokenizer and a pool of `pool_bytes`. Raises ModelNotFound, ModelUnavailable or NoSpace."""
+        options = self._options
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        loaded = load_model(
+            self._present(name, report),
+            dtype=options.dtype,
+            device=_device(options.device),
+            max_model_len=options.max_model_len,
+            report=report,
+        )
         try:
-            chosen = choose_runner(
-                options.runner, loaded, kv, threads=options.threads, weights=options.weights, graphs=self._graphs
-            )
-        except ModelUnavailable:
-            self._left_bytes += kv.plan.total_bytes
+            model = self._assemble(loaded, pool_bytes, report)
+        except BaseException:
+            release_model(loaded.model)
             raise
+        # The million objects of torch and transformers are here to stay. Left to the garbage collector they cost
+        # pauses of half a second, which is a lease, and seconds when the process ends.
+        gc.freeze()
+        return model
+
+    def _present(self, name: str, report: Report) -> ModelSource:
+        source = self._registry.find(name)
+        if source.gguf is None:
+            return self._registry.resolve(name)
+        return pull(self._registry, name, lambda it: report(it.stage, it.done / it.total if it.total else 0.0))
+
+    def _assemble(self, loaded: LoadedModel, pool_bytes: int, report: Report) -> TorchModel:
+        options = self._options
+        report("making room for KV", 0.0)
+        plan = self._plan(loaded.shape, loaded.dtype, pool_bytes)
+        kv = PagedKV(plan, kv_dtype(options.kv_dtype, loaded.dtype), loaded.device, loaded.dtype)
+        report("preparing to run it", 0.0)
+        chosen = choose_runner(
+            options.runner, loaded, kv, threads=options.threads, weights=options.weights, graphs=self._graphs
+        )
         if options.weights != "auto":
             # Rounded weights compute other keys and values: another model, to whoever would share them.
             changed = f"{loaded.fingerprint}/{options.weights}"
             loaded = replace(loaded, fingerprint=hashlib.sha256(changed.encode()).hexdigest())
         model = TorchModel(loaded, kv, chosen)
         if not chosen.runner.needs_weights:
-            loaded.model.to("meta")  # type: ignore[arg-type]  # frees them, whoever still holds the model
+            release_model(loaded.model)  # frees them, whoever still holds the model
             give_back_freed_memory()
-        # The million objects of torch and transformers are here to stay. Left to the garbage collector they cost
-        # pauses of half a second, which is a lease, and seconds when the process ends.
-        gc.freeze()
         return model
 
-    def _make_pool(self, loaded: LoadedModel) -> PagedKV:
-        share = self._left_bytes // 2 if self._share_bytes is None else min(self._share_bytes, self._left_bytes)
-        dtype = kv_dtype(self._options.kv_dtype, loaded.dtype)
-        try:
-            plan = plan_pages(
-                memory_bytes=share,
-                num_layers=loaded.shape.num_layers,
-                num_kv_heads=loaded.shape.num_kv_heads,
-                head_dim=loaded.shape.head_dim,
-                block_size=self._options.block_size,
-                itemsize=dtype.itemsize,
-                scale_bytes=loaded.dtype.itemsize if is_scaled(dtype) else 0,
-            )
-        except BadArgument as error:
-            raise ModelUnavailable(
-                f"model {loaded.name!r}: {error.message}; give the worker more with --kv-cache-memory-bytes"
-            ) from error
-        kv = PagedKV(plan, dtype, loaded.device, loaded.dtype)
-        self._left_bytes -= plan.total_bytes
-        return kv
+    def _plan(self, shape: ModelShape, dtype: torch.dtype, memory_bytes: int) -> PagePlan:
+        """For a model that computes in `dtype`."""
+        kept_in = kv_dtype(self._options.kv_dtype, dtype)
+        return plan_pages(
+            memory_bytes=memory_bytes,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=self._options.block_size,
+            itemsize=kept_in.itemsize,
+            scale_bytes=dtype.itemsize if is_scaled(kept_in) else 0,
+        )
 
 
 def _buffer(tensor: torch.Tensor) -> memoryview:

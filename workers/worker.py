@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import assert_never
 
 import msgspec
@@ -28,9 +29,10 @@ from workers.core import WorkerCore
 from workers.engine import EngineThread
 from workers.engine_api import Event, Load
 from workers.failpoints import Failpoint
+from workers.loading import Models
 from workers.memory import HostMemory
+from workers.model_budget import ModelBudget
 from workers.peer_sockets import PeerSockets
-from workers.shelf import Models
 from workers.store import KVStore
 from workers.tasks import MAX_NUM_SEQS, CacheConfig
 
@@ -43,7 +45,8 @@ LINGER_MS = 500
 class Worker:
     """One worker process. `run` returns when `stop` is set and what was in progress has ended.
 
-    brokers: their addresses. preload: names to load before the worker is ready. failpoint: for fault tests.
+    brokers: their addresses. budget: of the models' memory. preload: names to load before the worker is ready.
+    failpoint: for fault tests.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Worker:
         hello: WorkerHello,
         brokers: Sequence[str],
         models: Models,
+        budget: ModelBudget,
         *,
         kv_plane_bytes: int,
         max_tokens_per_step: int,
@@ -62,6 +66,7 @@ class Worker:
     ) -> None:
         self._brokers = [endpoints(url) for url in brokers]
         self._models = models
+        self._budget = budget
         self._max_tokens_per_step = max_tokens_per_step
         self._max_num_seqs = max_num_seqs
         self._shares_prefixes = shares_prefixes
@@ -92,7 +97,9 @@ class Worker:
             self._engine = stack.enter_context(
                 EngineThread(
                     self._models,
+                    self._budget,
                     self._on_engine,
+                    on_load=partial(self._reach, "worker.load"),
                     max_tokens_per_step=self._max_tokens_per_step,
                     max_num_seqs=self._max_num_seqs,
                     shares_prefixes=self._shares_prefixes,

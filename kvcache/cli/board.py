@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bus.stats import ClusterStats
+from kvcache.cli.model_states import describe_models
 from kvcache.cli.output import console, human_bytes, make_table
 from kvcache.supervisor import ServiceState, ServiceStatus
 
@@ -111,8 +112,8 @@ def status_table(statuses: Iterable[ServiceStatus], figures: ClusterStats | None
         if name in views:
             view = views[name]
             memory = f"{human_bytes(view.kv_used_bytes)} of {human_bytes(view.kv_total_bytes)}"
-            models = ", ".join(f"{model} {state}" for model, state in view.models)
-            rows.append((*process, view.status, view.running, view.waiting, view.dispatched, memory, models))
+            load = (view.running, view.waiting, view.dispatched)
+            rows.append((*process, view.status, *load, memory, describe_models(view)))
         elif name == "broker" and figures:
             rows.append((*process, figures.broker.state, figures.broker.inflight, None, figures.broker.requests))
         else:

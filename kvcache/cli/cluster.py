@@ -9,6 +9,7 @@ import typer
 
 import kvcache
 from bus.stats import BrokerStats, ClusterStats, Explanation, WorkerStats, WorkerView
+from kvcache.cli.model_states import describe_models
 from kvcache.cli.options import AsJson, Policy, Timeout, Url
 from kvcache.cli.output import human_bytes, note, print_json, print_table
 
@@ -129,7 +130,7 @@ def worker_row(view: WorkerView) -> tuple[object, ...]:
         view.dispatched,
         f"{human_bytes(view.kv_used_bytes)} of {human_bytes(view.kv_total_bytes)}",
         f"{view.index or '-'}, {view.indexed_nodes} nodes",
-        ", ".join(f"{name} {state}" for name, state in view.models),
+        describe_models(view),
     )
 
 
@@ -176,6 +177,7 @@ def _index_rows(views: Sequence[WorkerView]) -> list[tuple[object, ...]]:
 def _worker_rows(workers: list[WorkerStats]) -> list[tuple[object, ...]]:
     return [
         ("up, s", *(f"{it.uptime_s:.0f}" for it in workers)),
+        ("models loaded, unloaded", *(_comings_and_goings(it) for it in workers)),
         ("models run on", *(_runners(it) for it in workers)),
         ("memory", *(human_bytes(it.rss_bytes) for it in workers)),
         ("finished", *(it.engine.finished for it in workers)),
@@ -192,6 +194,10 @@ def _worker_rows(workers: list[WorkerStats]) -> list[tuple[object, ...]]:
         ("KV plane bytes", *(human_bytes(it.store.used_bytes) for it in workers)),
         ("KV plane evictions", *(it.store.evictions for it in workers)),
     ]
+
+
+def _comings_and_goings(worker: WorkerStats) -> str:
+    return f"{sum(it.loads for it in worker.models)}, {sum(it.unloads for it in worker.models)}"
 
 
 def _runners(worker: WorkerStats) -> str:

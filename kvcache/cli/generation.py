@@ -36,7 +36,7 @@ from kvcache.cli.sampling_options import (
 Prompt = Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False, metavar="PROMPT")]
 Model = Annotated[
     str | None,
-    typer.Option("--model", help="A model's name; default: the worker's first.", show_default=False, metavar="NAME"),
+    typer.Option("--model", help="A model's name; default: the worker's.", show_default=False, metavar="NAME"),
 ]
 CacheSalt = Annotated[
     str | None,

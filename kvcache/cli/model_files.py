@@ -10,21 +10,34 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from kvcache.cli.options import AsJson, Home
 from kvcache.cli.output import console, human_bytes, note, print_json, print_table
-from kvcache.models import DEFAULT_HOME, ModelRegistry, ModelSource
+from kvcache.models import DEFAULT_HOME, ModelRegistry, ModelSource, with_revision
 from kvcache.pull import PullProgress
 from kvcache.pull import pull as pull_model
 
 
 def pull(
-    name: Annotated[str, typer.Argument(help="A name from `kvcache models list`, or a hub id such as org/name.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A name from `kvcache models list`, a hub id such as org/name, org/name@revision or "
+            "org/name/file.gguf, or a .gguf file."
+        ),
+    ],
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            "--revision", help="Of a hub id: the same as org/name@REVISION.", show_default=False, metavar="REV"
+        ),
+    ] = None,
     home: Home = str(DEFAULT_HOME),
 ) -> None:
     """Fetch a model, check it and keep it as safetensors.
 
-    Does nothing if it is here already.
+    Does nothing if it is here already. A model with a revision answers to its whole name, revision included.
     """
-    source = fetch(ModelRegistry(Path(home), named=[name]), name)
-    note(f"{name} is ready: {source.path}")
+    registry = ModelRegistry(Path(home), named=[name if revision is None else with_revision(name, revision)])
+    source = fetch(registry, registry.named[0])
+    note(f"{source.name} is ready: {source.path}")
 
 
 def fetch(registry: ModelRegistry, name: str) -> ModelSource:

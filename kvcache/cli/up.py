@@ -33,7 +33,7 @@ def up(
         list[str] | None,
         typer.Option(
             "--model",
-            help="A name, folder or hub id to serve; may be repeated.",
+            help="What to serve: a name, a folder, a .gguf file or a hub id; may be repeated.",
             show_default=DEFAULT_MODEL,
             metavar="NAME",
         ),
@@ -59,9 +59,8 @@ def up(
     url = url or DEFAULT_URL
     models = models or [DEFAULT_MODEL]
     registry = ModelRegistry(Path(home), named=models)
-    for model in models:
-        if not Path(model).is_dir():
-            fetch(registry, model)
+    for name in registry.named:
+        fetch(registry, name)
     flags = ["--broker", url, "--kv-cache-memory-bytes", kv_memory, "--threads", str(threads_per_worker(workers))]
     flags += worker_flags or []
     flags += [part for model in models for part in ("--model", model)]

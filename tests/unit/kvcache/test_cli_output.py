@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import sys
 
+import msgspec
 import pytest
 
-from bus.stats import BrokerStats, ClusterStats, WorkerView
+from bus.stats import BrokerStats, ClusterStats, ModelStats, WorkerStats, WorkerView
 from kvcache.cli.board import PlainBoard, describe, status_table
+from kvcache.cli.model_states import describe_models
 from kvcache.cli.output import console, human_bytes, human_seconds, print_table, say
 from kvcache.supervisor import Service, ServiceState, ServiceStatus
 
@@ -124,3 +126,38 @@ def test_live_table_joins_processes_with_what_the_broker_says() -> None:
         "worker-1 running 2 0 ready 0 0 3 0 B of 1.0 GiB smollm2 absent",
         "worker-2 waiting to restart 0",
     ]
+
+
+def view_with(*models: ModelStats) -> WorkerView:
+    return WorkerView(
+        worker_id="w",
+        status="ready",
+        weight=100,
+        share=1.0,
+        inflight=0,
+        dispatched=0,
+        last_heard_s=0.0,
+        lease_s=1.0,
+        models=tuple((model.name, model.state) for model in models),
+        stats=WorkerStats(worker_id="w", incarnation=1, state="ready", models=models),
+    )
+
+
+def test_a_model_that_loads_says_how_far_it_is() -> None:
+    view = view_with(
+        ModelStats(name="a", state="ready"),
+        ModelStats(name="b", state="loading", stage="checking weights", progress=0.4),
+        ModelStats(name="c", state="loading", stage="waiting for room"),
+        ModelStats(name="d", state="absent"),
+    )
+    assert describe_models(view) == ("a ready, b loading (checking weights 40%), c loading (waiting for room)")
+
+
+def test_where_nothing_was_asked_for_all_models_are_named() -> None:
+    view = view_with(ModelStats(name="a", state="absent"), ModelStats(name="b", state="absent"))
+    assert describe_models(view) == "a absent, b absent"
+
+
+def test_a_status_older_than_the_beat_is_not_believed() -> None:
+    old = view_with(ModelStats(name="a", state="loading", stage="reading weights"))
+    assert describe_models(msgspec.structs.replace(old, models=(("a", "ready"),))) == "a ready"

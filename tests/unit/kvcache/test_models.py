@@ -9,7 +9,7 @@ import pytest
 
 from bus.errors import BadArgument, ModelNotFound, ModelUnavailable
 from kvcache import models
-from kvcache.models import BuiltIn, ModelKind, ModelRegistry
+from kvcache.models import BuiltIn, HubId, ModelKind, ModelRegistry, parse_hub_id, with_revision
 from kvcache.pull import PullProgress, pull
 
 if TYPE_CHECKING:
@@ -195,7 +195,10 @@ def test_failed_conversion_tells_what_the_file_is_and_the_next_pull_cleans_up(tm
 def test_two_pulls_at_once_do_the_work_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
-    def fake_hub(repo_id: str, *, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]) -> None:
+    def fake_hub(
+        repo_id: str, *, revision: str | None, local_dir: Path, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> None:
+        assert revision is None
         fetched.append(repo_id)
         assert "*.bin" not in allow_patterns
         assert ignore_patterns
@@ -211,9 +214,104 @@ def test_two_pulls_at_once_do_the_work_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake_hub(_repo_id: str, *, local_dir: Path, **_patterns: list[str]) -> None:
+    def fake_hub(_repo_id: str, *, local_dir: Path, **_more: object) -> None:
         make_folder(local_dir)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub)
     with pytest.raises(ModelUnavailable, match="safetensors"):
         pull(ModelRegistry(tmp_path, ["org/name"]), "org/name", ignore)
+
+
+@pytest.mark.parametrize(
+    ("text", "hub"),
+    [
+        ("org/name", HubId(repo="org/name")),
+        ("org/name@v1.0", HubId(repo="org/name", revision="v1.0")),
+        ("org/name@refs/pr/3", HubId(repo="org/name", revision="refs/pr/3")),
+        ("org/name/q4.gguf", HubId(repo="org/name", file="q4.gguf")),
+        ("org/name/q4.gguf@main", HubId(repo="org/name", file="q4.gguf", revision="main")),
+        ("org/name@", None),
+        ("org/name@../x", None),
+        ("org/name/weights.bin", None),
+        ("org/name/a/b.gguf", None),
+        ("org/name@" + "x" * 65, None),
+        (f"{'o' * 96}/{'n' * 96}@{'r' * 64}", None),
+        ("smollm2@main", None),
+    ],
+)
+def test_hub_ids_say_repository_revision_and_file(text: str, hub: HubId | None) -> None:
+    assert parse_hub_id(text) == hub
+
+
+@pytest.mark.parametrize(
+    ("name", "revision"), [("smollm2", "v1"), ("org/name@v1", "v2"), ("org/name", "-x"), ("/a", "v1")]
+)
+def test_only_a_hub_id_without_a_revision_can_be_given_one(name: str, revision: str) -> None:
+    with pytest.raises(BadArgument, match="only a hub id"):
+        with_revision(name, revision)
+    assert with_revision("org/name", "v1") == "org/name@v1"
+
+
+def test_two_revisions_are_two_models_and_each_is_fetched_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, str | None]] = []
+
+    def fake_hub(repo_id: str, *, revision: str | None, local_dir: Path, **_more: object) -> None:
+        fetched.append((repo_id, revision))
+        (make_folder(local_dir) / "model.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub)
+    registry = ModelRegistry(tmp_path, ["org/name@v1", "org/name"])
+    paths = [pull(registry, name, ignore).path for name in registry.named]
+    assert fetched == [("org/name", "v1"), ("org/name", None)]
+    assert len(set(paths)) == 2
+    later = ModelRegistry(tmp_path)
+    assert {"org/name@v1", "org/name"} < {source.name for source in later.list_models()}
+    assert later.resolve("org/name@v1").hub == HubId(repo="org/name", revision="v1")
+
+
+def test_a_revision_that_the_hub_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_hub(_repo_id: str, **_more: object) -> None:
+        raise OSError("404")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub)
+    with pytest.raises(ModelUnavailable, match="did not give 'org/name@v9': 404"):
+        pull(ModelRegistry(tmp_path, ["org/name@v9"]), "org/name@v9", ignore)
+
+
+def test_operator_names_a_gguf_file_and_it_answers_to_its_stem(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.Q4_1.gguf"
+    file.write_bytes(b"GGUF")
+    (source,) = [it for it in ModelRegistry(tmp_path / "home", [str(file)]).list_models() if it.kind is ModelKind.GGUF]
+    assert (source.name, source.gguf, source.is_present) == ("tiny.Q4_1", file, False)
+
+
+def test_a_gguf_file_that_was_replaced_is_another_model(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF")
+    registry = ModelRegistry(tmp_path / "home", [str(file)])
+    before = make_folder(registry.find("tiny").path)
+    assert registry.find("tiny").is_present
+    file.write_bytes(b"GGUF and more")
+    assert not registry.find("tiny").is_present
+    file.unlink()
+    assert registry.find("tiny").path == before, "what was made of it goes on serving"
+
+
+def test_two_gguf_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadArgument, match="two models are called 'same'"):
+        ModelRegistry(tmp_path, [str(tmp_path / "a" / "same.gguf"), str(tmp_path / "b" / "same.gguf")])
+
+
+def test_a_folder_that_vanished_says_so_and_not_to_pull_it(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "mine")
+    registry = ModelRegistry(tmp_path / "home", [str(folder)])
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelUnavailable, match=r"holds no config\.json any more"):
+        registry.resolve("mine")
+    with pytest.raises(ModelUnavailable, match="nowhere to fetch it from"):
+        pull(registry, "mine", ignore)

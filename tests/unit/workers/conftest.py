@@ -22,6 +22,7 @@ from transformers import (
 from kvcache.models import ModelKind, ModelSource
 from workers.batch import BlockId, Slice
 from workers.loader import LoadedModel, load_model
+from workers.model_budget import ModelBudget, ModelNeed
 from workers.page_plan import plan_pages
 from workers.paged_kv import PagedKV
 from workers.runner import TorchRunner
@@ -36,6 +37,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+NEED = ModelNeed(weights_bytes=1000, block_bytes=10)
+"""What a model of a test takes, by its own word."""
+
+
+def roomy() -> ModelBudget:
+    """Room for eight models that need `NEED`."""
+    return ModelBudget(pools_bytes=800, num_named=8)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

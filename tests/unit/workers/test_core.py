@@ -11,6 +11,7 @@ from bus import messages as messages_of
 from bus import wire
 from bus.errors import ErrorCode
 from bus.messages import (
+    MAX_BEAT_MODELS,
     AskNodes,
     Assign,
     AttachBulk,
@@ -35,7 +36,7 @@ from bus.messages import (
     WorkerState,
     WorkerStatus,
 )
-from bus.stats import EngineStats, WorkerStats, unpack
+from bus.stats import EngineStats, ModelStats, WorkerStats, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, answers, commands, loaded, messages, sends, welcome
 from workers.calls import Action, CallId, Channel, Forget, Send
@@ -194,6 +195,26 @@ def test_a_worker_is_loading_until_each_model_named_is_loaded_or_has_failed() ->
     bench.figures = loaded("a", "failed")
     bench.now += 0.05
     assert [beat.state for beat in messages(bench.tick(), WorkerBeat)] == [WorkerState.READY]
+
+
+def test_a_worker_is_ready_without_the_models_that_there_was_no_room_for() -> None:
+    bench = CoreBench(preloading=["a"])
+    bench.join()
+    bench.figures = loaded("a", "absent")
+    assert {beat.state for beat in messages(bench.pass_time(0.25), WorkerBeat)} == {WorkerState.LOADING}
+    bench.figures = EngineFigures(models=(ModelStats(name="a", state="absent", reason="no room"),))
+    bench.now += 0.05
+    assert [beat.state for beat in messages(bench.tick(), WorkerBeat)] == [WorkerState.READY]
+
+
+def test_a_beat_tells_of_no_more_models_than_it_may_and_of_those_in_use_first(bench: CoreBench) -> None:
+    absent = tuple(ModelStats(name=f"m{number:02}", state="absent") for number in range(40))
+    bench.figures = EngineFigures(models=(*absent, ModelStats(name="used", state="ready")))
+    beats = [message for message in messages(bench.pass_time(0.5), WorkerBeat) if message.models]
+    assert beats
+    for beat in beats:
+        assert len(beat.models) == MAX_BEAT_MODELS
+        assert beat.models[0] == ("used", "ready")
 
 
 # --- the lease ---

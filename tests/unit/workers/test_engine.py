@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,7 +26,7 @@ from bus.errors import (
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.streams import token_bytes
 from kvcache.hashing import routing_chain
-from tests.unit.workers.conftest import EOS_ID, Family
+from tests.unit.workers.conftest import EOS_ID, NEED, Family, roomy
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine import EngineThread, JobThread
 from workers.engine_api import (
@@ -61,6 +59,8 @@ from workers.engine_api import (
 )
 from workers.host import Host, Job
 from workers.keys import SequenceKey
+from workers.loading import Models, Report
+from workers.model_budget import ModelBudget, ModelNeed
 from workers.nodes import NodeChange
 from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
@@ -68,7 +68,7 @@ from workers.slot import Model
 from workers.tasks import CacheConfig
 from workers.text import TextStream
 from workers.texts import Texts
-from workers.torch_model import LoadOptions, TorchModel, TorchModels
+from workers.torch_model import TorchModel
 
 PROMPT = (5, 9, 2, 7, 11, 3, 8, 1, 4, 6)
 GREEDY = Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -81,9 +81,8 @@ class FakeModels:
         self._ways = ways
         self.num_loads = 0
 
-    @property
-    def default(self) -> str:
-        return next(iter(self._ways))
+    def choose(self, name: str) -> str:
+        return name or next(iter(self._ways))
 
     def names(self) -> list[str]:
         return list(self._ways)
@@ -92,7 +91,10 @@ class FakeModels:
         if name not in self._ways:
             raise ModelNotFound(f"no model named {name!r}")
 
-    def load(self, name: str) -> Model:
+    def measure(self, name: str, report: Report) -> ModelNeed:
+        return NEED
+
+    def load(self, name: str, pool_bytes: int, report: Report) -> Model:
         self.num_loads += 1
         return self._ways[name]()
 
@@ -105,13 +107,14 @@ class Bench:
 
     def __init__(
         self,
-        models: FakeModels,
+        models: Models,
         *,
         shares_prefixes: bool = True,
         max_tokens_per_step: int = 4,
         max_num_seqs: int = 8,
         late_steps: int = 0,
         audit_share: float = 0.0,
+        budget: ModelBudget | None = None,
     ) -> None:
         self.jobs: list[Job] = []
         self.texts = Texts()
@@ -120,7 +123,9 @@ class Bench:
         self.now = 0.0
         self.host = Host(
             models,
+            budget or roomy(),
             load=self.jobs.append,
+            report=lambda news: self.host.handle(news, self.now),
             encode=self.jobs.append,
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
@@ -153,7 +158,7 @@ class Bench:
         """Jobs and steps until there is nothing left to do."""
         self.work()
         events: list[Event] = []
-        while self.step():
+        while self.step() or self.jobs:
             events += self.hear()
             self.work()
         return events + self.hear()
@@ -578,7 +583,8 @@ def test_stop_takes_effect_before_the_next_step(bench: Bench) -> None:
 
 def test_stop_reaches_a_request_whose_model_is_still_loading(bench: Bench) -> None:
     bench.tell(start(1), Stop(run_id(1)))
-    bench.host.handle(bench.jobs.pop()(), bench.now)
+    bench.host.handle(bench.jobs.pop()(), bench.now)  # measured
+    bench.host.handle(bench.jobs.pop()(), bench.now)  # loaded
     assert bench.jobs == []  # its prompt is not even encoded
     assert bench.run() == []
     assert bench.host.figures().engine.waiting == 0
@@ -877,7 +883,7 @@ async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: C
         if any(isinstance(event, Ended) for event in batch):
             ended.set()
 
-    with EngineThread(FakeModels(tiny=make), on_events, max_tokens_per_step=4) as engine:
+    with EngineThread(FakeModels(tiny=make), roomy(), on_events, max_tokens_per_step=4) as engine:
         assert "kvcache-engine" in {thread.name for thread in threading.enumerate()}
         engine.send(start(1))
         async with asyncio.timeout(10):
@@ -900,43 +906,6 @@ def test_a_job_that_raises_leaves_its_thread_to_the_next_one(caplog: pytest.LogC
     thread.close()
     assert thread.join(5.0)
     assert "ZeroDivisionError" in caplog.text
-
-
-OPTIONS = LoadOptions(dtype="float32", device="cpu", max_model_len=None, block_size=4, threads=None, runner="torch")
-
-
-def test_named_models_share_the_memory_and_exclude_all_others(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    named = [str(model_dirs["llama"]), str(model_dirs["gpt2"])]
-    models = TorchModels(tmp_path, named, 1 << 20, OPTIONS)
-    assert (models.default, models.names()) == ("llama", ["llama", "gpt2"])
-    with pytest.raises(ModelNotFound, match="serves llama, gpt2"):
-        models.check("smollm2")
-    sizes = [facts.num_blocks * facts.block_bytes for facts in (models.load("llama").facts, models.load("gpt2").facts)]
-    assert all(1 << 18 < size <= 1 << 19 for size in sizes)
-
-
-def test_models_nobody_named_take_half_of_what_is_left(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    for name in ("gpt2", "llama"):
-        shutil.copytree(model_dirs[name], tmp_path / "models" / name)
-    models = TorchModels(tmp_path, [], 1 << 20, OPTIONS)
-    assert (models.default, models.names()) == ("gpt2", ["gpt2", "llama"])
-    sizes = [facts.num_blocks * facts.block_bytes for facts in (models.load("gpt2").facts, models.load("llama").facts)]
-    assert (1 << 19) - 8192 < sizes[0] <= 1 << 19
-    assert (1 << 18) - 8192 < sizes[1] <= ((1 << 20) - sizes[0]) // 2
-
-
-def test_a_pool_too_small_for_a_block_is_a_model_that_is_unavailable(
-    model_dirs: dict[str, Path], tmp_path: Path
-) -> None:
-    models = TorchModels(tmp_path, [str(model_dirs["llama"])], 100, OPTIONS)
-    with pytest.raises(ModelUnavailable, match="--kv-cache-memory-bytes"):
-        models.load("llama")
-
-
-def test_a_device_that_is_not_here_is_a_model_that_is_unavailable(model_dirs: dict[str, Path], tmp_path: Path) -> None:
-    options = LoadOptions(dtype="float32", device="abacus", max_model_len=None, block_size=4, threads=None)
-    with pytest.raises(ModelUnavailable, match="abacus"):
-        TorchModels(tmp_path, [str(model_dirs["llama"])], 1 << 20, options).load("llama")
 
 
 @pytest.mark.parametrize("late_steps", [0, 1, 4])

@@ -12,12 +12,15 @@ from bus.errors import BadTensor, Cancelled, Conflict, InternalError, KVCacheErr
 from bus.messages import PromptKind, PullOrder, Sampling
 from bus.streams import token_bytes
 from kvcache.hashing import HashSeed, block_digests
+from tests.unit.workers.conftest import NEED, roomy
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.copy_api import BlocksRead, CopyBroke, EndPull, Fill, Filled, Lend, Lent, ReadBlocks, Return, Wanted
 from workers.engine_api import Admitted, Ended, ReadResult, RunId, Start, Stop
 from workers.exchange import COPY_S
 from workers.host import Host, Job
+from workers.loading import Report
 from workers.loans import LoanId
+from workers.model_budget import ModelNeed
 from workers.slot import Model, ModelFacts
 from workers.tasks import CacheConfig
 from workers.text import TextStream
@@ -90,11 +93,12 @@ class MemoryModel:
         for at, block in enumerate(blocks):
             self.memory[block] = bytes(data[at * BLOCK_BYTES : (at + 1) * BLOCK_BYTES])
 
+    def close(self) -> None:
+        self.memory.clear()
+
 
 class OneModel:
     """Loads it at once."""
-
-    default = "fake"
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -102,10 +106,16 @@ class OneModel:
     def names(self) -> list[str]:
         return ["fake"]
 
+    def choose(self, name: str) -> str:
+        return name or "fake"
+
     def check(self, name: str) -> None:
         assert name == "fake"
 
-    def load(self, name: str) -> Model:
+    def measure(self, name: str, report: Report) -> ModelNeed:
+        return NEED
+
+    def load(self, name: str, pool_bytes: int, report: Report) -> Model:
         return self._model
 
 
@@ -118,7 +128,9 @@ class Bench:
         self._jobs: list[Job] = []
         self.host = Host(
             OneModel(self.model),
+            roomy(),
             load=self._jobs.append,
+            report=lambda news: self.host.handle(news, self.now),
             encode=self._jobs.append,
             max_tokens_per_step=64,
             max_num_seqs=8,

@@ -17,7 +17,7 @@ from workers.page_plan import block_rows, plan_pages, token_rows
 from workers.paged_kv import PagedKV
 from workers.runner import TorchRunner
 from workers.runners import choose_runner
-from workers.torch_model import LoadOptions, TorchModels
+from workers.torch_model import LoadOptions, TorchModel, TorchModels
 
 from .conftest import BLOCK_SIZE, VOCAB_SIZE, make_slice, scattered_table, source_of
 from .families import save_random
@@ -170,6 +170,10 @@ def test_difference_is_that_of_the_numbers_and_not_of_their_codes(name: str) -> 
     assert math.isnan(kv.difference(one, other))
 
 
+def ignore(stage: str, progress: float) -> None:
+    pass
+
+
 @pytest.mark.parametrize("name", KV_DTYPES)
 def test_an_audit_accepts_what_rounding_does_and_nothing_else(
     model_dirs: dict[str, Path], name: str, tmp_path: Path
@@ -177,7 +181,7 @@ def test_an_audit_accepts_what_rounding_does_and_nothing_else(
     options = LoadOptions(
         dtype="bfloat16", device="cpu", max_model_len=None, block_size=4, threads=None, runner="torch", kv_dtype=name
     )
-    model = TorchModels(tmp_path, [str(model_dirs["llama"])], 1 << 20, options).load("llama")
+    model = TorchModels(tmp_path, [str(model_dirs["llama"])], options).load("llama", 1 << 20, ignore)
     prompt = random.Random(7).choices(range(VOCAB_SIZE - 1), k=32)
     model.compute([make_slice(prompt, 0, blocks(*range(8)), wants_logits=False)], [None])
     for last in range(8):
@@ -231,13 +235,13 @@ def test_openvino_leaves_a_rounded_pool_to_torch_and_says_so(model_dirs: dict[st
 def test_a_worker_has_more_blocks_of_fewer_bytes_and_hands_out_the_models_dtype(
     model_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
-    def load(name: str) -> TorchModels:
+    def load(name: str) -> TorchModel:
         options = LoadOptions(
             dtype="float32", device="cpu", max_model_len=None, block_size=4, threads=None, runner="torch", kv_dtype=name
         )
-        return TorchModels(tmp_path, [str(model_dirs["llama"])], 1 << 20, options)
+        return TorchModels(tmp_path, [str(model_dirs["llama"])], options).load("llama", 1 << 20, ignore)
 
-    small, full = load("int8").load("llama"), load("auto").load("llama")
+    small, full = load("int8"), load("auto")
     assert (small.facts.kv_dtype, full.facts.kv_dtype, small.facts.dtype) == ("int8", "float32", "float32")
     assert small.facts.num_blocks > 2 * full.facts.num_blocks
     assert small.facts.num_blocks * small.facts.block_bytes <= 1 << 20

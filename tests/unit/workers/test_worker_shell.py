@@ -44,11 +44,14 @@ from bus.streams import token_bytes
 from bus.tensors import DType, TensorMeta
 from bus.topics import topic_of
 from bus.wire import Buffer
+from tests.unit.workers.conftest import NEED, roomy
 from tests.unit.workers.core_bench import welcome
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine_api import ReadResult
 from workers.failpoints import Failpoint
+from workers.loading import Report
 from workers.main import EXIT_USAGE, main
+from workers.model_budget import ModelNeed
 from workers.slot import Model, ModelFacts
 from workers.text import TextStream
 from workers.worker import Worker
@@ -108,11 +111,12 @@ class CountingModel:
     def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
         raise NotImplementedError
 
+    def close(self) -> None:
+        """It has no memory."""
+
 
 class CountingModels:
     """One model, which loads when the test lets it."""
-
-    default = "count"
 
     def __init__(self, may_load: threading.Event | None = None) -> None:
         self._may_load = may_load
@@ -120,10 +124,16 @@ class CountingModels:
     def names(self) -> list[str]:
         return ["count"]
 
+    def choose(self, name: str) -> str:
+        return name or "count"
+
     def check(self, name: str) -> None:
         raise ModelNotFound(name)
 
-    def load(self, name: str) -> Model:
+    def measure(self, name: str, report: Report) -> ModelNeed:
+        return NEED
+
+    def load(self, name: str, pool_bytes: int, report: Report) -> Model:
         if self._may_load is not None:
             assert self._may_load.wait(10.0)
         return CountingModel()
@@ -219,7 +229,7 @@ async def serving(
     """A worker and its broker; both are over at the end, and the worker has ended by itself."""
     hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
     worker = Worker(
-        hello, [url], CountingModels(may_load), kv_plane_bytes=8 << 20, max_tokens_per_step=64, preload=preload
+        hello, [url], CountingModels(may_load), roomy(), kv_plane_bytes=8 << 20, max_tokens_per_step=64, preload=preload
     )
     stop = stop or asyncio.Event()
     ready = asyncio.Event()
@@ -376,13 +386,15 @@ def _explode_once() -> Callable[[Buffer], Any]:
 
 async def test_an_engine_that_has_failed_ends_the_worker(url: str, caplog: pytest.LogCaptureFixture) -> None:
     class BrokenModels(CountingModels):
-        def load(self, name: str) -> Model:
+        def load(self, name: str, pool_bytes: int, report: Report) -> Model:
             model = CountingModel()
             model.facts = replace(model.facts, num_blocks=0)
             return model
 
     hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
-    worker = Worker(hello, [url], BrokenModels(), kv_plane_bytes=1 << 20, max_tokens_per_step=64, preload=["count"])
+    worker = Worker(
+        hello, [url], BrokenModels(), roomy(), kv_plane_bytes=1 << 20, max_tokens_per_step=64, preload=["count"]
+    )
     with sockets.Context() as context:
         broker = FakeBroker(context, url)
         with pytest.raises(InternalError, match="engine has failed"):
