@@ -44,7 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]) 
     models = [flag for path in folders.values() for flag in ("--model", str(path))]
     with running_cluster(tmp_path_factory.mktemp("turns")) as cluster:
         cluster.add_broker()
-        cluster.add_worker("w", *models, *TINY_FLAGS, "--model-memory-bytes", "30MiB")
+        cluster.add_worker("w", *models, *TINY_FLAGS, "--runner", "torch", "--model-memory-bytes", "30MiB")
         cluster.wait_ready()
         yield cluster
 
@@ -114,7 +114,7 @@ async def test_a_worker_killed_while_it_loads_harms_no_request(
 ) -> None:
     with running_cluster(tmp_path_factory.mktemp("killed")) as cluster:
         cluster.add_broker()
-        flags = ("--model", str(folders["tiny"]), "--no-preload", *TINY_FLAGS)
+        flags = ("--model", str(folders["tiny"]), "--no-preload", "--runner", "torch", *TINY_FLAGS)
         one = cluster.add_worker("one", *flags, KVCACHE_FAILPOINT="worker.load:kill9@2")
         cluster.add_worker("two", *flags)
         cluster.wait_ready()
