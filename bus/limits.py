@@ -14,6 +14,9 @@ MAX_INLINE_BYTES = 256 * 1024
 MAX_PROMPT_BYTES = 1 << 20
 """A prompt as it travels, in any of its forms."""
 
+MAX_SPELLED_TOKENS = MAX_PROMPT_BYTES // 4
+"""Token ids in one question about tokens and text, or in its answer."""
+
 MAX_PRIORITY = 100
 """A request's class is from minus this, which goes first, to this."""
 

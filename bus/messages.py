@@ -427,6 +427,53 @@ class StreamEnd(Message, frozen=True):
     decode_ms: float
 
 
+class Tokenize(Message, frozen=True):
+    """Which tokens a prompt is. Payload: as a `Generate`'s; `special`: with the special tokens a text begins with."""
+
+    opcode = 41
+    payloads = (1, 1)
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    kind: PromptKind
+    model: Name = ""
+    special: bool = True
+    payload: Parts = ()
+
+
+class Tokenized(Message, frozen=True):
+    """The answer to a `Tokenize`; the payload is the token ids, `<u4`."""
+
+    opcode = 42
+    payloads = (1, 1)
+    req_id: Id16
+    model: Name
+    max_model_len: U63
+    payload: Parts
+
+
+class Detokenize(Message, frozen=True):
+    """What tokens look like. Payload: `<u4` token ids. `each`: one text for each of them, else one for all."""
+
+    opcode = 43
+    payloads = (1, 1)
+    req_id: Id16
+    attempt: U32
+    deadline_ms: Millis
+    model: Name = ""
+    each: bool = False
+    payload: Parts = ()
+
+
+class Detokenized(Message, frozen=True):
+    """The answer to a `Detokenize`; the payload is a `bus.stats.Spelling`."""
+
+    opcode = 44
+    payloads = (1, 1)
+    req_id: Id16
+    payload: Parts
+
+
 # --- the stream itself (PUB/SUB; the topic says which) -------------------------------------------
 
 
@@ -795,7 +842,23 @@ class Prefilled(Message, frozen=True):
     compute_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_MILLIS)]
 
 
-Dispatched = Generate | Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences | FlushPrefixCache
+Spelled = Tokenize | Detokenize
+"""Requests that any worker with the model can serve, since they touch no cache."""
+
+Dispatched = (
+    Generate
+    | Tokenize
+    | Detokenize
+    | Put
+    | Append
+    | Get
+    | Length
+    | Delete
+    | Pin
+    | Unpin
+    | ListSequences
+    | FlushPrefixCache
+)
 """Requests that the broker hands to a worker."""
 
 FollowUp = Cancel | Resume | Ack | Credit | Chunk
@@ -831,6 +894,8 @@ ToClient = (
     | Started
     | Replay
     | StreamEnd
+    | Tokenized
+    | Detokenized
     | KvDone
     | KvValue
     | KvListed

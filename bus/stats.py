@@ -308,6 +308,12 @@ class Holdings(Figures, frozen=True):
     sequences: Annotated[tuple[Holding, ...], msgspec.Meta(max_length=1000)] = ()
 
 
+class Spelling(Figures, frozen=True):
+    """Texts of token ids: one for each, or one for all of them, special tokens spelled out."""
+
+    texts: tuple[str, ...]
+
+
 F = TypeVar("F", bound=Figures)
 
 

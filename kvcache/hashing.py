@@ -46,6 +46,10 @@ _SEED_DOMAIN = b"kvcache/seed"
 _BLOCK_DOMAIN = b"kvcache/block"
 _ROUTE_SEED_DOMAIN = b"kvcache/routes"
 _ROUTE_DOMAIN = b"kvcache/route"
+_SESSION_DOMAIN = b"kvcache/session"
+
+_SESSION_NODES = 2
+"""The least depth that a request is keyed at (`kvcache.routing.keys`), so that the key is the session."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,19 @@ def routing_chain(prompt: str | TokenIds, *, model: str = "", cache_salt: str = 
         data = encode_token_ids(prompt[: ROUTING_BLOCK_TOKENS * ROUTING_DEPTHS[-1]])
     root = _seed_digest(struct.pack("<I", FORMAT_VERSION), (kind, model, cache_salt), _ROUTE_SEED_DOMAIN)
     return tuple(node[:ROUTING_NODE_BYTES] for node in _chain(root, _cut(data, block_bytes), _ROUTE_DOMAIN))
+
+
+def session_chain(chain: Sequence[bytes], session: str) -> tuple[bytes, ...]:
+    """A routing chain that begins with a session: what it asks for meets where it was asked before, whatever it says.
+
+    The other nodes are made the session's own, since a node stands for all before it; other sessions' prefixes
+    no longer count. Raises BadArgument for a bad name.
+    """
+    _check_field("session", session)
+    root = _seed_digest(struct.pack("<I", FORMAT_VERSION), (session,), _SESSION_DOMAIN)
+    heads = [bytes([depth]) for depth in range(_SESSION_NODES)]
+    nodes = (blake2b(node, digest_size=DIGEST_BYTES, key=root, person=_SESSION_DOMAIN) for node in (*heads, *chain))
+    return tuple(node.digest()[:ROUTING_NODE_BYTES] for node in nodes)[:MAX_CHAIN_NODES]
 
 
 def canonical_chat(messages: Iterable[tuple[str, str]]) -> str:

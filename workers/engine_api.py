@@ -14,7 +14,7 @@ from typing import NewType, TypeAlias
 
 from bus.errors import KVCacheError
 from bus.messages import FinishReason, PromptKind, PullOrder, Sampling, TokenLogprobs
-from bus.stats import EngineStats, ModelStats, SequenceInfo
+from bus.stats import EngineStats, ModelStats, SequenceInfo, Spelling
 from bus.tensors import TensorMeta
 from workers.copy_api import CopyCommand, CopyEvent
 from workers.keys import RunId as RunId  # one of the words of this interface
@@ -160,9 +160,33 @@ class FlushKV:
     cache_salt: str | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodePrompt:
+    """Which tokens a prompt is, in the forms of `Start`. special: with those a text begins with. Answered with an
+    `Encoding`."""
+
+    ticket: Ticket
+    model: str
+    kind: PromptKind
+    prompt: bytes
+    special: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpellTokens:
+    """What token ids look like, each by itself or all together. Answered with a `Spelling`."""
+
+    ticket: Ticket
+    model: str
+    tokens: bytes
+    each: bool
+
+
+TextQuestion: TypeAlias = EncodePrompt | SpellTokens
+"""Questions for a model's tokenizer, answered beside the steps."""
 Question: TypeAlias = ReadKV | MeasureKV | DropKV | PinKV | UnpinKV | ListKV | FlushKV
 TextCommand: TypeAlias = Finish | Fail
-Command: TypeAlias = Start | Stop | Hold | Proceed | TextCommand | Load | Question | CopyCommand
+Command: TypeAlias = Start | Stop | Hold | Proceed | TextCommand | Load | Question | TextQuestion | CopyCommand
 
 
 # --- events --------------------------------------------------------------------------------------
@@ -273,7 +297,16 @@ class ReadResult:
     length: int
 
 
-Answer: TypeAlias = ReadResult | int | tuple[SequenceInfo, ...] | KVCacheError
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """A prompt's tokens, and how many the model takes."""
+
+    model: str
+    tokens: tuple[int, ...]
+    max_model_len: int
+
+
+Answer: TypeAlias = Encoding | Spelling | ReadResult | int | tuple[SequenceInfo, ...] | KVCacheError
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import TypeAlias, assert_never
 import msgspec
 
 from bus.errors import InternalError, KVCacheError, NotFound
-from bus.stats import EngineStats
+from bus.stats import EngineStats, Spelling
 from workers.copy_api import EndPull, Fill, Lend, ReadBlocks, Return
 from workers.engine_api import (
     Answer,
@@ -25,6 +25,8 @@ from workers.engine_api import (
     Broke,
     Command,
     DropKV,
+    EncodePrompt,
+    Encoding,
     Ended,
     EngineEvent,
     EngineFigures,
@@ -41,8 +43,10 @@ from workers.engine_api import (
     Question,
     ReadKV,
     RunId,
+    SpellTokens,
     Start,
     Stop,
+    TextQuestion,
     Ticket,
     UnpinKV,
 )
@@ -65,7 +69,15 @@ class Encoded:
     result: tuple[int, ...] | KVCacheError
 
 
-Result: TypeAlias = Measured | Loading | Loaded | Closed | Encoded
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """The result of a job about tokens and text."""
+
+    question: TextQuestion
+    result: Answer
+
+
+Result: TypeAlias = Measured | Loading | Loaded | Closed | Encoded | Spelled
 Job: TypeAlias = Callable[[], Result]
 
 
@@ -136,6 +148,10 @@ class Host:
                 self._shelf.closed(item)
             case Encoded():
                 self._encoded(item, now)
+            case EncodePrompt() | SpellTokens():
+                self._spell(item, now)
+            case Spelled():
+                self._spelled(item)
             case ReadKV() | MeasureKV() | DropKV() | PinKV() | UnpinKV() | ListKV() | FlushKV():
                 self._answer(item, now)
             case Lend() | ReadBlocks() | Return() | Fill() | EndPull():
@@ -191,10 +207,32 @@ class Host:
         """Models that wait for room get it as far as others can leave."""
         self._ask_again(self._shelf.make_room(now), now)
 
-    def _ask_again(self, starts: list[Start], now: float) -> None:
+    def _ask_again(self, waiting: list[Start | TextQuestion], now: float) -> None:
         """Those that waited for a model that is settled now."""
-        for start in starts:
-            self._start(start, now)
+        for one in waiting:
+            if isinstance(one, Start):
+                self._start(one, now)
+            else:
+                self._spell(one, now)
+
+    # --- tokens and text ---
+
+    def _spell(self, question: TextQuestion, now: float) -> None:
+        """Ask the model's tokenizer, or wait for the model first."""
+        try:
+            question = replace(question, model=self._models.choose(question.model))
+            slot = self._shelf.find(question.model, now)
+        except KVCacheError as error:
+            self._events.append(Answered(question.ticket, error))
+            return
+        if slot is None:
+            self._shelf.wait(question)
+        else:
+            self._run_encode(partial(_spell_job, self._shelf.borrow(question.model).model, question))
+
+    def _spelled(self, done: Spelled) -> None:
+        self._shelf.give_back(done.question.model)
+        self._events.append(Answered(done.question.ticket, done.result))
 
     # --- generations ---
 
@@ -348,6 +386,20 @@ class Host:
             waiting=stats.waiting + sum(1 for slot in self._slot_of.values() if slot is None),
             failed=stats.failed + self._failed_early,
         )
+
+
+def _spell_job(model: Model, question: TextQuestion) -> Spelled:
+    try:
+        if isinstance(question, SpellTokens):
+            return Spelled(question, Spelling(texts=model.spell(question.tokens, question.each)))
+        tokens = model.encode(question.kind, question.prompt, question.special)
+        facts = model.facts
+        return Spelled(question, Encoding(model=facts.name, tokens=tokens, max_model_len=facts.max_model_len))
+    except KVCacheError as error:
+        return Spelled(question, error)
+    except Exception:  # as below
+        log.exception("a tokenizer failed")
+        return Spelled(question, InternalError("the tokenizer failed; the worker's log has the traceback"))
 
 
 def _encode_job(model: Model, start: Start) -> Encoded:

@@ -10,7 +10,6 @@ Tensors that do not fit one message go in chunks over the bulk lane (`workers.bu
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from bus.messages import (
     Chunk,
     Credit,
     Delete,
+    Detokenize,
     FlushPrefixCache,
     Generate,
     Get,
@@ -37,15 +37,17 @@ from bus.messages import (
     Message,
     Pin,
     Put,
+    Tokenize,
     Unpin,
 )
-from bus.stats import SequenceInfo, SequencePage, StoreStats, pack
+from bus.stats import SequenceInfo, SequencePage, Spelling, StoreStats, pack
 from bus.wire import Buffer
 from workers.bulk import UPLOAD_WINDOW, Download, Upload, cut
 from workers.calls import Action, Call, CallId, Calls, Channel, Tell
 from workers.engine_api import (
     Answered,
     DropKV,
+    Encoding,
     FlushKV,
     Forgotten,
     ListKV,
@@ -90,6 +92,7 @@ class KVPlane:
         replies: Replies,
         held: HeldSequences,
         is_writing: Callable[[SequenceKey], bool],
+        next_ticket: Callable[[], Ticket],
     ) -> None:
         self._worker_id = worker_id
         self._calls = calls
@@ -100,14 +103,14 @@ class KVPlane:
         self._computed: set[SequenceKey] = set()
         self._work: dict[CallId, Work] = {}
         self._asking: dict[Ticket, Call] = {}
-        self._tickets = itertools.count(1)
+        self._next_ticket = next_ticket
 
     # --- what clients say ---
 
     def start(self, call: Call, payload: Sequence[Buffer], now: float) -> list[Action]:
         """Serve a request, or begin to. Raises what is wrong with it; nothing has changed then."""
         message = call.message
-        assert not isinstance(message, Generate), "generations are not served here"
+        assert not isinstance(message, Generate | Tokenize | Detokenize), "those are not served here"
         if isinstance(message, ListSequences):
             return self._list(call, message, now)
         if isinstance(message, FlushPrefixCache):
@@ -364,6 +367,7 @@ class KVPlane:
             return []
         question = self._work.pop(call.id)
         assert isinstance(question, _Question)
+        assert not isinstance(event.answer, Encoding | Spelling), "an answer to what was not asked"
         answer = event.answer
         if isinstance(answer, KVCacheError):
             return self._calls.fail(call, answer)
@@ -379,9 +383,6 @@ class KVPlane:
         if isinstance(message, Delete):
             self._held.dropped(SequenceKey(call.request.tenant, message.seq_id), call.version)
         return self._finish(call, self._done(call, count=answer))
-
-    def _next_ticket(self) -> Ticket:
-        return Ticket(next(self._tickets))
 
     def _done(self, call: Call, *, length: int = 0, count: int = 0, duplicate: bool = False) -> KvDone:
         return KvDone(req_id=call.request.req_id, length=length, count=count, duplicate=duplicate)

@@ -1,11 +1,12 @@
 """Requests from brokers, from the envelope to the one final answer, whatever happens on the way.
 
 Here they are read, refused, begun, continued and ended; what serving one means is the business of
-`generations` and `kv_plane`. A fault, theirs or ours, ends the request it concerns and no other.
+`generations`, `spelling` and `kv_plane`. A fault, theirs or ours, ends the request it concerns and no other.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 
@@ -30,6 +31,7 @@ from bus.messages import (
     Chunk,
     Credit,
     Delete,
+    Detokenize,
     Dispatched,
     FlushPrefixCache,
     Forward,
@@ -38,17 +40,19 @@ from bus.messages import (
     Pin,
     Put,
     Resume,
+    Tokenize,
     Unpin,
 )
 from bus.stats import Holdings, StoreStats
 from bus.wire import Buffer, Frames
 from workers.calls import Action, Call, CallId, Calls
-from workers.engine_api import Answered, Forgotten, KVEvent, Retained, RunEvent
+from workers.engine_api import Answered, Forgotten, KVEvent, Retained, RunEvent, Ticket
 from workers.generations import Generations, StreamCounts
 from workers.holdings import HeldSequences
 from workers.keys import SequenceKey
 from workers.kv_plane import KVPlane
 from workers.replies import Replies
+from workers.spelling import Spelling
 from workers.store import KVStore
 
 log = logging.getLogger(__name__)
@@ -71,7 +75,11 @@ class Requests:
         self._calls = Calls()
         self._replies = Replies()
         self._generations = Generations(worker_id, self._calls, may_act)
-        self._kv = KVPlane(worker_id, self._calls, store, self._replies, held, self._generations.is_writing)
+        tickets = map(Ticket, itertools.count(1))
+        self._spelling = Spelling(self._calls, tickets.__next__)
+        self._kv = KVPlane(
+            worker_id, self._calls, store, self._replies, held, self._generations.is_writing, tickets.__next__
+        )
 
     def __len__(self) -> int:
         """How many have no final answer yet."""
@@ -146,7 +154,7 @@ class Requests:
             if isinstance(call.message, Generate):
                 actions += self._generations.orphan(call, now)
             else:
-                actions += self._kv.stop(call)
+                actions += self._stop(call)
             self._calls.forget(call)
         return actions
 
@@ -162,6 +170,8 @@ class Requests:
 
     def on_engine(self, event: RunEvent | KVEvent, now: float) -> list[Action]:
         match event:
+            case Answered() if event.ticket in self._spelling:
+                return self._spelling.answered(event)
             case Answered() | Retained() | Forgotten():
                 return self._kv.on_event(event)
             case _:
@@ -191,6 +201,8 @@ class Requests:
             reply = self._replies.claim(call.request, message, now)
             if reply is not None:
                 return self._kv.repeat(call, reply)
+        if isinstance(message, Tokenize | Detokenize):
+            return self._spelling.start(call, message, payload)
         if not isinstance(message, Generate):
             return self._kv.start(call, payload, now)
         if not message.seq_id:
@@ -206,7 +218,7 @@ class Requests:
 
     def _outdate(self, call: Call) -> list[Action]:
         """A copy that is older than the broker knows of must not serve."""
-        if isinstance(call.message, ListSequences | FlushPrefixCache) or not call.newest:
+        if isinstance(call.message, ListSequences | FlushPrefixCache | Tokenize | Detokenize) or not call.newest:
             return []
         return self._kv.outdate(SequenceKey(call.request.tenant, call.message.seq_id), call.newest)
 
@@ -227,7 +239,13 @@ class Requests:
         return [*self._stop(call), *self._calls.fail(call, error)]
 
     def _stop(self, call: Call) -> list[Action]:
-        return self._generations.stop(call) if isinstance(call.message, Generate) else self._kv.stop(call)
+        match call.message:
+            case Generate():
+                return self._generations.stop(call)
+            case Tokenize() | Detokenize():
+                return self._spelling.stop(call)
+            case _:
+                return self._kv.stop(call)
 
     def _fault(self, call: Call) -> list[Action]:
         """Our own bug in one request harms that request alone."""

@@ -19,12 +19,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeAlias
 
 import msgspec
 
 from bus.errors import KVCacheError, ModelUnavailable, NoSpace
 from bus.stats import EngineStats, ModelStats
-from workers.engine_api import EngineEvent, RunId, Start
+from workers.engine_api import EngineEvent, RunId, Start, TextQuestion, Ticket
 from workers.loading import Closed, Loaded, Loading, LoadJob, Measured, Models, close_job, load_job, measure_job
 from workers.model_budget import ModelBudget, ModelNeed
 from workers.model_states import AS_TOLD, Phase, Turn, after
@@ -37,6 +38,9 @@ MAX_RETRY_LOAD_S = 80.0
 RETRY_ROOM_S = 1.0
 WAITS_FOR_ROOM = "waiting for room"
 NO_ROOM = "there was no room for it, and nobody waits for it; it loads when it is asked for"
+
+
+Waiting: TypeAlias = Start | TextQuestion
 
 
 @dataclass(slots=True)
@@ -61,7 +65,7 @@ class _Place:
     num_loads: int = 0
     num_unloads: int = 0
     num_borrowed: int = 0
-    waiting: dict[RunId, Start] = field(default_factory=dict)
+    waiting: dict[RunId | Ticket, Waiting] = field(default_factory=dict)
 
     @property
     def is_busy(self) -> bool:
@@ -114,9 +118,10 @@ class Shelf:
             self._ask(name, place)
         return place.slot if place.phase is Phase.READY else None
 
-    def wait(self, start: Start) -> None:
+    def wait(self, waiting: Waiting) -> None:
         """Keep a request until its model, which `find` has said is on its way, is there or has failed."""
-        self._places[start.model].waiting[start.run] = start
+        key = waiting.run if isinstance(waiting, Start) else waiting.ticket
+        self._places[waiting.model].waiting[key] = waiting
 
     def leave(self, model: str, run: RunId) -> None:
         """A request does not wait any more, if it did."""
@@ -142,7 +147,7 @@ class Shelf:
         place = self._places[news.name]
         place.stage, place.progress = news.stage, news.progress
 
-    def measured(self, done: Measured, now: float) -> list[Start]:
+    def measured(self, done: Measured, now: float) -> list[Waiting]:
         """What a model takes is known, or that it cannot be had; returns who is to ask for it again."""
         place = self._places[done.name]
         if isinstance(done.result, KVCacheError):
@@ -152,7 +157,7 @@ class Shelf:
         self._queue.append(done.name)
         return []
 
-    def loaded(self, done: Loaded, now: float) -> list[Start]:
+    def loaded(self, done: Loaded, now: float) -> list[Waiting]:
         """A load has ended, well or badly; returns who waited for it, to `find` out which."""
         place = self._places[done.name]
         place.load_s = done.load_s
@@ -175,12 +180,12 @@ class Shelf:
 
     # --- room ---
 
-    def make_room(self, now: float) -> list[Start]:
+    def make_room(self, now: float) -> list[Waiting]:
         """Load those that wait for room as far as there is any, and have others leave for the first that has none.
 
         Call it whenever a model may have become idle, and at `next_deadline`. Returns who is to ask again.
         """
-        again: list[Start] = []
+        again: list[Waiting] = []
         while self._queue and (starts := self._serve_first(self._queue[0], now)) is not None:
             self._queue.pop(0)
             again += starts
@@ -231,7 +236,7 @@ class Shelf:
         """Runs in the load thread."""
         self._report(Loading(name, stage, progress))
 
-    def _serve_first(self, name: str, now: float) -> list[Start] | None:
+    def _serve_first(self, name: str, now: float) -> list[Waiting] | None:
         """Who is to ask again now that the first in turn is settled; None if it goes on waiting for room."""
         place = self._places[name]
         assert place.need is not None
@@ -295,7 +300,7 @@ class Shelf:
         place.num_failures += 1
         return now + min(MAX_RETRY_LOAD_S, RETRY_LOAD_S * 2.0 ** (place.num_failures - 1))
 
-    def _fail(self, name: str, error: KVCacheError, retry_at: float) -> list[Start]:
+    def _fail(self, name: str, error: KVCacheError, retry_at: float) -> list[Waiting]:
         place = self._places[name]
         place.phase = after(place.phase, Turn.FAIL)
         self._budget.release(name)
@@ -307,7 +312,7 @@ class Shelf:
         log.error("model %s cannot be served: %s", name, error.message)
         return self._take_waiting(place)
 
-    def _take_waiting(self, place: _Place) -> list[Start]:
+    def _take_waiting(self, place: _Place) -> list[Waiting]:
         waiting, place.waiting = list(place.waiting.values()), {}
         return waiting
 

@@ -80,13 +80,18 @@ class ModelFacts:
 
 
 class Model(Protocol):
-    """A loaded model over its pool. All but `encode` is called from the engine's thread."""
+    """A loaded model over its pool. All but `encode` and `spell` is called from the engine's thread."""
 
     @property
     def facts(self) -> ModelFacts: ...
 
-    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
-        """Token ids of a prompt. Raises TokenizerError, BadArgument or TooLarge. Called from the text thread."""
+    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt; special: with those that the model's texts begin with.
+
+        Raises TokenizerError, BadArgument or TooLarge. Called from the text thread."""
+
+    def spell(self, tokens: bytes, each: bool) -> tuple[str, ...]:
+        """How `<u4` token ids are spelled: one text for each, or one for all. Raises as `encode`, from its thread."""
 
     def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
         """The text of a new output, which ends before any of `stops` that is complete after `min_tokens` tokens.

@@ -30,6 +30,7 @@ MAX_UNFINISHED = 3
 """Bytes of a UTF-8 character that can be there before its last; some decoders show one mark for each."""
 WINDOW_TOKENS = 16
 """Decode again from the last place known good once this many tokens have come since."""
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
@@ -45,26 +46,30 @@ class Tokenizer:
         self._vocab_size = vocab_size
         self._max_prompt_bytes = max_prompt_bytes
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens the model begins with.
+    def encode(self, prompt: str, *, special: bool = True) -> list[int]:
+        """Token ids of a prompt; special: with the special tokens the model begins with.
 
         Raises TooLarge, BadArgument if no token comes of it, TokenizerError if the tokenizer fails.
         """
         self._check_bytes(prompt)
-        return self._tokenize(prompt, add_special_tokens=True)
+        return self._tokenize(prompt, add_special_tokens=special)
 
-    def encode_chat(self, messages: Sequence[object]) -> list[int]:
+    def encode_chat(self, messages: Sequence[object], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation rendered by the model's chat template, up to where the answer begins.
 
-        messages: mappings of `role` and `content`, both text. Raises as `encode` does, BadArgument for a
-        malformed message, TokenizerError if the model has no template or the template refuses the messages.
+        messages: mappings of `role` and `content`, both text, and perhaps `name`, `tool_calls` and `tool_call_id`.
+        tools: JSON objects that the template may show; one that knows no tools leaves them out.
+        Raises as `encode` does, BadArgument for a malformed message, TokenizerError if the model has no template or the
+        template refuses the messages.
         """
         conversation = _as_conversation(messages)
         self._check_bytes("".join(message["content"] for message in conversation))
         if not self._inner.chat_template:
             raise TokenizerError("the model has no chat template; send a prompt or token ids")
         try:
-            rendered = self._inner.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            rendered = self._inner.apply_chat_template(
+                conversation, tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # a template may raise anything
             raise TokenizerError(f"the chat template failed: {type(error).__name__}: {error}") from error
         self._check_bytes(rendered)
@@ -82,8 +87,17 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of a token list, special tokens left out, bytes that are no character as U+FFFD."""
+        return self._decode(token_ids, skip_special_tokens=True)
+
+    def spell(self, token_ids: Sequence[int]) -> str:
+        """The text of a token list with its special tokens."""
+        return self._decode(token_ids, skip_special_tokens=False)
+
+    def _decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         try:
-            text = self._inner.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._inner.decode(
+                token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            )
         except Exception as error:  # foreign code over a foreign vocabulary
             raise TokenizerError(f"the tokenizer failed to decode: {type(error).__name__}: {error}") from error
         return str(text)
@@ -104,20 +118,23 @@ class Tokenizer:
             raise TooLarge(f"the prompt has {size} bytes; the limit is {self._max_prompt_bytes}")
 
 
-def _as_conversation(messages: Sequence[object]) -> list[dict[str, str]]:
-    """The messages with nothing in them but what every template knows."""
+def _as_conversation(messages: Sequence[object]) -> list[dict[str, Any]]:
+    """The messages with nothing in them but what templates know."""
     if not messages:
         raise BadArgument("messages is empty; it needs at least one message")
-    conversation: list[dict[str, str]] = []
+    conversation: list[dict[str, Any]] = []
     for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-            raise BadArgument(f"message {position} must be an object of role and content, nothing else")
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() <= MESSAGE_FIELDS:
+            raise BadArgument(
+                f"message {position} must be an object of role and content, and besides only"
+                f" {', '.join(sorted(MESSAGE_FIELDS - {'role', 'content'}))}"
+            )
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
             raise BadArgument(f"message {position} has role {role!r:.40}; roles are {', '.join(sorted(ROLES))}")
         if not isinstance(content, str):
             raise BadArgument(f"message {position} has content of type {type(content).__name__}; it must be text")
-        conversation.append({"role": role, "content": content})
+        conversation.append(dict(message))
     return conversation
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -40,11 +41,21 @@ from workers.slot import ModelFacts
 from workers.text import TextStream, Tokenizer
 
 
-class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One message of a chat prompt on the wire, which is a JSON list of these."""
+class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One message of a chat prompt on the wire, which is a JSON list of these, or a `ChatPrompt`."""
 
     role: str
     content: str
+    name: str = ""
+    tool_calls: list[dict[str, Any]] = []
+    tool_call_id: str = ""
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A chat prompt with more than messages: `tools` are shown to the model as its template has it."""
+
+    messages: list[ChatMessage]
+    tools: list[dict[str, Any]] = []
 
 
 KV_TOLERANCE = {
@@ -60,12 +71,12 @@ and 0.09, since a number at the edge of a code may fall to either side); unrelat
 MAX_POOL_BYTES = 1 << 50
 """More than any flag allows: for asking how large a block is."""
 
-_chat = msgspec.json.Decoder(list[ChatMessage])
+_chat = msgspec.json.Decoder(list[ChatMessage] | ChatPrompt)
 
 
 class TorchModel:
-    """One loaded model over its own pool. `encode` belongs to one thread, what `open_text` returns to another, and all
-    that touches the pool to a third."""
+    """One loaded model over its own pool. `encode` and `spell` belong to one thread, what `open_text` returns to
+    another, and all that touches the pool to a third."""
 
     def __init__(self, loaded: LoadedModel, kv: PagedKV, chosen: Chosen) -> None:
         shape = loaded.shape
@@ -97,23 +108,31 @@ class TorchModel:
         )
         self._dtype = dtype_by_name(self.facts.dtype)
 
-    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
         """Token ids of a prompt as it came: utf-8, `<u4`, or JSON messages. Raises as `Tokenizer` does."""
         if kind is PromptKind.TOKENS:
-            if len(prompt) % TOKEN_BYTES:
-                raise BadArgument(f"token ids are {len(prompt)} bytes, not a whole number of u32")
-            return tuple(self._tokenizer.check_ids(np.frombuffer(prompt, "<u4").tolist()))
+            return tuple(self._token_ids(prompt))
         try:
             text = prompt.decode()
         except UnicodeDecodeError as error:
             raise BadArgument(f"the prompt is not utf-8: {error.reason} at byte {error.start}") from None
         if kind is PromptKind.TEXT:
-            return tuple(self._tokenizer.encode(text))
+            return tuple(self._tokenizer.encode(text, special=special))
         try:
-            messages = _chat.decode(text)
-        except msgspec.MsgspecError as error:
+            chat = _chat.decode(text)
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise BadArgument(f"messages must be a list of objects with role and content: {error}") from None
-        return tuple(self._tokenizer.encode_chat([msgspec.structs.asdict(message) for message in messages]))
+        messages, tools = (chat.messages, chat.tools) if isinstance(chat, ChatPrompt) else (chat, [])
+        return tuple(self._tokenizer.encode_chat([msgspec.to_builtins(message) for message in messages], tools))
+
+    def spell(self, tokens: bytes, each: bool) -> tuple[str, ...]:
+        token_ids = self._token_ids(tokens)
+        return tuple(map(self._tokenizer.spell, ([token_id] for token_id in token_ids) if each else [token_ids]))
+
+    def _token_ids(self, data: bytes) -> list[int]:
+        if len(data) % TOKEN_BYTES:
+            raise BadArgument(f"token ids are {len(data)} bytes, not a whole number of u32")
+        return self._tokenizer.check_ids(np.frombuffer(data, "<u4").tolist())
 
     def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
         return TextStream(self._decoder, stops, min_tokens)

@@ -106,6 +106,8 @@ class BrokerCore:
                 return self._sessions.close_client(client)
             case (
                 m.Generate()
+                | m.Tokenize()
+                | m.Detokenize()
                 | m.Put()
                 | m.Append()
                 | m.Get()

@@ -27,6 +27,9 @@ MAX_RETRY_S = 3600.0
 LEARN_AFTER_MS = 50
 NAMELESS = "seq_id must not be empty"
 
+SPELLED = (m.Tokenize, m.Detokenize)
+"""What any worker answers alike, so whoever has least to do should."""
+
 Placed = m.Dispatched | m.Route
 
 NAMED = (m.ListSequences, m.FlushPrefixCache)
@@ -61,6 +64,8 @@ class Placement:
         if isinstance(message, NAMED):
             return self._named(message.worker_id)
         self._check_ready()
+        if isinstance(message, SPELLED):
+            return self._anyone(now)
         prompt = self._knowledge.read(tenant, message) if isinstance(message, POLICED) else None
         if message.seq_id:
             choice = self._holder(tenant, message, now)
@@ -128,12 +133,20 @@ class Placement:
             raise BadArgument(f"no live worker is called {worker_id!r}")
         return Place(Choice(worker_id, "named: the request names the worker"), worker)
 
+    def _anyone(self, now: float) -> Place:
+        available = self._workers.available(self._workers.ring.workers, now)
+        if not available:
+            raise Overloaded("every worker is full", retry_after_ms=RETRY_AFTER_MS)
+        choice = Choice(self._workers.least_busy(available), "least_loaded: any worker can tell")
+        self._count(choice)
+        return Place(choice, self._workers.by_id[choice.worker_id])
+
     def _holder(self, tenant: str, message: Placed, now: float) -> Choice:
         """A sequence is where its newest version is; while nobody has it, its owner on the ring serves it.
 
         If several have it, they take turns, which also keeps them from forgetting it.
         """
-        assert not isinstance(message, NAMED)
+        assert not isinstance(message, NAMED + SPELLED)
         if isinstance(message, POLICED) and message.policy not in {"", "consistent_hash"}:
             raise BadArgument(f"a request with a seq_id goes to its owner; leave out policy {message.policy!r}")
         self._check_learned(now)

@@ -32,7 +32,7 @@ from kvcache.broker.directory import Name
 from kvcache.broker.dispatch import Dispatch
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Call, Client, Gather, Stream, Worker, Workers
-from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, Place, Placement
+from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, SPELLED, Place, Placement
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.sequences import Sequences
 from kvcache.broker.streams import Streams
@@ -81,7 +81,7 @@ class Requests:
                 explanation.append(self._explanation(client, message, place, now))
         except KVCacheError as error:
             return [self._refuse_request(client, message, error)]
-        name = None if isinstance(message, NAMED) else _name(client, message.seq_id)
+        name = None if isinstance(message, NAMED + SPELLED) else _name(client, message.seq_id)
         call = self.calls.begin(client, place.worker, message.req_id, now + message.deadline_ms / 1000, stream, name)
         if stream is not None:
             self.streams.use(stream, call)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Self, Unpack
 from bus.errors import BadArgument, KVCacheError, WorkerLost
 from bus.limits import MAX_PRIORITY
 from bus.messages import QueryKind
-from bus.stats import ClusterStats, Explanation, WorkerView
+from bus.stats import ClusterStats, Explanation, Spelling, WorkerView
 from kvcache.client import requests
 from kvcache.client.config import client_config
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV
 from kvcache.client.link import Link, new_id
-from kvcache.client.prompts import ChatMessages, check_index, make_prompt, optional_name
+from kvcache.client.prompts import ChatMessages, Tools, check_index, make_prompt, optional_name
+from kvcache.client.results import Encoding
 from kvcache.client.streams import GenerateCall, Wanted
 from kvcache.sampling import SamplingFields, SamplingParams, sampling_params
 
@@ -65,7 +66,9 @@ class AsyncClient:
         *,
         token_ids: TokenIds | None = None,
         messages: ChatMessages | None = None,
+        tools: Tools | None = None,
         seq_id: str | None = None,
+        session: str | None = None,
         cache_salt: str | None = None,
         model: str | None = None,
         policy: str | None = None,
@@ -79,8 +82,10 @@ class AsyncClient:
 
         params, sampling: `SamplingParams`, or its fields as keywords (`max_tokens=64, temperature=0`); given both,
         keywords win. With n > 1 every output is a request of its own, which share the prompt's KV.
-        seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
-        requests of the same salt. priority: -100 to 100; of those that wait on a worker the lower ones are sooner.
+        tools: JSON objects that the chat template may show to the model.
+        seq_id: keep the KV under this id, and go on from what it holds. session: keep requests of this name together
+        on one worker, as far as its load allows. cache_salt: share prefixes only with requests of the same salt.
+        priority: -100 to 100; of those that wait on a worker the lower ones are sooner.
         deadline: seconds for all of it. explain: tell in `Start` why this worker.
         pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
         policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
@@ -92,7 +97,15 @@ class AsyncClient:
             raise BadArgument("a seq_id names one sequence; with it n must be 1")
         model, salt = optional_name("model", model), optional_name("cache_salt", cache_salt)
         wanted = Wanted(
-            prompt=make_prompt(prompt, token_ids, messages, model=model, cache_salt=salt),
+            prompt=make_prompt(
+                prompt,
+                token_ids,
+                messages,
+                model=model,
+                cache_salt=salt,
+                tools=tools,
+                session=optional_name("session", session),
+            ),
             sampling=outputs[0],
             model=model,
             seq_id=optional_name("seq_id", seq_id),
@@ -132,6 +145,39 @@ class AsyncClient:
             new_id(), self._link.deadline(None), seq_id=name, chain=chain, policy=optional_name("policy", policy)
         )
         return await self._link.ask(call, Explanation)
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        tools: Tools | None = None,
+        model: str | None = None,
+        special: bool = True,
+    ) -> Encoding:
+        """The tokens that a prompt, or a chat as the model's template renders it, is made of.
+
+        special: with the special tokens that the model's texts begin with. Raises as `generate` does.
+        """
+        name = optional_name("model", model)
+        made = make_prompt(prompt, None, messages, model=name, cache_salt="", tools=tools)
+        call = requests.tokenize(
+            new_id(), self._link.deadline(None), kind=made.kind, payload=made.payload, model=name, special=special
+        )
+        return await self._link.ask(call, Encoding)
+
+    async def detokenize(self, token_ids: TokenIds, *, model: str | None = None) -> str:
+        """The text of token ids, special tokens spelled out."""
+        return (await self._spell(token_ids, model, each=False))[0]
+
+    async def spell(self, token_ids: TokenIds, *, model: str | None = None) -> tuple[str, ...]:
+        """The text of each token id by itself; one that is only part of a character shows as U+FFFD."""
+        return await self._spell(token_ids, model, each=True)
+
+    async def _spell(self, token_ids: TokenIds, model: str | None, *, each: bool) -> tuple[str, ...]:
+        name = optional_name("model", model)
+        call = requests.detokenize(new_id(), self._link.deadline(None), token_ids=token_ids, model=name, each=each)
+        return (await self._link.ask(call, Spelling)).texts
 
     async def workers(self) -> tuple[WorkerView, ...]:
         """The workers as the broker sees them."""

@@ -108,20 +108,21 @@ Read: TypeAlias = Callable[[Any, Sequence[Buffer]], Any]
 class UnaryCall:
     """One message out, one answer back.
 
-    make: from request id, attempt and remaining milliseconds. read: the value of an answer, or None if it is no
-    answer to this request.
+    make: from request id, attempt and remaining milliseconds; `payload` goes with it. read: the value of an answer, or
+    None if it is no answer to this request.
     """
 
     progress = 0
 
-    def __init__(self, key: bytes, deadline: float, make: Make, read: Read) -> None:
+    def __init__(self, key: bytes, deadline: float, make: Make, read: Read, payload: Sequence[Buffer] = ()) -> None:
         self.key = self.req_id = key
         self.deadline = deadline
         self._make = make
         self._read = read
+        self._payload = payload
 
     def begin(self, attempt: int, limits: Welcome, now: float) -> Sequence[Action]:
-        return [ToControl(self._make(self.req_id, attempt, remaining_ms(self.deadline, now)))]
+        return [ToControl(self._make(self.req_id, attempt, remaining_ms(self.deadline, now)), self._payload)]
 
     def receive(self, message: Message, payload: Sequence[Buffer], now: float) -> Sequence[Action]:
         value = self._read(message, payload)

@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus.errors import BadArgument, TooLarge
 from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import PromptKind
-from kvcache.hashing import canonical_chat, encode_token_ids, routing_chain
+from kvcache.hashing import canonical_chat, encode_token_ids, routing_chain, session_chain
 
 if TYPE_CHECKING:
     from kvcache.hashing import TokenIds
 
-ChatMessages: TypeAlias = Sequence[Mapping[str, str]]
+ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
 MAX_NAME_BYTES = 256
 MAX_SECONDS = 7 * 24 * 3600.0
 MAX_LAYER = 2**32 - 1
 MAX_LENGTH = 2**63 - 1
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,31 @@ class Prompt:
 
 
 def make_prompt(
-    prompt: str | None, token_ids: TokenIds | None, messages: ChatMessages | None, *, model: str, cache_salt: str
+    prompt: str | None,
+    token_ids: TokenIds | None,
+    messages: ChatMessages | None,
+    *,
+    model: str,
+    cache_salt: str,
+    tools: Tools | None = None,
+    session: str = "",
 ) -> Prompt:
-    """The one of the three that was given. Raises BadArgument, or TooLarge for more than 1 MiB."""
+    """The one of the three that was given. Raises BadArgument, or TooLarge for more than 1 MiB.
+
+    tools: what the chat template shows beside the messages. session: what the prompt is placed by first of all.
+    """
+    made = _make_prompt(prompt, token_ids, messages, tools, model, cache_salt)
+    return replace(made, chain=session_chain(made.chain, session)) if session else made
+
+
+def _make_prompt(
+    prompt: str | None,
+    token_ids: TokenIds | None,
+    messages: ChatMessages | None,
+    tools: Tools | None,
+    model: str,
+    cache_salt: str,
+) -> Prompt:
     given = [
         name
         for name, value in (("prompt", prompt), ("token_ids", token_ids), ("messages", messages))
@@ -48,7 +72,9 @@ def make_prompt(
     if len(given) != 1:
         raise BadArgument(f"give exactly one of prompt, token_ids and messages, not {' and '.join(given) or 'none'}")
     if messages is not None:
-        return _from_messages(messages, model, cache_salt)
+        return _from_messages(messages, tools, model, cache_salt)
+    if tools is not None:
+        raise BadArgument("tools go with messages: only a chat template can show them")
     if token_ids is not None:
         return _from_token_ids(token_ids, model, cache_salt)
     if not isinstance(prompt, str):
@@ -105,21 +131,54 @@ def _from_token_ids(token_ids: TokenIds, model: str, cache_salt: str) -> Prompt:
     return Prompt(PromptKind.TOKENS, payload, routing_chain(token_ids, model=model, cache_salt=cache_salt))
 
 
-def _from_messages(messages: ChatMessages, model: str, cache_salt: str) -> Prompt:
+def _from_messages(messages: ChatMessages, tools: Tools | None, model: str, cache_salt: str) -> Prompt:
     if not isinstance(messages, list | tuple) or not messages:
         raise BadArgument('messages must be a list of {"role": ..., "content": ...}, with at least one')
-    turns: list[tuple[str, str]] = []
-    for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise BadArgument(f'messages[{position}] must be {{"role": ..., "content": ...}} and nothing else')
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str) or not isinstance(content, str) or not role:
-            raise BadArgument(f"messages[{position}]: role and content must be text, and role not empty")
-        turns.append((role, content))
-    plain = [{"role": role, "content": content} for role, content in turns]
-    payload = _encode("messages", json.dumps(plain, ensure_ascii=False))
-    chain = routing_chain(canonical_chat(turns), model=model, cache_salt=cache_salt)
-    return Prompt(PromptKind.MESSAGES, payload, chain)
+    turns = [_as_turn(position, message) for position, message in enumerate(messages)]
+    _check_tools(tools)
+    payload = _encode("messages", _as_json({"messages": turns, "tools": list(tools)} if tools else turns))
+    # Templates show the tools before the conversation, or in its first message.
+    head = [("tools", _as_json(list(tools)))] if tools else []
+    plain = [(turn["role"], _spoken(turn)) for turn in turns]
+    return Prompt(
+        PromptKind.MESSAGES, payload, routing_chain(canonical_chat(head + plain), model=model, cache_salt=cache_salt)
+    )
+
+
+def _as_turn(position: int, message: object) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= MESSAGE_FIELDS:
+        raise BadArgument(
+            f'messages[{position}] must be {{"role": ..., "content": ...}}, and besides only name, tool_calls and'
+            " tool_call_id"
+        )
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not isinstance(content, str) or not role:
+        raise BadArgument(f"messages[{position}]: role and content must be text, and role not empty")
+    for name in ("name", "tool_call_id"):
+        if not isinstance(message.get(name, ""), str):
+            raise BadArgument(f"messages[{position}]: {name} must be text")
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadArgument(f"messages[{position}]: tool_calls must be a list of objects")
+    return {name: message[name] for name in sorted(message)}
+
+
+def _check_tools(tools: object) -> None:
+    if tools is None:
+        return
+    if not isinstance(tools, list | tuple) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadArgument("tools must be a list of objects")
+
+
+def _spoken(turn: Mapping[str, Any]) -> str:
+    return turn["content"] + _as_json(turn["tool_calls"]) if turn.get("tool_calls") else str(turn["content"])
+
+
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadArgument(f"messages and tools must be plain JSON: {error}") from None
 
 
 def _encode(what: str, text: str) -> bytes:

@@ -5,14 +5,18 @@ Every function takes the call's key and deadline first and raises BadArgument, B
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from bus.errors import BadArgument
-from bus.limits import MAX_COPIES
+from bus import wire
+from bus.errors import BadArgument, MalformedMessage
+from bus.limits import MAX_COPIES, MAX_PROMPT_BYTES, MAX_SPELLED_TOKENS
 from bus.messages import (
     Append,
     Delete,
+    Detokenize,
+    Detokenized,
     FlushPrefixCache,
     KvDone,
     KvListed,
@@ -20,24 +24,30 @@ from bus.messages import (
     ListSequences,
     Message,
     Pin,
+    PromptKind,
     Put,
     Query,
     QueryKind,
     QueryReply,
     Route,
     Routed,
+    Tokenize,
+    Tokenized,
     Unpin,
 )
-from bus.stats import ClusterStats, Explanation, Figures, SequencePage, unpack
+from bus.stats import ClusterStats, Explanation, Figures, SequencePage, Spelling, unpack
 from bus.tensors import MAX_TENSOR_BYTES
 from bus.wire import Buffer
 from kvcache.client.arrays import kv_tensors
 from kvcache.client.calls import Read, UnaryCall
 from kvcache.client.prompts import MAX_LAYER, MAX_LENGTH, check_index, check_name, check_seconds
+from kvcache.client.results import Encoding
 from kvcache.client.transfers import ReadCall, WriteCall
+from kvcache.hashing import TOKEN_BYTES, encode_token_ids
 
 if TYPE_CHECKING:
     from kvcache.client.arrays import Array
+    from kvcache.hashing import TokenIds
 
 F = TypeVar("F", bound=Figures)
 
@@ -56,6 +66,48 @@ def route(key: bytes, deadline: float, *, seq_id: str, chain: tuple[bytes, ...],
         deadline,
         lambda req_id, attempt, ms: Route(req_id=req_id, seq_id=seq_id, chain=chain, policy=policy),
         _figures(Routed, Explanation),
+    )
+
+
+def tokenize(key: bytes, deadline: float, *, kind: PromptKind, payload: bytes, model: str, special: bool) -> UnaryCall:
+    """Which tokens a prompt is."""
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Tokenize(
+            req_id=req_id,
+            attempt=attempt,
+            deadline_ms=ms,
+            kind=kind,
+            model=model,
+            special=special,
+            payload=wire.describe([payload]),
+        ),
+        _encoding,
+        (payload,),
+    )
+
+
+def detokenize(key: bytes, deadline: float, *, token_ids: TokenIds, model: str, each: bool) -> UnaryCall:
+    """What token ids look like."""
+    payload = encode_token_ids(token_ids)
+    if not 0 < len(payload) <= MAX_PROMPT_BYTES:
+        raise BadArgument(
+            f"{len(payload) // TOKEN_BYTES} token ids; 1 to {MAX_SPELLED_TOKENS} can be asked for at once"
+        )
+    return UnaryCall(
+        key,
+        deadline,
+        lambda req_id, attempt, ms: Detokenize(
+            req_id=req_id,
+            attempt=attempt,
+            deadline_ms=ms,
+            model=model,
+            each=each,
+            payload=wire.describe([payload]),
+        ),
+        _figures(Detokenized, Spelling),
+        (payload,),
     )
 
 
@@ -193,6 +245,16 @@ def flush(key: bytes, deadline: float, *, worker_id: str, cache_salt: str | None
         ),
         _done("count"),
     )
+
+
+def _encoding(message: Message, payload: Sequence[Buffer]) -> Encoding | None:
+    if not isinstance(message, Tokenized):
+        return None
+    data = memoryview(payload[0])
+    if len(data) % TOKEN_BYTES:
+        raise MalformedMessage(f"token ids are {len(data)} bytes, not a whole number of u32")
+    token_ids = tuple(token_id for (token_id,) in struct.iter_unpack("<I", data))
+    return Encoding(token_ids=token_ids, model=message.model, max_model_len=message.max_model_len)
 
 
 def _figures(answer: type[Message], kind: type[F]) -> Read:

@@ -95,6 +95,15 @@ Event: TypeAlias = Start | Token | Done
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """A prompt's tokens, by this model, which takes at most `max_model_len` of them."""
+
+    token_ids: tuple[int, ...]
+    model: str
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class KvAck:
     """A write took effect. length: tokens now in the layer. durability: where it is; `mem1` is one memory, `mem2` two.
 

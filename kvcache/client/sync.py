@@ -20,8 +20,8 @@ from kvcache.client.aio import AsyncClient
 from kvcache.client.arrays import KVPair
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV, Sequences
-from kvcache.client.prompts import ChatMessages
-from kvcache.client.results import Done, Event, KvAck
+from kvcache.client.prompts import ChatMessages, Tools
+from kvcache.client.results import Done, Encoding, Event, KvAck
 from kvcache.sampling import SamplingFields, SamplingParams
 
 if TYPE_CHECKING:
@@ -149,7 +149,9 @@ class Client:
         *,
         token_ids: TokenIds | None = None,
         messages: ChatMessages | None = None,
+        tools: Tools | None = None,
         seq_id: str | None = None,
+        session: str | None = None,
         cache_salt: str | None = None,
         model: str | None = None,
         policy: str | None = None,
@@ -163,9 +165,11 @@ class Client:
 
         params, sampling: `SamplingParams`, or its fields as keywords (`max_tokens=64, temperature=0`); given both,
         keywords win. With n > 1 every output is a request of its own, which share the prompt's KV.
-        seq_id: keep the KV under this id, and go on from what it holds. cache_salt: share prefixes only with
-        requests of the same salt. priority: -100 to 100; of those that wait on a worker the lower ones are sooner.
-        deadline: seconds for all of it. explain: tell in `Start` why this worker.
+        tools: JSON objects that the chat template may show to the model.
+        seq_id: keep the KV under this id, and go on from what it holds. session: keep requests of this name together
+        on one worker, as far as its load allows. cache_salt: share prefixes only with requests of the same salt.
+        priority: -100 to 100; of those that wait on a worker the lower ones are sooner. deadline: seconds for all of
+        it. explain: tell in `Start` why this worker.
         pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
         policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
@@ -178,7 +182,9 @@ class Client:
                 params,
                 token_ids=token_ids,
                 messages=messages,
+                tools=tools,
                 seq_id=seq_id,
+                session=session,
                 cache_salt=cache_salt,
                 model=model,
                 policy=policy,
@@ -214,6 +220,31 @@ class Client:
                 policy=policy,
             )
         )
+
+    def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: ChatMessages | None = None,
+        tools: Tools | None = None,
+        model: str | None = None,
+        special: bool = True,
+    ) -> Encoding:
+        """The tokens that a prompt, or a chat as the model's template renders it, is made of.
+
+        special: with the special tokens that the model's texts begin with. Raises as `generate` does.
+        """
+        return self._thread.call(
+            self._client.tokenize(prompt, messages=messages, tools=tools, model=model, special=special)
+        )
+
+    def detokenize(self, token_ids: TokenIds, *, model: str | None = None) -> str:
+        """The text of token ids, special tokens spelled out."""
+        return self._thread.call(self._client.detokenize(token_ids, model=model))
+
+    def spell(self, token_ids: TokenIds, *, model: str | None = None) -> tuple[str, ...]:
+        """The text of each token id by itself; one that is only part of a character shows as U+FFFD."""
+        return self._thread.call(self._client.spell(token_ids, model=model))
 
     def workers(self) -> tuple[WorkerView, ...]:
         """The workers as the broker sees them."""

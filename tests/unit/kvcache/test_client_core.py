@@ -688,7 +688,10 @@ def test_a_write_beyond_the_brokers_limit_is_refused() -> None:
         ((None, None, [{"role": "user"}]), r"messages\[0\]"),
         ((None, None, [{"role": "user", "content": "a"}, {"role": "user", "content": None}]), r"messages\[1\]"),
         ((None, None, [{"role": "", "content": "a"}]), "role not empty"),
-        ((None, None, [{"role": "user", "content": "a", "name": "x"}]), "nothing else"),
+        ((None, None, [{"role": "user", "content": "a", "voice": "x"}]), "besides only"),
+        ((None, None, [{"role": "user", "content": "a", "name": 7}]), "name must be text"),
+        ((None, None, [{"role": "user", "content": "a", "tool_calls": [7]}]), "list of objects"),
+        ((None, None, [{"role": "user", "content": "a", "tool_calls": [{"a": float("nan")}]}]), "plain JSON"),
     ],
 )
 def test_a_bad_prompt_is_refused_with_what_would_be_right(given: tuple[Any, Any, Any], words: str) -> None:

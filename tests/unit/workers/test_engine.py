@@ -855,10 +855,10 @@ def test_an_encoder_that_raises_anything_breaks_its_own_request(
     make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     class Fragile(TorchModel):
-        def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+        def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
             if prompt == b"boom":
                 raise ZeroDivisionError("in foreign code")
-            return super().encode(kind, prompt)
+            return super().encode(kind, prompt, special)
 
     def load() -> Model:
         model = make()

@@ -83,9 +83,13 @@ class CountingModel:
         kv_tolerance=0.0,
     )
 
-    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
         assert kind is PromptKind.TOKENS
         return tuple(prompt[::4])
+
+    def spell(self, tokens: bytes, each: bool) -> tuple[str, ...]:
+        words = tuple(f"{token} " for token in tokens[::4])
+        return words if each else ("".join(words),)
 
     def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
         return TextStream(self, stops, min_tokens)

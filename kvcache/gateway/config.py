@@ -1,0 +1,115 @@
+"""The gateway's configuration, parsed once from flags and environment.
+
+Each flag `--some-name` may also be given as `KVCACHE_GATEWAY_SOME_NAME`, lists with commas; the flag wins. A value that
+cannot be read is an error that names it, never a default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from bus.endpoints import DEFAULT_URL, endpoints
+from bus.errors import BadArgument
+
+ENV_PREFIX = "KVCACHE_GATEWAY_"
+
+HELPS = {
+    "broker": "the broker's address",
+    "host": "the address to listen on",
+    "port": "the port to listen on; 0 takes a free one",
+    "api_key": "a key that callers must send as a bearer; may be repeated; better kept in a file",
+    "api_key_file": "keys, one a line, plain or as sha256:HEX (see --new-api-key)",
+    "cors_origin": "a web origin whose pages may call; may be repeated; none by default",
+    "default_max_tokens": "of a chat answer that names no limit",
+    "max_body_bytes": "of one request; larger ones are refused (413)",
+    "body_timeout_s": "in which a request's head, and then its body, must arrive (408)",
+    "request_timeout_s": "which a generation may take in all (504)",
+    "write_timeout_s": "for which a reader may take nothing before its stream is given up",
+    "max_requests": "generations at a time; more are refused (429)",
+    "ping_s": "between comments that keep a silent stream open",
+    "drain_s": "which running answers are given when the gateway is told to stop",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """What `HELPS` says of each. Raises BadArgument for a value out of its range."""
+
+    broker: str = DEFAULT_URL
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: tuple[str, ...] = ()
+    api_key_file: str = ""
+    cors_origin: tuple[str, ...] = ()
+    default_max_tokens: int = 2048
+    max_body_bytes: int = 4 << 20
+    body_timeout_s: float = 10.0
+    request_timeout_s: float = 600.0
+    write_timeout_s: float = 60.0
+    max_requests: int = 1024
+    ping_s: float = 15.0
+    drain_s: float = 10.0
+    log_level: str = "info"
+    log_format: str = "text"
+
+    def __post_init__(self) -> None:
+        endpoints(self.broker)
+        _check_range("port", self.port, 0, 65_535)
+        _check_range("default_max_tokens", self.default_max_tokens, 1, 1_000_000)
+        _check_range("max_body_bytes", self.max_body_bytes, 1024, 1 << 30)
+        _check_range("max_requests", self.max_requests, 1, 4096)
+        for name in ("body_timeout_s", "request_timeout_s", "write_timeout_s", "ping_s"):
+            _check_range(name, getattr(self, name), 0.05, 7 * 24 * 3600.0)
+        _check_range("drain_s", self.drain_s, 0, 3600.0)
+        if self.log_format not in {"text", "json"}:
+            raise BadArgument(f"log format {self.log_format!r} is neither 'text' nor 'json'")
+
+
+def public_view(config: GatewayConfig) -> dict[str, Any]:
+    """The configuration without its secrets, as plain data."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return values | {"api_key": f"{len(config.api_key)} keys"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for field in fields(GatewayConfig):
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        action = "append" if default == () else "store"
+        shown = "none" if default in ((), "") else default
+        parser.add_argument(
+            flag, default=None, metavar="X", action=action, help=f"{HELPS.get(field.name, '')} [{shown}]"
+        )
+
+
+def config_from(given: Mapping[str, Any], env: Mapping[str, str] | None = None) -> GatewayConfig:
+    """Parsed flags over environment over defaults. Raises BadArgument."""
+    environ = os.environ if env is None else env
+    values: dict[str, Any] = {}
+    for field in fields(GatewayConfig):
+        variable = ENV_PREFIX + field.name.upper()
+        if given.get(field.name) is not None:
+            values[field.name] = _parse("--" + field.name.replace("_", "-"), given[field.name], field.default)
+        elif variable in environ:
+            text = environ[variable]
+            values[field.name] = _parse(variable, text.split(",") if field.default == () else text, field.default)
+    return GatewayConfig(**values)
+
+
+def _parse(source: str, given: str | list[str], default: object) -> object:
+    if isinstance(given, list):
+        return tuple(part.strip() for part in given if part.strip())
+    try:
+        return type(default)(given) if isinstance(default, int | float) else given
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise BadArgument(f"{source} must be {kind}, not {given!r}") from None
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    if not math.isfinite(value) or not least <= value <= most:
+        raise BadArgument(f"{name} must be from {least} to {most}, not {value}")

@@ -1,0 +1,103 @@
+"""What every request passes first: an id, the key, and an answer in the right form whatever goes wrong behind it.
+
+Pure ASGI, so that a stream's messages pass without a task or a queue in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from bus.errors import KVCacheError
+from kvcache.gateway.access import Keys
+from kvcache.gateway.asks import SESSION_HEADERS, Caller
+from kvcache.gateway.problems import Problem, problem_of
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
+MAX_REQUEST_ID_CHARS = 128
+
+
+class Gate:
+    """Middleware. Puts `request_id` and `caller` into the scope's state, and X-Request-ID on every answer."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in reversed(scope["headers"])}
+        request_id = _request_id(headers.get(b"x-request-id", b""))
+        has_begun = False
+
+        async def reply(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            scope["state"]["request_id"] = request_id
+            scope["state"]["caller"] = self._caller(scope["path"], headers)
+            await self._app(scope, receive, reply)
+        except ClientDisconnect:
+            return  # nobody is left to answer
+        except Exception as error:
+            if has_begun:
+                raise  # the server logs it and closes the connection
+            await send_problem(_problem(error, request_id), reply)
+
+    def _caller(self, path: str, headers: dict[bytes, bytes]) -> Caller:
+        key = b""
+        if path not in OPEN_PATHS:
+            given = headers.get(b"authorization")
+            key = self._keys.check(None if given is None else given.decode("latin-1"))
+        found = (headers[name.encode()] for name in SESSION_HEADERS if headers.get(name.encode()))
+        return Caller(key=key, session=next((value.decode("latin-1") for value in found), None))
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses (no such path, wrong method), in the form of all other errors."""
+    assert isinstance(error, HTTPException)
+    problem = Problem(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
+    return Response(problem.body(), error.status_code, {**(error.headers or {}), **problem.headers()})
+
+
+async def send_problem(problem: Problem, send: Send) -> None:
+    """Answer with an error."""
+    body = problem.body()
+    headers = [(name.encode(), value.encode()) for name, value in problem.headers().items()]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _problem(error: Exception, request_id: str) -> Problem:
+    match error:
+        case Problem():
+            return error
+        case KVCacheError():
+            return problem_of(error)
+        case _:
+            log.error("request %s failed", request_id, exc_info=error)
+            return Problem(500, f"a fault of the server; its log has request {request_id}", "server_error")
+
+
+def _request_id(given: bytes) -> str:
+    """The caller's own if it can stand in a header and a log, else a new one."""
+    text = given.decode("latin-1")
+    is_fit = 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
+    return text if is_fit else secrets.token_hex(16)

@@ -1,0 +1,229 @@
+"""Answers that generate, as HTTP responses: whole, or as server-sent events.
+
+The status is sent when the first event of the bus is there, so that what is wrong with a request, or with us, still
+has its own. A caller that leaves, or takes nothing for too long, ends its generations within one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import UNSET
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from bus.errors import KVCacheError
+from kvcache.client import AsyncClient
+from kvcache.client.generation import AsyncGeneration
+from kvcache.gateway.asks import Ask
+from kvcache.gateway.config import GatewayConfig
+from kvcache.gateway.problems import problem_of
+from kvcache.gateway.replies import Outputs, Piece, Texts, token_ids
+from kvcache.gateway.shapes import Head, Shape
+from kvcache.gateway.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+_encode = msgspec.json.Encoder().encode
+
+OnPieces = Callable[[list[Piece]], Awaitable[None]]
+
+
+class Answer(Response):
+    """One request's generations, and how they are told."""
+
+    def __init__(
+        self, ask: Ask, shape: Shape, client: AsyncClient, vocabulary: Vocabulary, config: GatewayConfig
+    ) -> None:
+        self._ask = ask
+        self._shape = shape
+        self._client = client
+        self._vocabulary = vocabulary
+        self._config = config
+        self._outputs = Outputs(len(ask.prompts), ask.params.n, has_logprobs=ask.params.logprobs is not None)
+        self._turn = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what is wrong as long as nothing was sent."""
+        request_id, created = scope["state"]["request_id"], int(time.time())
+        echoes = await self._echoes() if self._ask.is_echo else {}
+        head = Head(request_id=request_id, created=created, model=self._ask.model or "")
+        tell = self._stream if self._ask.is_stream else self._whole
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(_until_gone(receive))
+                async with self._generations() as generations:
+                    await tell(head, echoes, generations, send)
+                watcher.cancel()
+        except BaseExceptionGroup as errors:
+            if errors.subgroup(ClientDisconnect) is None:
+                raise _first(errors) from None  # else nobody is left to tell
+
+    @asynccontextmanager
+    async def _generations(self) -> AsyncIterator[list[AsyncGeneration]]:
+        """All of them, begun; those that have not ended are stopped when the block is left, however that is."""
+        ask = self._ask
+        begun: list[AsyncGeneration] = []
+        try:
+            for prompt in ask.prompts:
+                begun.append(  # noqa: PERF401  # those before one that is refused must be stopped
+                    self._client.generate(
+                        **prompt,
+                        params=ask.params,
+                        model=ask.model,
+                        session=ask.session,
+                        cache_salt=ask.cache_salt,
+                        priority=ask.priority,
+                        deadline=self._config.request_timeout_s,
+                    )
+                )
+            yield begun
+        finally:
+            for generation in begun:
+                await generation.cancel()
+
+    async def _follow(self, generations: list[AsyncGeneration], on_pieces: OnPieces) -> None:
+        """Hand on what comes, one batch at a time, until all have ended. Raises the first error."""
+
+        async def follow(prompt: int, generation: AsyncGeneration) -> None:
+            while batch := await generation.next_batch():
+                async with self._turn:
+                    await on_pieces(self._outputs.fold(prompt, batch))
+
+        if len(generations) == 1:
+            await follow(0, generations[0])
+            return
+        async with asyncio.TaskGroup() as group:
+            for prompt, generation in enumerate(generations):
+                group.create_task(follow(prompt, generation))
+
+    async def _whole(
+        self, head: Head, echoes: Mapping[int, str], generations: list[AsyncGeneration], send: Send
+    ) -> None:
+        outputs = [Piece(number, text=echoes.get(number, "")) for number in range(self._ask.num_outputs)]
+
+        async def join(pieces: list[Piece]) -> None:
+            for piece in pieces:
+                output = outputs[piece.number]
+                output.text += piece.text
+                output.tokens += piece.tokens
+                output.finish_reason = piece.finish_reason
+
+        await self._follow(generations, join)
+        texts = await self._texts(outputs)
+        answer = self._shape.whole(self._named(head), outputs, self._outputs.usage(), texts)
+        await send(_start(b"application/json"))
+        await send({"type": "http.response.body", "body": _encode(answer)})
+
+    async def _stream(
+        self, head: Head, echoes: Mapping[int, str], generations: list[AsyncGeneration], send: Send
+    ) -> None:
+        events = EventStream(send, self._config.write_timeout_s, self._config.ping_s)
+        echo_left = dict(echoes)
+
+        async def pass_on(pieces: list[Piece]) -> None:
+            texts = await self._texts(pieces)
+            usage = self._outputs.usage() if self._ask.wants_usage_always else None if self._ask.wants_usage else UNSET
+            for piece in pieces:
+                piece.text = echo_left.pop(piece.number, "") + piece.text
+            chunks = [self._shape.chunk(self._named(head), piece, usage, texts) for piece in pieces]
+            await events.write([_encode(chunk) for chunk in chunks if chunk is not None])
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                pinger = group.create_task(events.keep_open())
+                await self._follow(generations, pass_on)
+                pinger.cancel()
+            last = [_encode(self._shape.usage_chunk(self._named(head), self._outputs.usage()))]
+            await events.end([*(last if self._ask.wants_usage else []), b"[DONE]"])
+        except ExceptionGroup as errors:
+            error = _first(errors)
+            if not events.has_begun or not isinstance(error, KVCacheError):
+                raise
+            await events.end([problem_of(error).body()])
+
+    async def _texts(self, pieces: list[Piece]) -> Texts | None:
+        """How the tokens are spelled whose logprobs are to be told; None if none are."""
+        if self._ask.params.logprobs is None:
+            return None
+        wanted = {token_id for piece in pieces for token_id in token_ids(piece.tokens)}
+        return await self._vocabulary.texts(self._outputs.model, wanted) if wanted else {}
+
+    async def _echoes(self) -> dict[int, str]:
+        """The text that each output begins with."""
+        found: dict[int, str] = {}
+        for index, prompt in enumerate(self._ask.prompts):
+            text = prompt.get("prompt")
+            if text is None:
+                text = await self._client.detokenize(prompt["token_ids"], model=self._ask.model)
+            found |= {index * self._ask.params.n + offset: text for offset in range(self._ask.params.n)}
+        return found
+
+    def _named(self, head: Head) -> Head:
+        """With the model that a request without one was served by."""
+        return head if head.model else replace(head, model=self._outputs.model)
+
+
+class EventStream:
+    """Server-sent events. One writer at a time, but for the pings between."""
+
+    def __init__(self, send: Send, write_timeout_s: float, ping_s: float) -> None:
+        self._send = send
+        self._write_timeout_s = write_timeout_s
+        self._ping_s = ping_s
+        self._written_at = time.monotonic()
+        self._lock = asyncio.Lock()
+        self.has_begun = False
+
+    async def write(self, events: list[bytes], *, is_last: bool = False) -> None:
+        """Send events in one go. Raises ClientDisconnect if the reader takes nothing for too long."""
+        await self._put(b"".join(b"data: %b\n\n" % event for event in events), is_last)
+
+    async def end(self, events: list[bytes]) -> None:
+        await self.write(events, is_last=True)
+
+    async def keep_open(self) -> None:
+        """Send a comment whenever nothing was sent for a while, for proxies' sake; never returns."""
+        while True:
+            await asyncio.sleep(max(0.01, self._written_at + self._ping_s - time.monotonic()))
+            if self.has_begun and time.monotonic() >= self._written_at + self._ping_s:
+                await self._put(b": ping\n\n", False)
+
+    async def _put(self, data: bytes, is_last: bool) -> None:
+        async with self._lock:
+            try:
+                async with asyncio.timeout(self._write_timeout_s):
+                    if not self.has_begun:
+                        self.has_begun = True
+                        await self._send(_start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache")))
+                    if data or is_last:
+                        await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            except TimeoutError:
+                raise ClientDisconnect from None
+            self._written_at = time.monotonic()
+
+
+def _start(content_type: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:
+    return {"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type), *more]}
+
+
+async def _until_gone(receive: Receive) -> None:
+    """Raises ClientDisconnect when the caller leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientDisconnect
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One of what went wrong together; mostly there is one."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,105 @@
+"""`python -m kvcache.gateway`: flags, keys, logging, the server, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import resource
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from bus.errors import BadArgument
+from kvcache import logs
+from kvcache.client import AsyncClient
+from kvcache.gateway.access import Keys, hash_key, read_keys
+from kvcache.gateway.app import make_app
+from kvcache.gateway.config import GatewayConfig, add_flags, config_from
+from kvcache.gateway.connections import guarded_protocol
+
+log = logging.getLogger("kvcache.gateway")
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+BACKLOG = 2048
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0 after a clean end, 1 if it could not serve, 2 for bad flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvcache.gateway", description="Serve the OpenAI API from a cluster of workers."
+    )
+    add_flags(parser)
+    parser.add_argument("--new-api-key", action="store_true", help="print a new key and its hash, and do nothing else")
+    given = vars(parser.parse_args(argv))
+    try:
+        if given["new_api_key"]:
+            sys.stdout.write(_new_key())
+            return 0
+        config = config_from(given)
+        logs.configure(config.log_level, config.log_format)
+        keys = _keys(config)
+    except BadArgument as error:
+        sys.stderr.write(f"gateway: {error}\n")
+        return EXIT_USAGE
+    _allow_many_connections()
+    return asyncio.run(_serve(config, keys))
+
+
+async def _serve(config: GatewayConfig, keys: Keys) -> int:
+    if config.host not in LOOPBACK and not keys:
+        log.warning("everybody who reaches %s may use this gateway: no API key is set", config.host)
+    async with AsyncClient(config.broker, timeout=config.request_timeout_s) as client:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(config, client, keys),
+                host=config.host,
+                port=config.port,
+                http=guarded_protocol(config.body_timeout_s),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                backlog=BACKLOG,
+                server_header=False,
+                timeout_graceful_shutdown=round(config.drain_s),
+            )
+        )
+        log.info("gateway for %s at http://%s:%d, %d API keys", config.broker, config.host, config.port, len(keys))
+        try:
+            await server.serve()
+        except SystemExit:  # uvicorn's word for a port that is taken, and it has said so
+            return EXIT_FAILED
+    return 0
+
+
+def _keys(config: GatewayConfig) -> Keys:
+    """Raises BadArgument."""
+    if not config.api_key_file:
+        return read_keys(config.api_key, ())
+    try:
+        lines = Path(config.api_key_file).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadArgument(f"the API key file cannot be read: {error}") from None
+    keys = read_keys(config.api_key, lines)
+    if not keys:
+        raise BadArgument(f"the API key file {config.api_key_file!r} holds no keys, which would let everybody in")
+    return keys
+
+
+def _new_key() -> str:
+    key = f"kvc-{secrets.token_urlsafe(32)}"
+    return f"key (give it to the caller, it is kept nowhere): {key}\nline for --api-key-file: {hash_key(key)}\n"
+
+
+def _allow_many_connections() -> None:
+    """Each stream is a file descriptor, and the usual soft limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,189 @@
+"""The gateway as its callers know it: OpenAI's own client, unchanged, against real processes with the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import pytest_asyncio
+
+from kvcache import AsyncClient
+from tests.harness.cluster import Cluster
+from tests.harness.gateway import gateway
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+
+HELLO: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello hello hello"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="session")
+def url(shared_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with gateway(shared_cluster.url, tmp_path_factory.mktemp("gateway") / "log", "--body-timeout-s", "1") as url:
+        yield url
+
+
+@pytest.fixture
+def sync(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest_asyncio.fixture
+async def api(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def web(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=20.0) as client:
+        yield client
+
+
+def test_models_are_listed_and_shown(sync: openai.OpenAI) -> None:
+    (model,) = sync.models.list().data
+    assert (model.id, model.object) == ("tiny", "model")
+    assert sync.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError, match="known: tiny"):
+        sync.models.retrieve("org/unknown")
+
+
+def test_a_chat_is_answered_and_its_second_turn_is_cached(sync: openai.OpenAI) -> None:
+    first = sync.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=40, **GREEDY)
+    (choice,) = first.choices
+    assert (choice.message.role, choice.finish_reason, choice.index) == ("assistant", "length", 0)
+    assert first.usage is not None
+    assert first.usage.completion_tokens == 40
+    assert first.usage.total_tokens == first.usage.prompt_tokens + 40
+    again = sync.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=40, **GREEDY)
+    assert again.choices[0].message.content == choice.message.content
+    assert again.usage is not None and again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens is not None
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+
+
+async def test_a_streamed_chat_is_the_whole_one_in_pieces(api: openai.AsyncOpenAI) -> None:
+    whole = await api.chat.completions.create(model="tiny", messages=HELLO, max_tokens=30, **GREEDY)
+    text, roles, reasons, usage = "", [], [], None
+    options: Any = {"include_usage": True}
+    stream = await api.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=30, stream=True, stream_options=options, **GREEDY
+    )
+    async for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            roles += [choice.delta.role] if choice.delta.role else []
+            reasons += [choice.finish_reason] if choice.finish_reason else []
+    assert text == whole.choices[0].message.content
+    assert (roles, reasons) == (["assistant"], ["length"])
+    assert usage is not None and whole.usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 30)
+
+
+def test_a_streamed_completion_is_the_whole_one_in_pieces(sync: openai.OpenAI) -> None:
+    whole = sync.completions.create(model="tiny", prompt="hello", max_tokens=20, **GREEDY)
+    stream = sync.completions.create(model="tiny", prompt="hello", max_tokens=20, stream=True, **GREEDY)
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_each_chunk_may_tell_the_usage_so_far(web: httpx.Client) -> None:
+    body = {
+        "model": "tiny", "prompt": "hello", "max_tokens": 12, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }  # fmt: skip
+    lines = [line for line in web.post("/v1/completions", json=body).text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    usages = [httpx.Response(200, content=line[6:]).json()["usage"] for line in lines[:-1]]
+    counts = [usage["completion_tokens"] for usage in usages]
+    assert counts == sorted(counts)
+    assert counts[-1] == 12
+    assert all(usage["prompt_tokens"] == usages[0]["prompt_tokens"] > 0 for usage in usages)
+
+
+def test_n_prompts_and_n_outputs_come_in_the_order_of_the_prompts(sync: openai.OpenAI) -> None:
+    made = sync.completions.create(model="tiny", prompt=["hello", [5, 6, 7]], n=2, seed=4, max_tokens=6)  # type: ignore[arg-type]
+    assert [choice.index for choice in made.choices] == [0, 1, 2, 3]
+    again = sync.completions.create(model="tiny", prompt=["hello", [5, 6, 7]], n=2, seed=4, max_tokens=6)  # type: ignore[arg-type]
+    assert [choice.text for choice in again.choices] == [choice.text for choice in made.choices]
+    assert made.choices[0].text != made.choices[1].text
+    one = sync.completions.create(model="tiny", prompt=[5, 6, 7], seed=4, max_tokens=6)
+    assert one.choices[0].text == made.choices[2].text
+
+
+async def test_logprobs_name_tokens_and_add_up_to_the_text(api: openai.AsyncOpenAI) -> None:
+    made = await api.chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=8, logprobs=True, top_logprobs=3, **GREEDY
+    )
+    assert made.choices[0].logprobs is not None
+    content = made.choices[0].logprobs.content
+    assert content is not None
+    assert len(content) == 8
+    for token in content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].logprob == token.logprob <= 0  # greedy: the likeliest came
+        assert token.top_logprobs[0].token == token.token
+    legacy = await api.completions.create(model="tiny", prompt="hello", max_tokens=8, logprobs=2, **GREEDY)
+    found = legacy.choices[0].logprobs
+    assert found is not None and found.tokens is not None and found.text_offset is not None
+    assert len(found.tokens) == len(found.text_offset) == 8
+
+
+def test_stops_biases_and_echo_do_what_they_say(sync: openai.OpenAI) -> None:
+    whole = sync.completions.create(model="tiny", prompt="hello", max_tokens=30, **GREEDY).choices[0].text
+    stop = whole[10:13]
+    cut = sync.completions.create(model="tiny", prompt="hello", max_tokens=30, stop=[stop], **GREEDY).choices[0]
+    assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
+    forced = sync.completions.create(model="tiny", prompt="hello", max_tokens=3, logit_bias={"65": 100}, **GREEDY)
+    spelled = sync.completions.create(model="tiny", prompt=[65, 65, 65], max_tokens=1, echo=True, **GREEDY)
+    assert spelled.choices[0].text.startswith(forced.choices[0].text)
+    echoed = sync.completions.create(model="tiny", prompt="hello", max_tokens=30, echo=True, **GREEDY)
+    assert echoed.choices[0].text == "hello" + whole
+
+
+def test_tokenize_and_detokenize_are_inverse(web: httpx.Client) -> None:
+    found = web.post("/tokenize", json={"prompt": "hello world"}).json()
+    assert found["count"] == len(found["tokens"]) > 1
+    assert found["max_model_len"] > 1000
+    assert web.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "hello world"}
+    chat = web.post("/tokenize", json={"messages": HELLO}).json()["tokens"]
+    assert "hello hello hello" in web.post("/detokenize", json={"tokens": chat}).json()["prompt"]
+
+
+def test_health_versions_and_information_are_there(web: httpx.Client) -> None:
+    assert web.get("/health").json() == {"status": "ok"}
+    assert web.get("/ready").status_code == 200
+    assert web.get("/version").json()["version"]
+    info = web.get("/server_info").json()
+    assert len(info["cluster"]["workers"]) == 2
+    assert info["config"]["api_key"] == "0 keys"
+
+
+def test_a_request_id_is_echoed_or_made(web: httpx.Client) -> None:
+    body = {"prompt": "hello", "max_tokens": 1}
+    answer = web.post("/v1/completions", json=body, headers={"X-Request-ID": "mine-7"})
+    assert answer.headers["x-request-id"] == "mine-7"
+    assert answer.json()["id"] == "cmpl-mine-7"
+    assert len(web.get("/nothing", headers={"X-Request-ID": "x" * 200}).headers["x-request-id"]) == 32
+
+
+async def test_a_caller_that_leaves_ends_its_work(url: str, client: AsyncClient) -> None:
+    """Asked of the workers, whose figures are a second old at most."""
+    body = {"prompt": "hello", "max_tokens": 15_000, "ignore_eos": True, "stream": True, "n": 2}
+    async with httpx.AsyncClient(base_url=url) as web, web.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200
+        async for _ in answer.aiter_lines():
+            break
+    async with asyncio.timeout(10):
+        while sum(worker.running + worker.waiting for worker in (await client.stats()).workers):
+            await asyncio.sleep(0.05)
