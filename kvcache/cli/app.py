@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from bus.errors import BadArgument, ConnectionLost, DeadlineExceeded, KVCacheError, NoWorkers
-from kvcache.cli import cluster, generation, kv_plane, model_files, processes, up
+from kvcache.cli import cluster, generation, kv_plane, model_files, processes, serve, up
 from kvcache.cli.output import complain
 from kvcache.supervisor import ServiceFailed
 
@@ -32,6 +32,7 @@ kv_app = typer.Typer(help="Put, append and get KV tensors by layer.", no_args_is
 models_app = typer.Typer(help="Fetch and list models.", no_args_is_help=True)
 
 app.command("up")(up.up)
+app.command("serve")(serve.serve)
 for name in processes.FORWARDED:
     app.command(name, add_help_option=False, context_settings=processes.PASS_ALL)(getattr(processes, name))
 app.command("generate")(generation.generate)

@@ -1,4 +1,4 @@
-"""`kvcache broker`, `worker`, `bench`, `record` and `simulate`: other programs of this project under one name.
+"""`kvcache broker`, `worker`, `gateway`, `bench`, ...: other programs of this project under one name.
 
 Each has its own `main` and flags. We become that program (exec) rather than import it: the flags stand
 in one place, a worker's torch stays out of this package, and signals and exit codes need no relay.
@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True}
-FORWARDED = ("broker", "worker", "bench", "record", "simulate")
+FORWARDED = ("broker", "worker", "gateway", "bench", "record", "simulate")
 
 
 def broker(context: typer.Context) -> None:
@@ -24,6 +24,11 @@ def broker(context: typer.Context) -> None:
 def worker(context: typer.Context) -> None:
     """Run a worker in the foreground."""
     _become("workers", context)
+
+
+def gateway(context: typer.Context) -> None:
+    """Run a gateway in the foreground."""
+    _become("kvcache.gateway", context)
 
 
 def bench(context: typer.Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -57,15 +58,22 @@ def up(
 ) -> None:
     """Run a broker and workers here, with live status."""
     url = url or DEFAULT_URL
-    models = models or [DEFAULT_MODEL]
+    flags = ["--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
+    services = cluster_services(url, models or [DEFAULT_MODEL], workers, policy, home, flags)
+    asyncio.run(run_services(services, url, workers, f"{workers} workers serve at {url}; Ctrl-C stops them"))
+
+
+def cluster_services(
+    url: str, models: Sequence[str], num_workers: int, policy: str | None, home: str, worker_flags: Sequence[str]
+) -> list[Service]:
+    """A broker and workers, whose models are fetched first if they are not here."""
     registry = ModelRegistry(Path(home), named=models)
     for name in registry.named:
         fetch(registry, name)
-    flags = ["--broker", url, "--kv-cache-memory-bytes", kv_memory, "--threads", str(threads_per_worker(workers))]
-    flags += worker_flags or []
+    flags = ["--broker", url, "--threads", str(threads_per_worker(num_workers)), *worker_flags]
     flags += [part for model in models for part in ("--model", model)]
-    services = [_broker(url, policy), *(_worker(f"worker-{number}", flags, home) for number in range(1, workers + 1))]
-    asyncio.run(_run(services, url))
+    workers = (_worker(f"worker-{number}", flags, home) for number in range(1, num_workers + 1))
+    return [_broker(url, policy), *workers]
 
 
 def _broker(url: str, policy: str | None) -> Service:
@@ -78,7 +86,8 @@ def _worker(name: str, flags: list[str], home: str) -> Service:
     return Service(name=name, command=command, rank=1, env={"KVCACHE_HOME": home})
 
 
-async def _run(services: list[Service], url: str) -> None:
+async def run_services(services: Sequence[Service], url: str, num_workers: int, ready: str) -> None:
+    """Run them until Ctrl-C or SIGTERM; `ready` is said when so many workers serve. Raises ServiceFailed."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -87,7 +96,7 @@ async def _run(services: list[Service], url: str) -> None:
     with open_board() as board:
         supervisor = Supervisor(services, on_line=board.line, on_change=board.changed)
         async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(_watch(url, len(services) - 1, supervisor, board))
+            watcher = group.create_task(_watch(url, num_workers, ready, supervisor, board))
             try:
                 await supervisor.run(stop)
             except ServiceFailed as error:
@@ -98,7 +107,7 @@ async def _run(services: list[Service], url: str) -> None:
     note("stopped")
 
 
-async def _watch(url: str, num_workers: int, supervisor: Supervisor, board: Board) -> None:
+async def _watch(url: str, num_workers: int, ready: str, supervisor: Supervisor, board: Board) -> None:
     """Show the cluster's figures for ever; tell the supervisor once every worker serves."""
     is_ready = False
     async with kvcache.AsyncClient(url, timeout=2 * POLL_S) as client:
@@ -111,5 +120,5 @@ async def _watch(url: str, num_workers: int, supervisor: Supervisor, board: Boar
             if figures and not is_ready and sum(view.status == "ready" for view in figures.workers) >= num_workers:
                 is_ready = True
                 supervisor.confirm()
-                board.line("kvcache", f"{num_workers} workers serve at {url}; Ctrl-C stops them")
+                board.line("kvcache", ready)
             await asyncio.sleep(POLL_S)

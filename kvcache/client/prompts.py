@@ -26,7 +26,7 @@ MAX_NAME_BYTES = 256
 MAX_SECONDS = 7 * 24 * 3600.0
 MAX_LAYER = 2**32 - 1
 MAX_LENGTH = 2**63 - 1
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def _from_messages(messages: ChatMessages, tools: Tools | None, model: str, cach
 
 
 def _as_turn(position: int, message: object) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= MESSAGE_FIELDS:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= set(MESSAGE_FIELDS):
         raise BadArgument(
             f'messages[{position}] must be {{"role": ..., "content": ...}}, and besides only name, tool_calls and'
             " tool_call_id"
@@ -160,7 +160,7 @@ def _as_turn(position: int, message: object) -> dict[str, Any]:
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise BadArgument(f"messages[{position}]: tool_calls must be a list of objects")
-    return {name: message[name] for name in sorted(message)}
+    return {name: message[name] for name in MESSAGE_FIELDS if name in message}
 
 
 def _check_tools(tools: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -63,7 +62,8 @@ def test_a_chat_is_answered_and_its_second_turn_is_cached(sync: openai.OpenAI) -
     assert first.usage.total_tokens == first.usage.prompt_tokens + 40
     again = sync.chat.completions.create(model="tiny", messages=HELLO, max_completion_tokens=40, **GREEDY)
     assert again.choices[0].message.content == choice.message.content
-    assert again.usage is not None and again.usage.prompt_tokens_details is not None
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
     assert again.usage.prompt_tokens_details.cached_tokens is not None
     assert again.usage.prompt_tokens_details.cached_tokens > 0
 
@@ -83,7 +83,8 @@ async def test_a_streamed_chat_is_the_whole_one_in_pieces(api: openai.AsyncOpenA
             reasons += [choice.finish_reason] if choice.finish_reason else []
     assert text == whole.choices[0].message.content
     assert (roles, reasons) == (["assistant"], ["length"])
-    assert usage is not None and whole.usage is not None
+    assert usage is not None
+    assert whole.usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, 30)
 
 
@@ -135,7 +136,9 @@ async def test_logprobs_name_tokens_and_add_up_to_the_text(api: openai.AsyncOpen
         assert token.top_logprobs[0].token == token.token
     legacy = await api.completions.create(model="tiny", prompt="hello", max_tokens=8, logprobs=2, **GREEDY)
     found = legacy.choices[0].logprobs
-    assert found is not None and found.tokens is not None and found.text_offset is not None
+    assert found is not None
+    assert found.tokens is not None
+    assert found.text_offset is not None
     assert len(found.tokens) == len(found.text_offset) == 8
 
 

@@ -1,0 +1,66 @@
+"""`kvcache serve MODEL`: all of it on this machine, a broker, workers and a gateway with OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import sys
+from typing import Annotated
+
+import typer
+
+from bus.endpoints import DEFAULT_URL
+from bus.errors import BadArgument
+from kvcache.cli.options import Home, Url
+from kvcache.cli.up import cluster_services, run_services
+from kvcache.models import DEFAULT_HOME
+from kvcache.supervisor import Service
+
+GATEWAY_RANK = 2  # starts when there is a broker, and ends before the workers do
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A name, folder or hub id to serve.", metavar="MODEL")],
+    host: Annotated[str, typer.Option("--host", help="Where the API listens.", metavar="HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Its port.", metavar="PORT")] = 8000,
+    workers: Annotated[
+        int, typer.Option("--workers", "-n", min=1, max=64, help="How many workers to run.", metavar="N")
+    ] = 1,
+    kv_memory: Annotated[
+        str, typer.Option("--kv-cache-memory-bytes", help="KV memory of each worker.", metavar="SIZE")
+    ] = "1GiB",
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="How the broker places requests.", show_default=False, metavar="NAME")
+    ] = None,
+    api_key_file: Annotated[
+        str | None,
+        typer.Option("--api-key-file", help="Keys that callers need.", show_default=False, metavar="FILE"),
+    ] = None,
+    home: Home = str(DEFAULT_HOME),
+    url: Url = None,
+    worker_flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="After --: more flags for every worker (kvcache worker --help).",
+            show_default=False,
+            metavar="WORKER_FLAGS",
+        ),
+    ] = None,
+) -> None:
+    """Serve a model with OpenAI's API.
+
+    A broker, workers and a gateway, with live status.
+    """
+    if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
+        raise BadArgument("the gateway is not installed; run: pip install 'kvcache[gateway]'")
+    url = url or DEFAULT_URL
+    flags = ["--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
+    services = cluster_services(url, [model], workers, policy, home, flags)
+    services.append(_gateway(url, host, port, api_key_file))
+    asyncio.run(run_services(services, url, workers, f"ready: http://{host}:{port}/v1; Ctrl-C stops all of it"))
+
+
+def _gateway(url: str, host: str, port: int, api_key_file: str | None) -> Service:
+    flags = ["--broker", url, "--host", host, "--port", str(port)]
+    flags += ["--api-key-file", api_key_file] if api_key_file else []
+    return Service(name="gateway", command=[sys.executable, "-m", "kvcache.gateway", *flags], rank=GATEWAY_RANK)
