@@ -54,7 +54,8 @@ def cluster(
             command = [sys.executable, "-m", "workers", "--broker", url, "--worker-id", f"worker-{number}"]
             log = stack.enter_context(Path(logs, f"worker-{number}.log").open("wb"))
             workers[Path(log.name)] = stack.enter_context(running([*command, *serve, *worker_flags], log))
-        _wait_until_serving(url, model, workers, timeout_s)
+        name = Path(model).name if model and Path(model).is_dir() else model
+        _wait_until_serving(url, name, workers, timeout_s)
         yield url
 
 

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 
 from bus.errors import KVCacheError
-from kvcache.bench import bus, engine, pull, reuse, ring, router, tensors
+from kvcache.bench import bus, engine, gateway, pull, reuse, ring, router, tensors
 from kvcache.bench.report import Report, show
 
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
     "reuse": (reuse.run, "time to first token, cold and cached, with SmolLM2"),
     "pull": (pull.run, "time to first token from another worker's KV, against computing it"),
     "engine": (engine.run, "decode, prefill, first tokens and chats, against other engines, with SmolLM2"),
+    "gateway": (gateway.run, "HTTP over the bus client: first token, throughput, many streams"),
     "ring": (ring.run, "balance, lookups and movement of the consistent hash"),
     "router": (router.run, "what one placement costs, and memory of the index"),
 }

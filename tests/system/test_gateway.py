@@ -11,9 +11,11 @@ import openai
 import pytest
 import pytest_asyncio
 
+from bus.errors import BadArgument, ModelNotFound
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster
 from tests.harness.gateway import gateway
+from tests.harness.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
@@ -181,12 +183,50 @@ def test_a_request_id_is_echoed_or_made(web: httpx.Client) -> None:
 
 
 async def test_a_caller_that_leaves_ends_its_work(url: str, client: AsyncClient) -> None:
-    """Asked of the workers, whose figures are a second old at most."""
-    body = {"prompt": "hello", "max_tokens": 15_000, "ignore_eos": True, "stream": True, "n": 2}
-    async with httpx.AsyncClient(base_url=url) as web, web.stream("POST", "/v1/completions", json=body) as answer:
-        assert answer.status_code == 200
-        async for _ in answer.aiter_lines():
-            break
-    async with asyncio.timeout(10):
-        while sum(worker.running + worker.waiting for worker in (await client.stats()).workers):
-            await asyncio.sleep(0.05)
+    async def running() -> int:
+        return sum(worker.running + worker.waiting for worker in (await client.stats()).workers)
+
+    async def is_busy() -> bool:
+        return await running() == 2
+
+    async def is_idle() -> bool:
+        return await running() == 0
+
+    body = {"prompt": "hello", "max_tokens": 15_000, "ignore_eos": True, "n": 2}
+    async with httpx.AsyncClient(base_url=url, timeout=60.0) as web:
+        async with web.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+            assert answer.status_code == 200
+            await until(is_busy, "both outputs run")
+        await until(is_idle, "the work of a stream that was left is given up", 5.0)
+        waiting = asyncio.create_task(web.post("/v1/completions", json=body))
+        await until(is_busy, "both outputs run")
+        waiting.cancel()
+        await until(is_idle, "the work of an answer that nobody waits for is given up", 5.0)
+
+
+async def test_a_session_stays_on_its_worker_whatever_it_asks(url: str, client: AsyncClient) -> None:
+    """Its prompts have nothing in common, and neither have the sessions: only the name can bring them together."""
+
+    async def dispatched() -> dict[str, int]:
+        return {worker.worker_id: worker.dispatched for worker in await client.workers()}
+
+    async with httpx.AsyncClient(base_url=url) as web:
+        before = await dispatched()
+        for number in range(8):
+            body = {"prompt": f"{number} is a prompt of its own", "max_tokens": 1}
+            answer = await web.post("/v1/completions", json=body, headers={"X-Session-Affinity": "one"})
+            assert answer.status_code == 200
+        after = await dispatched()
+    assert sorted(after[name] - before[name] for name in after) == [0, 8]
+
+
+async def test_tokens_and_text_are_also_the_python_clients(client: AsyncClient) -> None:
+    found = await client.tokenize("hello hello")
+    assert found.model == "tiny"
+    assert "".join(await client.spell(found.token_ids)) == await client.detokenize(found.token_ids) == "hello hello"
+    with pytest.raises(ModelNotFound):
+        await client.tokenize("hello", model="nobody")
+    with pytest.raises(BadArgument, match="token id 300"):
+        await client.detokenize([300])
+    with pytest.raises(BadArgument, match="0 token ids"):
+        await client.spell([])

@@ -13,9 +13,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from kvcache.local import free_url
+from tests.harness.gateway import free_port
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
@@ -84,6 +86,28 @@ async def test_up_serves_restarts_a_killed_worker_and_stops_in_order(tiny_model:
         assert await up.process.wait() == 0
         ends = [line for line in up.lines if "] stopped, exit code" in line]
         assert ends == ["[worker-1] stopped, exit code 0", "[broker] stopped, exit code 0"]
+
+
+async def test_serve_runs_all_of_it_and_the_gateway_stops_first(tiny_model: Path) -> None:
+    port = free_port()
+    arguments = ["-m", "kvcache.cli", "serve", str(tiny_model), "--url", free_url(), "--port", str(port)]
+    arguments += ["--kv-cache-memory-bytes", "64MiB"]
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=PIPE, stderr=STDOUT)
+    serve = Up(process, "")
+    try:
+        await serve.read_until(lambda line: f"ready: http://127.0.0.1:{port}/v1" in line)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30.0) as web:
+            answer = await web.post("/v1/completions", json={"model": tiny_model.name, "prompt": "hello"})
+        assert answer.json()["usage"]["completion_tokens"] > 0
+        process.send_signal(signal.SIGTERM)
+        await serve.read_until(lambda line: line == "stopped")
+        assert await process.wait() == 0
+        ends = [line for line in serve.lines if "] stopped, exit code" in line]
+        assert ends == [f"[{name}] stopped, exit code 0" for name in ("gateway", "worker-1", "broker")]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
 
 
 async def test_up_on_a_port_in_use_fails_with_the_reason(tiny_model: Path) -> None:

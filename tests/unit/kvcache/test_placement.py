@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from bus import messages as m
+from bus import wire
 from bus.errors import ErrorCode
 from kvcache.ring import HashRing
 from tests.unit.kvcache.broker_driver import PROMPT, Driver, beat, done, generate, length, rid
@@ -25,7 +26,7 @@ def cluster(**config: object) -> Driver:
 
 def place(driver: Driver, message: m.Message) -> str:
     """The worker that a request goes to, or the code of its refusal."""
-    payload = [PROMPT] if isinstance(message, m.Generate) else []
+    payload = [PROMPT] if isinstance(message, m.Generate | m.Tokenize | m.Detokenize) else []
     (heard,) = driver.client(b"c1", message, *payload)
     return heard.link.decode() if isinstance(heard.message, m.Assign) else ErrorCode(heard.message.code).name
 
@@ -90,6 +91,17 @@ def test_a_list_or_flush_is_of_the_worker_it_names() -> None:
         assert place(driver, flush) == name
     nobody = m.ListSequences(req_id=rid(9), attempt=0, deadline_ms=1000, worker_id="nobody")
     assert place(driver, nobody) == "BAD_ARG"
+
+
+def test_a_question_about_tokens_goes_to_whoever_has_least_to_do() -> None:
+    driver = cluster()
+    payload = wire.describe([PROMPT])
+    questions: list[m.Message] = [
+        m.Tokenize(req_id=rid(number), attempt=0, deadline_ms=1000, kind=m.PromptKind.TEXT, payload=payload)
+        for number in range(len(NAMES) - 1)
+    ]
+    questions.append(m.Detokenize(req_id=rid(9), attempt=0, deadline_ms=1000, payload=payload))
+    assert sorted(place(driver, question) for question in questions) == sorted(NAMES)
 
 
 def test_round_robin_gives_each_as_many_as_its_weight_says() -> None:

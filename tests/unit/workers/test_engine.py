@@ -24,6 +24,7 @@ from bus.errors import (
     TokenizerError,
 )
 from bus.messages import FinishReason, ModelState, PromptKind, Sampling
+from bus.stats import Spelling
 from bus.streams import token_bytes
 from kvcache.hashing import routing_chain
 from tests.unit.workers.conftest import EOS_ID, NEED, Family, roomy
@@ -34,6 +35,8 @@ from workers.engine_api import (
     Answered,
     Broke,
     DropKV,
+    EncodePrompt,
+    Encoding,
     Ended,
     Event,
     FlushKV,
@@ -51,6 +54,7 @@ from workers.engine_api import (
     ReadResult,
     Retained,
     RunId,
+    SpellTokens,
     Start,
     Stop,
     TextCommand,
@@ -980,3 +984,29 @@ def test_logprobs_come_with_every_token_if_they_were_asked_for(bench: Bench) -> 
     tops = [event.logprobs[0].top for event in produced if event.run == run_id(1)]
     assert [top[0][0] for top in tops] == tokens_of(events, 1), "greedy takes the likeliest"
     assert all(len(top) == 2 for top in tops)
+
+
+# --- tokens and text ------------------------------------------------------------------------------
+
+
+def test_questions_about_text_wait_for_the_model_and_are_answered(make: Callable[[], TorchModel]) -> None:
+    bench = Bench(FakeModels(tiny=make))
+    ask = EncodePrompt(ticket=Ticket(1), model="tiny", kind=PromptKind.TEXT, prompt=b"hello", special=True)
+    heard = bench.tell(ask, SpellTokens(ticket=Ticket(2), model="", tokens=b"\x41\0\0\0\x42\0\0\0", each=True))
+    heard += bench.run()
+    answers = {event.ticket: event.answer for event in heard if isinstance(event, Answered)}
+    assert isinstance(answers[Ticket(1)], Encoding)
+    assert answers[Ticket(1)].max_model_len == 128
+    assert isinstance(answers[Ticket(2)], Spelling)
+    assert len(answers[Ticket(2)].texts) == 2
+
+
+def test_a_question_to_no_model_or_about_no_token_is_answered_with_what_is_wrong(bench: Bench) -> None:
+    heard = bench.tell(
+        EncodePrompt(ticket=Ticket(1), model="nothing", kind=PromptKind.TEXT, prompt=b"hello", special=True),
+        SpellTokens(ticket=Ticket(2), model="", tokens=b"\xff\xff\0\0", each=False),
+        SpellTokens(ticket=Ticket(3), model="", tokens=b"\1\0\0", each=False),
+    )
+    heard += bench.run()
+    answers = {event.ticket: event.answer for event in heard if isinstance(event, Answered)}
+    assert [type(answers[Ticket(number)]) for number in (1, 2, 3)] == [ModelNotFound, BadArgument, BadArgument]

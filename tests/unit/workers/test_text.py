@@ -137,7 +137,7 @@ def test_chat_messages_are_rendered_by_the_models_template_up_to_the_answer() ->
         ([], "empty"),
         (["hello"], "message 0 must be an object"),
         ([{"role": "user"}], "message 0 must be an object"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "message 0 must be an object"),
+        ([{"role": "user", "content": "x", "voice": []}], "message 0 must be an object"),
         ([{"role": "user", "content": "x"}, {"role": "root", "content": "x"}], "message 1 has role 'root'"),
         ([{"role": ["user"], "content": "x"}], "message 0 has role"),
         ([{"role": "user", "content": 5}], "content of type int"),
@@ -237,3 +237,22 @@ def test_token_the_tokenizer_cannot_decode_is_a_typed_error() -> None:
     stream = TextStream(TOKENIZER)
     with pytest.raises(KVCacheError):
         stream.push(-5)
+
+
+def test_tools_names_and_calls_reach_the_template() -> None:
+    inner = make_tokenizer()
+    inner.chat_template = (
+        "{% for tool in tools or [] %}[{{ tool['name'] }}]{% endfor %}"
+        "{% for m in messages %}{{ m['name'] }}:{{ m['content'] }}{% for c in m['tool_calls'] or [] %}({{ c['id'] }})"
+        "{% endfor %};{% endfor %}"
+    )
+    tokenizer = Tokenizer(inner, vocab_size=VOCAB_SIZE, max_prompt_bytes=1000)
+    messages = [{"role": "assistant", "content": "hi", "name": "ann", "tool_calls": [{"id": "c1"}]}]
+    assert tokenizer.decode(tokenizer.encode_chat(messages, [{"name": "add"}])) == "[add]ann:hi(c1);"
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == "ann:hi(c1);"
+
+
+def test_spelling_shows_the_special_tokens_that_decoding_leaves_out() -> None:
+    tokens = [*TOKENIZER.encode("hello"), EOS_ID]
+    assert TOKENIZER.spell(tokens) == "hello<eos>"
+    assert TOKENIZER.decode(tokens) == "hello"
