@@ -7,8 +7,10 @@ import asyncio
 import logging
 import resource
 import secrets
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -51,11 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return asyncio.run(_serve(config, keys))
 
 
+class Server(uvicorn.Server):
+    """Without uvicorn's signal handling, which ends the process by the signal again once it has stopped."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.handle_exit, number, None)
+        yield
+
+
 async def _serve(config: GatewayConfig, keys: Keys) -> int:
     if config.host not in LOOPBACK and not keys:
         log.warning("everybody who reaches %s may use this gateway: no API key is set", config.host)
     async with AsyncClient(config.broker, timeout=config.request_timeout_s) as client:
-        server = uvicorn.Server(
+        server = Server(
             uvicorn.Config(
                 make_app(config, client, keys),
                 host=config.host,

@@ -34,17 +34,19 @@ class Queries:
 
     async def models(self) -> list[ModelCard]:
         """Every model that a live worker serves or would load, by name."""
-        cards: dict[str, ModelCard] = {}
-        for worker in _ready((await self._client.stats()).workers):
-            for model in worker.stats.models if worker.stats else ():
-                if model.state != "failed" and (model.name not in cards or model.max_model_len):
-                    cards[model.name] = ModelCard(
-                        id=model.name,
-                        created=self._created,
-                        root=model.name,
-                        max_model_len=model.max_model_len or None,
-                    )
-        return [cards[name] for name in sorted(cards)]
+        workers = _ready((await self._client.stats()).workers)
+        # Beats tell names at once; figures, which come each second, tell the rest.
+        names = {name for worker in workers for name, state in worker.models if state != "failed"}
+        lengths = {
+            model.name: model.max_model_len
+            for worker in workers
+            for model in (worker.stats.models if worker.stats else ())
+            if model.max_model_len
+        }
+        return [
+            ModelCard(id=name, created=self._created, root=name, max_model_len=lengths.get(name))
+            for name in sorted(names)
+        ]
 
     async def model(self, name: str) -> ModelCard:
         """Raises ModelNotFound."""

@@ -235,7 +235,11 @@ def test_keys_are_asked_for_and_part_the_caches(shared_cluster: Cluster, tmp_pat
             {"authorization": f"Basic {KEY}"},
             {"authorization": "é"},
         ):
-            check(web.get("/v1/models", headers={k: v.encode() for k, v in header.items()}), 401, "API key")
+            check(
+                web.get("/v1/models", headers=[(name.encode(), value.encode()) for name, value in header.items()]),
+                401,
+                "API key",
+            )
         assert web.get("/health").status_code == 200
         prompt = "a prompt that only this test has, and that fills some blocks of the cache; " * 4
         cached = []
@@ -285,7 +289,7 @@ SCHEMA = schemathesis.openapi.from_dict(openapi.document())
     suppress_health_check=list(HealthCheck),
     derandomize=True,
 )
-def test_no_request_by_the_document_is_a_fault_of_ours(case: schemathesis.Case, url: str) -> None:
+def test_no_request_by_the_document_is_a_fault_of_ours(case: schemathesis.Case[Any], url: str) -> None:
     if isinstance(case.body, dict):
         case.body |= {"max_tokens": 2, "n": 1}
     answer = case.call(base_url=url, timeout=20)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bus.errors import BadArgument
+from bus.limits import MAX_CHAIN_NODES
 from kvcache.client.prompts import make_prompt
 from kvcache.gateway.asks import Ask, Caller, chat_ask, completion_ask
 from kvcache.gateway.problems import Problem
@@ -27,7 +28,7 @@ def chat(caller: Caller = Caller(), **fields: Any) -> Ask:  # noqa: ANN401, B008
 
 
 def test_parameters_reach_sampling_under_their_own_names() -> None:
-    given = {
+    given: dict[str, Any] = {
         "n": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.5,
         "presence_penalty": 1, "frequency_penalty": -1, "stop_token_ids": [4], "ignore_eos": True, "min_tokens": 2,
         "max_tokens": 9, "seed": 5,
@@ -96,7 +97,7 @@ def test_a_session_keeps_different_prompts_together_and_other_sessions_apart() -
     assert one[:2] == other[:2]
     assert not set(one[2:]) & set(other[2:])
     assert not set(one) & set(elsewhere)
-    assert len(chain("a" * 100_000, "s")) == 64
+    assert len(chain("a" * 1_000_000, "s")) == MAX_CHAIN_NODES
 
 
 def test_no_two_keys_share_a_salt_whatever_they_ask_for() -> None:

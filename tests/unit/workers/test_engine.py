@@ -995,10 +995,10 @@ def test_questions_about_text_wait_for_the_model_and_are_answered(make: Callable
     heard = bench.tell(ask, SpellTokens(ticket=Ticket(2), model="", tokens=b"\x41\0\0\0\x42\0\0\0", each=True))
     heard += bench.run()
     answers = {event.ticket: event.answer for event in heard if isinstance(event, Answered)}
-    assert isinstance(answers[Ticket(1)], Encoding)
-    assert answers[Ticket(1)].max_model_len == 128
-    assert isinstance(answers[Ticket(2)], Spelling)
-    assert len(answers[Ticket(2)].texts) == 2
+    encoding, spelling = answers[Ticket(1)], answers[Ticket(2)]
+    assert isinstance(encoding, Encoding)
+    assert isinstance(spelling, Spelling)
+    assert (encoding.max_model_len, len(spelling.texts)) == (128, 2)
 
 
 def test_a_question_to_no_model_or_about_no_token_is_answered_with_what_is_wrong(bench: Bench) -> None:

@@ -23,7 +23,8 @@ def bench() -> CoreBench:
 
 def ask(bench: CoreBench, message: Tokenize | Detokenize, data: bytes) -> tuple[int, EncodePrompt | SpellTokens]:
     call, actions = bench.assign(msgspec.structs.replace(message, payload=wire.describe([data])), data)
-    (question,) = [*commands(actions, EncodePrompt), *commands(actions, SpellTokens)]
+    asked: list[EncodePrompt | SpellTokens] = [*commands(actions, EncodePrompt), *commands(actions, SpellTokens)]
+    (question,) = asked
     return call, question
 
 
