@@ -59,8 +59,11 @@ class MemoryModel:
         self.facts = replace(FACTS, **changes)
         self.memory: dict[BlockId, bytes] = {}
 
-    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
         return tuple(prompt[::4])
+
+    def spell(self, tokens: bytes, each: bool) -> tuple[str, ...]:
+        return tuple(map(str, tokens[::4])) if each else (" ".join(map(str, tokens[::4])),)
 
     def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
         return TextStream(self, stops, min_tokens)
