@@ -326,9 +326,9 @@ class StreamOpened(Message, frozen=True):
 
 
 class Generate(Message, frozen=True):
-    """Generate from a prompt. Payloads: the prompt (utf-8 text, `<u4` token ids, or JSON messages), and, when
-    the stream goes on after a fault, the `<u4` tokens that the client already has; `epoch` is then higher.
-    Of two that wait the one of lower `priority` is sooner.
+    """Generate from a prompt. Payloads: the prompt (utf-8 text, `<u4` token ids, or JSON: a list
+    of messages, or an object of messages and tools), and, when the stream goes on after a fault, the `<u4` tokens that
+    the client already has; `epoch` is then higher. Of two that wait the one of lower `priority` is sooner.
 
     pull_from: a worker to copy the prompt's leading KV from, if it lives, whatever the policy thinks; empty: none.
     """
