@@ -66,8 +66,11 @@ class TinyModel:
         self._token = token
         self.closed = 0
 
-    def encode(self, kind: PromptKind, prompt: bytes) -> tuple[int, ...]:
+    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
         return tuple(prompt[::4])
+
+    def spell(self, tokens: bytes, each: bool) -> tuple[str, ...]:
+        raise AssertionError
 
     def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
         return TextStream(self, stops, min_tokens)
