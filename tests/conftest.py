@@ -1,12 +1,21 @@
-"""Settings for every test: the order of the rings, no GPU test where there is no GPU, no wall-clock deadlines."""
+"""Settings for every test: the order of the rings, no GPU test where there is no GPU, no wall-clock deadlines, and
+the logs of the processes whose test failed. The fixtures are those of the suites in this folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.harness.cluster import Cluster
+from tests.harness.services import Services, client, cluster, exact, own_cluster, sequences, services
+
+__all__ = ["client", "cluster", "exact", "own_cluster", "sequences", "services"]
+
+collect_ignore = ["archived"]
 
 # An example that takes 200 ms on a busy machine has found nothing; pytest-timeout ends what hangs.
 settings.register_profile("kvcache", deadline=None)
@@ -36,3 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not _has_cuda():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Show what the processes wrote during a test that failed."""
+    report = yield
+    values = getattr(item, "funcargs", {}).values()
+    clusters = [value.cluster if isinstance(value, Services) else value for value in values]
+    if report.failed:  # type: ignore[attr-defined]
+        for each in clusters:
+            if isinstance(each, Cluster):
+                report.sections.extend((f"log of {name}", text) for name, text in each.fresh_logs())  # type: ignore[attr-defined]
+    return report

@@ -162,11 +162,11 @@ class Cluster:
             self._marks[node.name] = node.log.stat().st_size if node.log.exists() else 0
 
     def fresh_logs(self, limit: int = 6000) -> Iterator[tuple[str, str]]:
-        """What each process wrote since the mark, its last characters if that is much."""
+        """By the name of each process and its log: what it wrote since the mark, the last of it if that is much."""
         for node in self._nodes():
             text = node.log.read_bytes()[self._marks.get(node.name, 0) :].decode(errors="replace")
             if text:
-                yield node.name, text[-limit:]
+                yield f"{node.name}, whole in {node.log}", text[-limit:]
 
     def close(self) -> None:
         """End everything, workers first."""

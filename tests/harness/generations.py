@@ -11,6 +11,9 @@ from bus.errors import KVCacheError
 from kvcache import AsyncClient, AsyncGeneration, Done, Start, Token
 from tests.harness.prompts import token_prompt
 
+TIE = 1e-3
+"""Logprobs so close are one in float32: some tens of times what they differ by from step to step."""
+
 
 async def greedy(
     client: AsyncClient,
@@ -37,6 +40,20 @@ async def greedy(
     )
     tokens = [event.token_id async for event in generation if isinstance(event, Token)]
     return tokens, await generation.result()
+
+
+def assert_same_words(found: Done, expected: Done) -> None:
+    """That two greedy generations with two `logprobs` say the same, up to where either of two words could have come.
+
+    From a tie on they may go apart, since whoever else is in a step may change a rounding.
+    """
+    assert len(found.tokens) == len(expected.tokens) > 0
+    for ours, theirs in zip(found.tokens, expected.tokens, strict=True):
+        if ours.token_id != theirs.token_id:
+            first, second = theirs.top_logprobs
+            assert {ours.token_id, theirs.token_id} == {first.token_id, second.token_id}, (found.text, expected.text)
+            assert first.logprob - second.logprob < TIE, (found.text, expected.text)
+            return
 
 
 @dataclass(eq=False)

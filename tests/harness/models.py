@@ -55,9 +55,12 @@ class Reference:
         )
         return [int(token) for token in output[0, len(prompt) :]]
 
-    @torch.inference_mode()
     def kv(self, tokens: Sequence[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer after one pass over `tokens`: `[len(tokens), num_kv_heads, head_dim]` each."""
+        return self.all_kv(tokens)[layer]
+
+    @torch.inference_mode()
+    def all_kv(self, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As `kv`, of every layer."""
         cache = self._model(torch.tensor([list(tokens)]), use_cache=True).past_key_values
-        keys, values = cache.layers[layer].keys, cache.layers[layer].values
-        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]

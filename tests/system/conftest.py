@@ -10,9 +10,9 @@ import pytest_asyncio
 
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster, running_cluster
-from tests.harness.fixtures import TINY_FLAGS, pytest_runtest_makereport, reference, tiny_model
+from tests.harness.fixtures import TINY_FLAGS, reference, tiny_model
 
-__all__ = ["pytest_runtest_makereport", "reference", "tiny_model"]
+__all__ = ["reference", "tiny_model"]
 
 
 @pytest.fixture(scope="session")

@@ -6,46 +6,18 @@ import asyncio
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from bus.errors import BadArgument, Conflict, NoSpace, NotFound
 from bus.tensors import BY_NAME
 from kvcache import AsyncClient
-from kvcache.client.arrays import KVPair
 from tests.harness.placement import owned_by
+from tests.tensor_utils import assert_same, joined, random_bits
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
 MIB = 1 << 20
 PLANE_BYTES = 128 * MIB
-
-
-def random_bits(dtype: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Any bit pattern of the dtype is as likely as another: NaNs with payloads, infinities and denormals too."""
-    kind = getattr(torch, dtype)
-    if kind is torch.bool:
-        return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).to(torch.bool)
-    size = kind.itemsize * int(np.prod(shape))
-    raw = torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return raw.view(kind).reshape(shape)
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same(pair: KVPair, k: torch.Tensor, v: torch.Tensor) -> None:
-    found_k, found_v = pair.torch()
-    assert (found_k.dtype, found_k.shape, found_v.shape) == (k.dtype, k.shape, v.shape)
-    assert bits(found_k) == bits(k)
-    assert bits(found_v) == bits(v)
-
-
-def joined(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """By bytes: torch does not concatenate all dtypes."""
-    raw = torch.frombuffer(bytearray(bits(first) + bits(second)), dtype=torch.uint8)
-    return raw.view(first.dtype).reshape(len(first) + len(second), *first.shape[1:])
 
 
 def rows(num_tokens: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
