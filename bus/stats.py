@@ -119,13 +119,14 @@ class EngineStats(Figures, frozen=True):
 class PeerStats(Figures, frozen=True):
     """KV copied between workers.
 
-    pulls: that came whole, taking `pulled_s` together; failures: the others, by the name of their error's code.
+    pulls: that came whole, `whole_tokens` in `pulled_s`; failures: the others, by the name of their error's code.
     pulled_tokens, pulled_bytes: that are in the pool, of both. bytes_per_s: of pulls that came whole, lately; links:
     the same by the worker they came from. served: copies that others took.
     """
 
     pulls: int = 0
     failures: dict[str, int] = {}
+    whole_tokens: int = 0
     pulled_tokens: int = 0
     pulled_bytes: int = 0
     pulled_s: float = 0.0
@@ -156,8 +157,8 @@ class WorkerView(Figures, frozen=True):
     """One worker as the broker sees it. `status`: ready, suspect, loading or draining.
 
     index: how well the broker knows what it holds (exact, degraded, blind). index_gaps: reports lost and asked for
-    again. queue_s: prefill before it. prefill_tokens_per_s: as learned, 0 before it was. peer_url: where
-    other workers copy from it.
+    again. queue_s: prefill before it. prefill_tokens_per_s, pull_tokens_per_s (copied from peers): as learned, 0
+    before it was. peer_url: where other workers copy from it.
     """
 
     worker_id: str
@@ -179,6 +180,7 @@ class WorkerView(Figures, frozen=True):
     index_gaps: int = 0
     queue_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
+    pull_tokens_per_s: float = 0.0
     stats: WorkerStats | None = None
 
 

@@ -99,6 +99,7 @@ class Puller:
         self._numbers = itertools.count(1)
         self._num_done = 0
         self._tokens = 0
+        self._whole_tokens = 0
         self._bytes = 0
         self._seconds = 0.0
         self._failures: Counter[str] = Counter()
@@ -113,6 +114,7 @@ class Puller:
         return PeerStats(
             pulls=self._num_done,
             failures=dict(self._failures),
+            whole_tokens=self._whole_tokens,
             pulled_tokens=self._tokens,
             pulled_bytes=self._bytes,
             pulled_s=round(self._seconds, 6),
@@ -258,6 +260,7 @@ class Puller:
         seconds = max(now - pull.began_at, 1e-6)
         self._num_done += 1
         self._seconds += seconds
+        self._whole_tokens += (pull.filled - pull.wanted.start) * pull.wanted.seed.block_size
         source, rate = pull.wanted.order.worker_id, pull.came_bytes / seconds
         self._rate = _smoothed(self._rate, rate)
         self._rates[source] = _smoothed(self._rates.pop(source, 0.0), rate)

@@ -154,7 +154,7 @@ class BrokerCore:
                     self._knowledge.reported(worker, message, bytes(wire.decode(frames).payload[0]), now)
                     return self._ask(worker, now)
                 case m.WorkerStatus():
-                    worker.stats = unpack(wire.decode(frames).payload[0], WorkerStats)
+                    self._knowledge.figures(worker, unpack(wire.decode(frames).payload[0], WorkerStats), now)
                     return []
                 case m.WorkerSequences():
                     holdings = unpack(wire.decode(frames).payload[0], Holdings)

@@ -61,5 +61,6 @@ class Dispatch:
         if source is None or not can_pull(source, call.worker):
             return None, []
         self.pulls_ordered += 1
+        self._knowledge.pulls(call)
         order, grant = order_pull(choice.pull, source, call.worker, message, call.client.user_id, self._new_id())
         return order, [grant]

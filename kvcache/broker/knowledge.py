@@ -8,13 +8,15 @@ workers of which something has changed since the last request, and for all of th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from bus import messages as m
+from bus.errors import ErrorCode
 from bus.limits import MAX_CHAIN_NODES
-from bus.stats import WorkerView
+from bus.stats import PeerStats, WorkerStats, WorkerView
 from kvcache.broker.members import Call, Prefill, Worker, Workers
 from kvcache.hashing import ROUTING_BLOCK_TOKENS, ROUTING_DEPTHS, ROUTING_TEXT_BLOCK_BYTES, TOKEN_BYTES
 from kvcache.ring import HashRing
@@ -22,6 +24,7 @@ from kvcache.routing.feeds import Feed
 from kvcache.routing.index import Keys, NodeIndex
 from kvcache.routing.keys import RoutingKey
 from kvcache.routing.ledger import WorkLedger
+from kvcache.routing.links import LinkBook
 from kvcache.routing.pending import PendingPrefixes
 from kvcache.routing.rates import RateBook
 from kvcache.routing.views import Belief, Choice, Request
@@ -30,14 +33,19 @@ TEXT_BYTES_PER_TOKEN = 4.0
 """Of a text, before any worker has told how many tokens came of one; the usual figure for English."""
 TEXT_MEMORY = 32
 """Texts after which one counts 1/e in what is known of bytes per token."""
+NOT_THE_LINK = {ErrorCode.NOT_FOUND.name, ErrorCode.OVERLOADED.name}
+"""Failures of a pull that say nothing of the next: the holder had evicted it, there were too many at once."""
 
 
 class Prompt(NamedTuple):
-    """A prompt as far as a broker can tell. hits: its leading tokens that each worker holds or is computing."""
+    """A prompt as far as a broker can tell. hits: its leading tokens that each worker holds or is computing; held: that
+    it holds already, if others can copy from it.
+    """
 
     keys: Keys
     num_tokens: int
     hits: dict[str, int]
+    held: dict[str, int]
 
 
 class HitCounts(NamedTuple):
@@ -58,6 +66,7 @@ class Knowledge:
         self._feeds: dict[str, Feed] = {}
         self._ledger = WorkLedger()
         self._rates = RateBook()
+        self._links = LinkBook()
         self._pending = PendingPrefixes()
         self._text_bytes_per_token = TEXT_BYTES_PER_TOKEN
         self._heard_at = 0.0  # of time: ends are dated with it, which is right to within a tick
@@ -77,6 +86,7 @@ class Knowledge:
         self._ledger.forget(worker.id)
         self._pending.forget(worker.id)
         self._rates.forget(worker.id)
+        self._links.forget(worker.id)
 
     def reported(self, worker: Worker, message: m.NodesChanged | m.NodesHeld, nodes: bytes, now: float) -> None:
         """What a worker holds. Raises MalformedMessage."""
@@ -94,6 +104,19 @@ class Knowledge:
         self._ledger.heard(worker.id, beat.backlog_tokens * rates.token_s if rates.is_learned else 0.0, now)
         self.touch(worker)
 
+    def figures(self, worker: Worker, stats: WorkerStats, now: float) -> None:
+        """Its figures, which count from its start: what they add to the last ones says how its pulls went."""
+        before = worker.stats.peers if worker.stats is not None else PeerStats()
+        after, worker.stats = stats.peers, stats
+        if after.pulls > before.pulls:
+            num_tokens, seconds = after.whole_tokens - before.whole_tokens, after.pulled_s - before.pulled_s
+            self._links.measured(worker.id, num_tokens, seconds, now)
+        elif any(
+            num > before.failures.get(code, 0) for code, num in after.failures.items() if code not in NOT_THE_LINK
+        ):
+            self._links.failed(worker.id, now)
+        self.touch(worker)
+
     def ask(self, worker: Worker, now: float) -> int | None:
         """The change after which this worker is to be asked for what is missing; None if nothing is, or not yet."""
         return self._feeds[worker.id].ask(now)
@@ -104,22 +127,26 @@ class Knowledge:
         """What is known of this prompt, now."""
         num_tokens, block_tokens = self._measure(message)
         keys = self.index.keys(b"".join(message.chain), tenant)
-        depths = self.index.held(keys)
-        for worker, depth in self._pending.lookup(keys).items():
-            depths[worker] = max(depth, depths.get(worker, 0))
         whole = len(keys) if len(keys) < MAX_CHAIN_NODES else MAX_CHAIN_NODES + 1  # a chain that ends covers it all
-        hits = {
-            worker: num_tokens if depth == whole else min(num_tokens, int(ROUTING_DEPTHS[depth - 1] * block_tokens))
-            for worker, depth in depths.items()
-        }
-        return Prompt(keys, num_tokens, hits)
+
+        def covered(depth: int) -> int:
+            return num_tokens if depth == whole else min(num_tokens, int(ROUTING_DEPTHS[depth - 1] * block_tokens))
+
+        hits = {worker: covered(depth) for worker, depth in self.index.held(keys).items()}
+        held = {worker: hit for worker, hit in hits.items() if self._workers.by_id[worker].hello.peer_url}
+        for worker, depth in self._pending.lookup(keys).items():
+            hits[worker] = max(covered(depth), hits.get(worker, 0))
+        return Prompt(keys, num_tokens, hits, held)
 
     def dispatched(self, call: Call, message: m.Generate, prompt: Prompt, choice: Choice, now: float) -> None:
         """A generation went to its worker."""
         self._heard_at = now
         worker = call.worker
         estimate = next((it for it in choice.estimates if it.worker_id == worker.id), None)
-        hit = min(prompt.hits.get(worker.id, 0), prompt.num_tokens - 1)
+        hit = prompt.hits.get(worker.id, 0)
+        if choice.pull is not None:
+            hit = max(hit, min(choice.pull.num_tokens, prompt.held.get(choice.pull.source, 0)))
+        hit = min(hit, prompt.num_tokens - 1)
         if estimate is not None:
             seconds = estimate.prefill_s
         else:
@@ -128,6 +155,10 @@ class Knowledge:
         call.prefill = Prefill(hit_tokens=hit, text_bytes=message.payload[0].nbytes if is_text else 0)
         self._ledger.dispatched(call.id, worker.id, seconds, now)
         self._pending.dispatched(call.id, worker.id, prompt.keys)
+
+    def pulls(self, call: Call) -> None:
+        """The call's worker was told to fetch KV for it first."""
+        self._links.ordered(call.id, call.worker.id)
 
     def prefilled(self, call: Call, report: m.Prefilled, now: float) -> None:
         """A call's first token is out. Said again, it is no news."""
@@ -166,7 +197,7 @@ class Knowledge:
     def request(self, tenant: str, key: RoutingKey, prompt: Prompt, deadline_s: float, now: float) -> Request:
         """What is to be placed."""
         price = self._ledger.delay_price(now, len(self._workers.ring))
-        return Request(key, now, prompt.num_tokens, prompt.hits, deadline_s, price, tenant)
+        return Request(key, now, prompt.num_tokens, prompt.hits, prompt.held, deadline_s, price, tenant)
 
     def beliefs(self, now: float) -> Mapping[str, Belief]:
         """Of each worker on the ring."""
@@ -189,6 +220,7 @@ class Knowledge:
     def view(self, view: WorkerView, now: float) -> WorkerView:
         """What is told of a worker, with what is known of it here."""
         feed, rates = self._feeds[view.worker_id], self._rates.rates(view.worker_id)
+        pull_s = self._links.measured_s(view.worker_id)
         return replace(
             view,
             index=feed.state.value,
@@ -196,6 +228,7 @@ class Knowledge:
             index_gaps=feed.num_gaps,
             queue_s=round(max(0.0, self._ledger.busy_until(view.worker_id) - now), 4),
             prefill_tokens_per_s=round(1 / rates.token_s, 1) if rates.is_learned and rates.token_s > 0 else 0.0,
+            pull_tokens_per_s=round(1 / pull_s, 1),
         )
 
     def check(self) -> None:
@@ -211,6 +244,9 @@ class Knowledge:
     # --- inside ---
 
     def _believe(self, worker: Worker, now: float) -> Belief:
+        rates = self._rates.rates(worker.id)
+        # Before a prefill was timed nobody knows what a pull would save.
+        pull_s = self._links.pull_s(worker.id, rates.token_s, now) if self._rates.is_learned else inf
         return Belief(
             inflight=len(worker.calls),
             weight=worker.hello.weight,
@@ -220,7 +256,7 @@ class Knowledge:
             behind_s=self._ledger.behind_s(worker.id),
             decodes=worker.decodes,
             index=self._feeds[worker.id].state,
-            rates=self._rates.rates(worker.id),
+            rates=replace(rates, pull_s=pull_s),
         )
 
     def _measure(self, message: m.Generate | m.Route) -> tuple[int, float]:
@@ -239,4 +275,5 @@ class Knowledge:
     def _leave(self, call: Call, now: float) -> None:
         self._ledger.finished(call.id, now)
         self._pending.finished(call.id)
+        self._links.over(call.id)
         self.touch(call.worker)

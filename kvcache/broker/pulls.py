@@ -27,7 +27,7 @@ def order_pull(
         url=source.hello.peer_url,
         ticket=ticket,
         num_tokens=num_tokens,
-        budget_ms=message.deadline_ms,
+        budget_ms=int(min(message.deadline_ms, 1000 * pull.budget_s)),
     )
     grant = m.Grant(
         ticket=ticket,

@@ -171,6 +171,7 @@ def _index_rows(views: Sequence[WorkerView]) -> list[tuple[object, ...]]:
         ("lost reports", *(it.index_gaps for it in views)),
         ("queue, s", *(f"{it.queue_s:.3f}" for it in views)),
         ("prefill tokens/s", *(f"{it.prefill_tokens_per_s:.0f}" if it.prefill_tokens_per_s else "-" for it in views)),
+        ("pull tokens/s", *(f"{it.pull_tokens_per_s:.0f}" if it.pull_tokens_per_s else "-" for it in views)),
     ]
 
 

@@ -21,7 +21,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import inf
 
+from msgspec.structs import replace
+
 from kvcache.ring import HashRing
+from kvcache.routing.links import PULL_SHARE
 from kvcache.routing.views import Belief, Choice, Estimate, IndexState, Pull, Refusal, Request
 
 NEAR = 0.15
@@ -30,8 +33,10 @@ NEAR_S = 0.05
 """And so are those within two beats of a cluster's pulse: what happens between an event and the news of it."""
 NEAR_BLIND = 0.5
 """While any index is not exact, hits are missing from the totals, and the ring may cost this much more."""
-PULL_SHARE = 0.5
-"""A pull must cost at most this share of the prefill that it saves: the link may be busy, the holder may evict."""
+PULL_START_S = 0.01
+"""Before a pull's first byte: a message there and back, and both engines only look for copies between two steps."""
+LEAST_BUDGET_S = 0.1
+"""A pull is never given less: one step of either engine may be in its way."""
 
 NOBODY = Refusal("every worker is full or has fallen silent")
 
@@ -59,7 +64,7 @@ def estimate_all(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]
 
 def _longest(request: Request, beliefs: Mapping[str, Belief]) -> Pull | None:
     """Where most of the prompt could be fetched from: among equals the first by name, so that all agree."""
-    hits = [(tokens, worker) for worker, tokens in request.hits.items() if tokens and worker in beliefs]
+    hits = [(tokens, worker) for worker, tokens in request.held.items() if tokens and worker in beliefs]
     if not hits:
         return None
     tokens, worker = max(hits, key=lambda hit: (hit[0], hit[1]))
@@ -73,10 +78,12 @@ def _estimate(request: Request, worker: str, belief: Belief, source: Pull | None
     start_s, pull = queue_s, None
     if source is not None and source.num_tokens > hit and rates.pull_s < inf:
         covered = min(source.num_tokens, request.num_tokens)
-        pulled_s = rates.pull_s * (covered - hit)
+        pulled_s = PULL_START_S + rates.pull_s * (covered - hit)
         helped_s = rates.prefill_s(request.num_tokens, covered, belief.decodes)
-        if pulled_s <= PULL_SHARE * (prefill_s - helped_s):
-            start_s, prefill_s, pull = max(queue_s, pulled_s), helped_s, source
+        saved_s = prefill_s - helped_s
+        if pulled_s <= PULL_SHARE * saved_s:
+            pull = replace(source, budget_s=max(LEAST_BUDGET_S, saved_s))
+            start_s, prefill_s = max(queue_s, pulled_s), helped_s
     first_token_s = start_s + prefill_s
     delay_s = request.delay_price * prefill_s * (queue_s + prefill_s / 2)
     return Estimate(worker, hit, queue_s, prefill_s, first_token_s, delay_s, first_token_s + delay_s, pull)

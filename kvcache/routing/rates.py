@@ -1,4 +1,4 @@
-"""How quick each worker is, learned from the seconds that its prefills and pulls really took.
+"""How quick each worker is, learned from the seconds that its prefills really took.
 
 A prefill of n tokens after c cached ones is modelled as (n - c) * (token_s + context_s * mean context + decode_s *
 decodes): linear layers, attention, and the sequences that decode in the same steps. The three are fitted by least
@@ -19,7 +19,6 @@ from kvcache.routing.views import UNKNOWN_RATES, Rates
 
 MEMORY = 64
 """Prefills after which one counts 1/e: enough to average noise, few enough to follow a worker that slows down."""
-PULL_MEMORY = 8
 INERTIA = 1e-3
 """The share by which the last fit holds on: it only decides what the figures leave open, such as lengths all equal."""
 
@@ -31,7 +30,6 @@ class RateLearner:
         self.rates = prior
         self._squares: NDArray[np.float64] = np.zeros((3, 3))
         self._products: NDArray[np.float64] = np.zeros(3)
-        self._num_pulls = 0
 
     def prefilled(self, num_tokens: int, num_cached: int, decodes: int, seconds: float) -> None:
         """A prompt of `num_tokens`, of which `num_cached` were not computed, took `seconds` of the worker's time."""
@@ -44,15 +42,6 @@ class RateLearner:
         self._products = fade * self._products + seconds * features
         token_s, context_s, decode_s = self._fit(seconds / computed)
         self.rates = replace(self.rates, token_s=token_s, context_s=context_s, decode_s=decode_s, is_learned=True)
-
-    def pulled(self, num_tokens: int, seconds: float) -> None:
-        """Fetching the KV of `num_tokens` tokens from a peer took `seconds`."""
-        if num_tokens <= 0 or not 0.0 < seconds < inf:
-            return
-        self._num_pulls = min(self._num_pulls + 1, PULL_MEMORY)
-        measured, known = seconds / num_tokens, self.rates.pull_s
-        pull_s = measured if self._num_pulls == 1 else known + (measured - known) / self._num_pulls
-        self.rates = replace(self.rates, pull_s=pull_s)
 
     def _fit(self, measured: float) -> tuple[float, float, float]:
         known = self.rates
@@ -87,6 +76,11 @@ class RateBook:
         learner = self._learners.get(worker)
         return learner.rates if learner is not None and learner.rates.is_learned else self._typical()
 
+    @property
+    def is_learned(self) -> bool:
+        """Whether any rates are measured, and so all of them at least likely."""
+        return any(learner.rates.is_learned for learner in self._learners.values())
+
     def forget(self, worker: str) -> None:
         self._learners.pop(worker, None)
 
@@ -98,5 +92,4 @@ class RateBook:
             token_s=median(rates.token_s for rates in known),
             context_s=median(rates.context_s for rates in known),
             decode_s=median(rates.decode_s for rates in known),
-            pull_s=median(rates.pull_s for rates in known),
         )

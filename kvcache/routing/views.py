@@ -84,7 +84,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     """A request to be placed.
 
     num_tokens: of its prompt, estimated from bytes where only a worker can tell. hits: how many leading tokens of
-    it a worker holds or is computing; whoever has none may be left out. deadline_s: what remains of its time.
+    it a worker holds or is computing; whoever has none may be left out. held: of those, what is there already, which
+    is all that others can fetch. deadline_s: what remains of its time.
     delay_price: see `kvcache.routing.ledger.WorkLedger.delay_price`.
     """
 
@@ -92,16 +93,21 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     now: float = 0.0
     num_tokens: int = 0
     hits: Mapping[str, int] = {}
+    held: Mapping[str, int] = {}
     deadline_s: float = inf
     delay_price: float = 0.0
     tenant: str = ""
 
 
 class Pull(msgspec.Struct, frozen=True, gc=False):
-    """Fetch the KV of the first `num_tokens` tokens from worker `source`, as far as it is not there."""
+    """Fetch the KV of the first `num_tokens` tokens from worker `source`, as far as it is not there.
+
+    budget_s: give up after that, and compute: what computing it takes, so a pull at worst doubles that.
+    """
 
     source: str
     num_tokens: int
+    budget_s: float = inf
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):

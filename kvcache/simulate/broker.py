@@ -8,34 +8,40 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from math import inf
 
 from msgspec.structs import replace
 
 from kvcache.ring import UNIT_WEIGHT, HashRing
 from kvcache.routing.keys import PrefixKeys
 from kvcache.routing.ledger import WorkLedger
+from kvcache.routing.links import LinkBook
 from kvcache.routing.pending import PendingPrefixes
 from kvcache.routing.rates import RateBook
-from kvcache.routing.views import UNKNOWN_RATES, Belief, Choice, IndexState, Refusal, Request
+from kvcache.routing.views import Belief, Choice, IndexState, Refusal, Request
 from kvcache.simulate.index import NodeIndex
 from kvcache.simulate.routers import Router
 from kvcache.simulate.traces import Arrival
 from kvcache.simulate.worker import Job
 
 TENANT = ""
+TICK_S = 1.0
 
 
 class ModelBroker:
-    """`pull_s`: what workers say a token's pull costs before any was measured; None if they cannot pull."""
+    """`can_pull`: whether workers reach each other; what that costs is learned."""
 
-    def __init__(self, router: Router, workers: Sequence[str], pull_s: float | None, state: IndexState) -> None:
+    def __init__(self, router: Router, workers: Sequence[str], can_pull: bool, state: IndexState) -> None:
         self.router = router
         self.reasons: Counter[str] = Counter()
         self._keys = PrefixKeys()
         self._index = NodeIndex()
         self._ledger = WorkLedger()
         self._pending = PendingPrefixes()
-        self._book = RateBook(UNKNOWN_RATES if pull_s is None else replace(UNKNOWN_RATES, pull_s=pull_s))
+        self._book = RateBook()
+        self._links = LinkBook()
+        self._can_pull = can_pull
+        self._now = self._refreshed_at = 0.0
         self._states: dict[str, IndexState] = {}
         self._inflight: Counter[str] = Counter()
         self._decodes: Counter[str] = Counter()
@@ -60,6 +66,7 @@ class ModelBroker:
         self._ledger.forget(worker)
         self._pending.forget(worker)
         self._book.forget(worker)
+        self._links.forget(worker)
         self._inflight[worker] = self._decodes[worker] = 0
         del self._beliefs[worker], self._states[worker]
         self.router.left(worker)
@@ -74,11 +81,18 @@ class ModelBroker:
     def choose(self, arrival: Arrival, now: float) -> Choice | Refusal:
         if not self._ring.workers:
             return Refusal("no worker is there")
+        self._now = now
+        if now > self._refreshed_at + TICK_S:
+            self._refreshed_at = now
+            for worker in self._ring.workers:
+                self._refresh(worker)
+        held, hits = self._hits(arrival)
         request = Request(
             self._keys.key(TENANT, arrival.chain, len(self._ring), now),
             now=now,
             num_tokens=arrival.num_tokens,
-            hits=self._hits(arrival),
+            hits=hits,
+            held=held,
             delay_price=self._ledger.delay_price(now, len(self._ring)),
         )
         return self.router.choose(arrival, request, self._ring, self._beliefs)
@@ -87,10 +101,12 @@ class ModelBroker:
         """Count the load at once: the next decision must see it."""
         worker, arrival = choice.worker_id, job.arrival
         belief = self._beliefs[worker]
-        hit = max(self._hits(arrival).get(worker, 0), choice.pull.num_tokens if choice.pull else 0)
+        hit = max(self._hits(arrival)[1].get(worker, 0), choice.pull.num_tokens if choice.pull else 0)
         seconds = belief.rates.prefill_s(arrival.num_tokens, min(hit, arrival.num_tokens - 1), belief.decodes)
         self._ledger.dispatched(job.number, worker, seconds, now)
         self._pending.dispatched(job.number, worker, arrival.chain)
+        if job.pulled_tokens:
+            self._links.ordered(job.number, worker)
         self._inflight[worker] += 1
         self._turn = max(self._turn, self._turns[worker])
         self._turns[worker] = self._turn + 1.0
@@ -102,12 +118,14 @@ class ModelBroker:
         """A worker's report of its own work, and that it has a place for another."""
         self._ledger.finished(job.number, now)
         self._pending.finished(job.number)
+        self._links.over(job.number)
+        self._now = now
         self._index.stored(worker, job.arrival.chain)
         self._decodes[worker] += 1
         learner = self._book.learner(worker)
         learner.prefilled(job.arrival.num_tokens, job.hit_tokens, job.decodes, job.prefill_s)
         if job.pulled_tokens:
-            learner.pulled(job.pulled_tokens, job.pull_took_s)
+            self._links.measured(worker, job.pulled_tokens, job.pull_took_s, now)
         self._refresh(worker)
         self.router.first_token(job, worker)
 
@@ -138,14 +156,18 @@ class ModelBroker:
     def beliefs(self) -> Mapping[str, Belief]:
         return self._beliefs
 
-    def _hits(self, arrival: Arrival) -> dict[str, int]:
-        """Leading tokens that each worker holds, or is computing already."""
-        nodes = self._index.lookup(arrival.chain)
+    def _hits(self, arrival: Arrival) -> tuple[dict[str, int], dict[str, int]]:
+        """Leading tokens that each worker holds, and that it holds or is computing already."""
+        held = {worker: arrival.ends[count - 1] for worker, count in self._index.lookup(arrival.chain).items()}
+        hits = dict(held)
         for worker, count in self._pending.lookup(arrival.chain).items():
-            nodes[worker] = max(count, nodes.get(worker, 0))
-        return {worker: arrival.ends[count - 1] for worker, count in nodes.items()}
+            hits[worker] = max(arrival.ends[count - 1], hits.get(worker, 0))
+        return held, hits
 
     def _refresh(self, worker: str) -> None:
+        rates = self._book.rates(worker)
+        is_known = self._can_pull and self._book.is_learned
+        pull_s = self._links.pull_s(worker, rates.token_s, self._now) if is_known else inf
         self._beliefs[worker] = Belief(
             inflight=self._inflight[worker],
             weight=UNIT_WEIGHT,
@@ -155,5 +177,5 @@ class ModelBroker:
             behind_s=self._ledger.behind_s(worker),
             decodes=self._decodes[worker],
             index=self._states[worker],
-            rates=self._book.rates(worker),
+            rates=replace(rates, pull_s=pull_s),
         )

@@ -256,5 +256,5 @@ class Simulation:
         return ModelWorker(name, self._setup.costs, self._setup.cache_tokens, self._setup.order)
 
     def _make_broker(self, state: IndexState = IndexState.EXACT) -> ModelBroker:
-        pull_s = self._setup.costs.pull_s if self._setup.can_pull else None
-        return ModelBroker(self._make_router(), list(self._workers), pull_s, state)
+        can_pull = self._setup.can_pull and self._setup.costs.pull_s is not None
+        return ModelBroker(self._make_router(), list(self._workers), can_pull, state)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
 import pytest
 
 from kvcache import AsyncClient
+from tests.harness.cluster import running_cluster
+from tests.harness.fixtures import TINY_FLAGS
 from tests.harness.generations import greedy
 from tests.harness.models import Reference
 from tests.harness.peers import peer_stats
@@ -38,3 +45,49 @@ async def test_second_worker_uses_what_the_first_has_computed(client: AsyncClien
     assert after.failures == before.failures
     assert after.bytes_per_s > 0
     assert after.links["worker-1"] > 0
+
+
+async def test_default_policy_has_an_idle_worker_copy_what_a_busy_one_holds(
+    tmp_path: Path, tiny_model: Path, reference: Reference
+) -> None:
+    """Nobody names a worker or a source: prefills that were timed, work that was counted and blocks that were told
+    of are all there is to go by. A cluster of its own, of whose links nothing is known."""
+    with running_cluster(tmp_path) as cluster:
+        cluster.add_broker()
+        for name in ("worker-1", "worker-2"):
+            cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS)
+        cluster.wait_ready()
+        async with AsyncClient(cluster.url, timeout=60.0) as client:
+            await copies_from_a_busy_holder(client, reference)
+
+
+async def copies_from_a_busy_holder(client: AsyncClient, reference: Reference) -> None:
+    prefix = token_prompt(72, 100 * BLOCK)
+    prompt = prefix + token_prompt(73, 40)
+    _, done = await greedy(client, prefix, 1)
+    holder = done.worker_id
+    await until(partial(is_known_to_hold, client, prefix, holder), "the broker knows who has computed it")
+
+    async with asyncio.TaskGroup() as busy:
+        for number, name in enumerate(await owned_by(client, holder, 4)):
+            busy.create_task(greedy(client, token_prompt(74 + number, 9000), 1, seq_id=name))
+        await until(partial(is_behind, client, holder), "the holder has much to do")
+        tokens, done = await greedy(client, prompt, 8)
+    assert done.worker_id != holder
+    assert done.usage.cached_tokens == len(prefix)
+    assert tokens == reference.greedy(prompt, 8)
+
+    async def is_learned() -> bool:
+        return any(view.pull_tokens_per_s > 0 for view in await client.workers() if view.worker_id == done.worker_id)
+
+    await until(is_learned, "the broker knows what the link is worth")
+
+
+async def is_known_to_hold(client: AsyncClient, prompt: Sequence[int], worker_id: str) -> bool:
+    explanation = await client.route(token_ids=prompt)
+    return any(it.worker_id == worker_id and it.hit_tokens >= len(prompt) - BLOCK for it in explanation.candidates)
+
+
+async def is_behind(client: AsyncClient, worker_id: str) -> bool:
+    """By more than any difference that a policy overlooks."""
+    return any(view.worker_id == worker_id and view.queue_s > 1.0 for view in await client.workers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from bus import messages as m
 from bus import wire
 from bus.errors import ErrorCode
-from bus.stats import Explanation, WorkerView, unpack
+from bus.stats import Explanation, PeerStats, WorkerStats, WorkerView, pack, unpack
 from kvcache.hashing import routing_chain
 from kvcache.routing.policies import DEFAULT_POLICY
 from tests.unit.kvcache.broker_driver import Driver, beat, done, generate, nodes_held, rid, stream_end, worker_hello
@@ -329,3 +330,104 @@ def test_decisions_are_counted_by_policy_and_reason() -> None:
     stats = driver.stats()
     assert stats.routed == {"prefix": 1, "least_loaded": 1, "consistent_hash": 1}
     assert stats.reasons == {"prefix: has": 1, "least_loaded": 1, "consistent_hash: owner": 1}
+
+
+PEER = "tcp://127.0.0.1:4000"
+
+
+def linked() -> tuple[Driver, str, str]:
+    """A cluster that has timed a prefill, the worker that holds CHAIN since then, and the other one."""
+    driver = Driver(policy="prefix")
+    for name in ("w1", "w2"):
+        driver.join_worker(name.encode(), name, peer_url=PEER)
+    driver.join_client()
+    call = submit(driver, 1)
+    holder, other = ("w1", "w2") if view(driver, "w1").inflight else ("w2", "w1")
+    driver.worker(holder.encode(), m.Prefilled(call=call, num_tokens=320, num_cached=0, compute_ms=320.0))
+    driver.reply(holder.encode(), call, stream_end(1))
+    driver.worker(holder.encode(), *changed(1, *CHAIN))
+    driver.core.tick(driver.now)
+    return driver, holder, other
+
+
+def keep_busy(driver: Driver, holder: str, number: int) -> None:
+    """Have this worker compute something that takes a while, by naming its sequence."""
+    tokens, names = 4096, (f"busy-{index}" for index in itertools.count())
+    name = next(name for name in names if owner_of(driver, name) == holder)
+    payload = wire.describe([bytes(4 * tokens)])
+    message = generate(driver.open_stream(), number, kind=m.PromptKind.TOKENS, seq_id=name, payload=payload)
+    driver.client(b"c1", message, bytes(4 * tokens))
+
+
+def owner_of(driver: Driver, seq_id: str) -> str:
+    (heard,) = driver.client(b"c1", m.Route(req_id=rid(98), seq_id=seq_id))
+    return str(heard.message.worker_id)
+
+
+def order_of(driver: Driver, number: int) -> tuple[m.PullOrder | None, m.Assign]:
+    options = {"kind": m.PromptKind.TOKENS, "chain": CHAIN, "payload": PAYLOAD}
+    heard = driver.client(b"c1", generate(driver.open_stream(), number, **options), bytes(4 * len(TOKENS)))
+    (assign,) = [it.message for it in heard if isinstance(it.message, m.Assign)]
+    return assign.pull, assign
+
+
+def status(peers: PeerStats) -> tuple[m.WorkerStatus, bytes]:
+    payload = pack(WorkerStats(worker_id="w", incarnation=1, state="ready", peers=peers))
+    return m.WorkerStatus(payload=wire.describe([payload])), payload
+
+
+def test_a_busy_holder_is_copied_from_by_the_other_with_a_budget_of_what_that_saves() -> None:
+    driver, holder, other = linked()
+    keep_busy(driver, holder, 2)
+    order, assign = order_of(driver, 3)
+    assert order is not None
+    assert (order.worker_id, order.num_tokens) == (holder, 320)
+    assert order.budget_ms == pytest.approx(320, abs=2)
+    driver.worker(other.encode(), m.Prefilled(call=assign.call, num_tokens=320, num_cached=319, compute_ms=1.0))
+    assert driver.stats().foreseen_tokens == 319
+    driver.core.check()
+
+
+def test_only_one_pull_is_tried_over_a_link_of_which_nothing_is_known() -> None:
+    driver, holder, other = linked()
+    keep_busy(driver, holder, 2)
+    (first, _), (second, _) = order_of(driver, 3), order_of(driver, 4)
+    assert first is not None
+    assert second is None
+    driver.worker(other.encode(), *status(PeerStats(pulls=1, whole_tokens=320, pulled_s=0.032)))
+    assert view(driver, other).pull_tokens_per_s == pytest.approx(10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("peers", "pulls_again"),
+    [
+        (PeerStats(pulls=1, whole_tokens=320, pulled_s=0.01), True),
+        (PeerStats(pulls=1, whole_tokens=320, pulled_s=0.3), False),
+        (PeerStats(failures={"CONNECTION_LOST": 1}), False),
+        (PeerStats(failures={"NOT_FOUND": 1}), True),
+        (PeerStats(pulls=-1, whole_tokens=-5, pulled_s=-1.0), True),
+        (PeerStats(pulls=1, whole_tokens=320, pulled_s=float("nan")), True),
+    ],
+)
+def test_how_pulls_went_decides_whether_there_are_more(peers: PeerStats, pulls_again: bool) -> None:
+    driver, holder, other = linked()
+    keep_busy(driver, holder, 2)
+    first, assign = order_of(driver, 3)
+    assert first is not None
+    driver.worker(other.encode(), *status(peers))
+    driver.reply(other.encode(), assign.call, stream_end(3))
+    assert (order_of(driver, 4)[0] is not None) == pulls_again
+
+
+def test_nobody_copies_from_a_worker_that_cannot_be_reached() -> None:
+    driver = cluster(policy="prefix")
+    call = submit(driver, 1)
+    holder = "w1" if view(driver, "w1").inflight else "w2"
+    driver.worker(holder.encode(), m.Prefilled(call=call, num_tokens=320, num_cached=0, compute_ms=320.0))
+    driver.worker(holder.encode(), *changed(1, *CHAIN))
+    driver.core.tick(driver.now)
+    keep_busy(driver, holder, 2)
+    order, assign = order_of(driver, 3)
+    assert order is None
+    assert "pulls" not in assign.reason
+    assert driver.stats().foreseen_tokens == 0

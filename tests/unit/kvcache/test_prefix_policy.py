@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvcache.ring import HashRing
 from kvcache.routing.keys import NO_KEY, RoutingKey
-from kvcache.routing.prefix import NEAR, NEAR_BLIND, NEAR_S, PULL_SHARE, prefix
+from kvcache.routing.links import PULL_SHARE
+from kvcache.routing.prefix import LEAST_BUDGET_S, NEAR, NEAR_BLIND, NEAR_S, PULL_START_S, prefix
 from kvcache.routing.views import Belief, Choice, IndexState, Pull, Rates, Refusal, Request
 
 RATES = Rates(token_s=1e-3, is_learned=True)
@@ -38,12 +39,18 @@ BELIEFS = st.builds(
 )
 CLUSTERS = st.fixed_dictionaries(dict.fromkeys("abcd", BELIEFS))
 REQUESTS = st.builds(
-    lambda key, num_tokens, hits, price: Request(
-        key, now=1.0, num_tokens=num_tokens, hits={w: min(h, num_tokens) for w, h in hits.items()}, delay_price=price
+    lambda key, num_tokens, hits, held, price: Request(
+        key,
+        now=1.0,
+        num_tokens=num_tokens,
+        hits={w: min(h, num_tokens) for w, h in hits.items()},
+        held={w: min(h, num_tokens) for w, h in hits.items() if w in held},
+        delay_price=price,
     ),
     st.sampled_from([KEY, NO_KEY]),
     st.integers(0, 100_000),
     st.dictionaries(st.sampled_from("abcdx"), st.integers(0, 100_000)),
+    st.sets(st.sampled_from("abcdx")),
     st.floats(0, 20),
 )
 
@@ -76,6 +83,7 @@ def test_only_an_available_worker_serves_and_only_a_live_one_is_pulled_from(
     if choice.pull is not None:
         assert choice.pull.source in beliefs
         assert choice.pull.source != choice.worker_id
+        assert choice.pull.num_tokens == request.held[choice.pull.source]
         assert choice.pull.num_tokens > request.hits.get(choice.worker_id, 0)
 
 
@@ -97,7 +105,8 @@ def test_a_pull_costs_at_most_its_share_of_what_it_saves(request: Request, belie
         rates, decodes = beliefs[choice.worker_id].rates, beliefs[choice.worker_id].decodes
         own, pulled = request.hits.get(choice.worker_id, 0), min(choice.pull.num_tokens, request.num_tokens)
         saved = rates.prefill_s(request.num_tokens, own, decodes) - rates.prefill_s(request.num_tokens, pulled, decodes)
-        assert rates.pull_s * (pulled - own) <= PULL_SHARE * saved + 1e-9
+        assert PULL_START_S + rates.pull_s * (pulled - own) <= PULL_SHARE * saved + 1e-9
+        assert choice.pull.budget_s == pytest.approx(max(LEAST_BUDGET_S, saved))
 
 
 @given(st.lists(st.binary(min_size=1, max_size=8), min_size=1, max_size=30, unique=True), st.sampled_from("abcd"))
@@ -132,18 +141,24 @@ def test_work_that_is_saved_counts_for_more_when_others_wait_for_it() -> None:
 
 
 def test_a_busy_holder_is_pulled_from_where_the_link_is_quick() -> None:
-    request = Request(KEY, num_tokens=10_000, hits={"c": 8000})
+    request = Request(KEY, num_tokens=10_000, hits={"c": 8000}, held={"c": 8000})
     quick = {worker: believe(rates=LINKED) for worker in "abd"} | {"c": believe(30.0, LINKED)}
     choice = choose(request, **quick)
     assert choice.worker_id != "c"
-    assert choice.pull == Pull("c", 8000)
+    assert choice.pull == Pull("c", 8000, budget_s=8.0)
     assert choice.reason == "prefix: pulls 8000 tokens from c"
     slow = Rates(token_s=1e-3, pull_s=PULL_SHARE * 1e-3 * 1.01, is_learned=True)
     assert choose(request, **{w: believe(b.busy_until, slow) for w, b in quick.items()}).pull is None
 
 
+def test_what_is_still_being_computed_cannot_be_pulled() -> None:
+    request = Request(KEY, num_tokens=10_000, hits={"c": 8000}, held={"c": 3000})
+    choice = choose(request, c=believe(30.0), a=believe(0.0, LINKED))
+    assert (choice.worker_id, choice.pull) == ("a", Pull("c", 3000, budget_s=3.0))
+
+
 def test_a_pull_runs_while_others_are_served() -> None:
-    request = Request(KEY, num_tokens=10_000, hits={"c": 8000})
+    request = Request(KEY, num_tokens=10_000, hits={"c": 8000}, held={"c": 8000})
     choice = choose(request, c=believe(30.0), a=believe(5.0, LINKED))
     chosen = next(estimate for estimate in choice.estimates if estimate.worker_id == "a")
     assert chosen.first_token_s == pytest.approx(5.0 + 2.0)

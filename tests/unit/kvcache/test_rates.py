@@ -63,27 +63,17 @@ def test_figures_that_cannot_be_are_passed_over(seconds: float) -> None:
     learner = RateLearner(UNKNOWN_RATES)
     learner.prefilled(100, 0, 0, seconds)
     learner.prefilled(100, 100, 0, 1.0)
-    learner.pulled(100, seconds)
-    learner.pulled(0, 1.0)
     assert learner.rates == UNKNOWN_RATES
-
-
-def test_the_cost_of_a_pull_is_the_mean_of_the_last_ones() -> None:
-    learner = RateLearner(Rates(pull_s=1.0))
-    learner.pulled(1000, 0.1)
-    assert learner.rates.pull_s == pytest.approx(1e-4)
-    for _ in range(100):
-        learner.pulled(1000, 0.3)
-    assert learner.rates.pull_s == pytest.approx(3e-4)
 
 
 def test_a_worker_that_has_said_nothing_is_like_the_others() -> None:
     book = RateBook()
-    assert book.rates("a") == UNKNOWN_RATES
+    assert (book.rates("a"), book.is_learned) == (UNKNOWN_RATES, False)
     teach(book.learner("a"), TRUE)
     teach(book.learner("b"), TRUE)
     assert book.rates("new").token_s == pytest.approx(TRUE.token_s, rel=0.05)
     assert not book.rates("new").is_learned
+    assert book.is_learned
     book.forget("a")
     book.forget("b")
     assert book.rates("new") == UNKNOWN_RATES
