@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from bus.errors import BadArgument, TooLarge
 from bus.limits import MAX_PRIORITY
 from bus.messages import FinishReason
+from kvcache.places import place_of
 from workers.lifecycle import Change, State, after
 from workers.sequences import Sequence
-from workers.tasks import CLASS_S, GenerationTask, SchedulerConfig, Usage
+from workers.tasks import GenerationTask, SchedulerConfig, Usage
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
     """`number` counts arrivals; times are monotonic seconds; `max_len` counts all its tokens.
 
-    place: in line, for room and for turns: the time of its arrival, `CLASS_S` seconds later for each class; equals in
-    order of arrival. It does not change while others come, so nobody of any class is overtaken for ever.
+    place: in line, for room and for turns, see `kvcache.places`; equals in order of arrival. It does not change while
+    others come, so nobody of any class is overtaken for ever.
+    token_s: seconds to compute one token, as of its arrival.
     last_turn: the number of the step in which it last got on, or was admitted.
     """
 
@@ -26,6 +28,7 @@ class Generation:
     number: int
     max_len: int
     arrived_at: float
+    token_s: float = 0.0
     state: State = State.WAITING
     admitted_at: float | None = None
     first_token_at: float | None = None
@@ -34,11 +37,15 @@ class Generation:
     place: tuple[float, int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.place = (self.arrived_at + CLASS_S * self.task.priority, self.number)
+        self.find_place(0)
 
     @property
     def num_outputs(self) -> int:
         return len(self.sequence.token_ids) - len(self.task.prompt)
+
+    def find_place(self, num_left: int) -> None:
+        """Its place, with so many tokens to compute before the next of its output. Not while it is in a sorted line."""
+        self.place = (place_of(self.arrived_at, self.task.priority, self.token_s * num_left), self.number)
 
     def move(self, change: Change) -> None:
         """Change the state as the table of `workers.lifecycle` says."""

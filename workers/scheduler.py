@@ -4,9 +4,10 @@ The engine, for ever: feed what clients asked (`submit`, `cancel`, `pause`, `res
 `commit` what was sampled. Each returns events in the order in which clients must see them, and what was submitted
 without an exception ends in exactly one Finished or Failed. There is no clock, model or socket here.
 
-- There is one line, by arrival and class (`Generation.place`); waiting makes up for class, so the wait of each is
-  bounded whoever else comes. Admission goes along it and is all-or-nothing: blocks for all tokens and one more, or
-  it waits. For want of a seat or of blocks, one of a lower class and further back yields.
+- There is one line, by arrival, class and what is left to compute (`Generation.place`); waiting makes up for class and
+  for length, so the wait of each is bounded whoever else comes. Admission goes along it and is all-or-nothing: blocks
+  for all tokens and one more, or it waits. For want of a seat or of blocks, one of a lower class and further back
+  yields.
 - A step is shared out anew each time (Yu et al. 2022, Orca, section 4.1): a token for every decode, and chunks of
   prefills in what is left of `max_tokens_per_step` (Agrawal et al. 2024, Sarathi-Serve). `workers.turns` has the
   rules, by which nobody starves.
@@ -34,7 +35,7 @@ from workers.lifecycle import Change, State
 from workers.prefix_cache import PrefixCache
 from workers.sequences import Sequence, SequenceTable
 from workers.tasks import BlockCopy, Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig, Started, Step
-from workers.turns import Shares, in_line
+from workers.turns import Pace, Shares, in_line
 
 
 class Scheduler:
@@ -52,6 +53,8 @@ class Scheduler:
         self._num_submitted = 0
         self._num_preempted = 0
         self._totals: Counter[str] = Counter()  # by the names of EngineStats
+        self._pace = Pace()
+        self._planned_at = 0.0
 
     # --- what clients ask ---
 
@@ -69,7 +72,7 @@ class Scheduler:
             raise NoSpace(f"{num_tokens} tokens do not fit the pool of {self._capacity}", detail=self._capacity)
         sequence = Sequence(task.seed, [*task.prompt, *task.resume], task.sequence, task.landmarks)
         self.sequences.begin(sequence)
-        generation = Generation(task, sequence, self._num_submitted, self._max_len(task), now)
+        generation = Generation(task, sequence, self._num_submitted, self._max_len(task), now, self._pace.token_s)
         self._num_submitted += 1
         self._live[task.key] = generation
         self._queue(generation)
@@ -127,6 +130,7 @@ class Scheduler:
         step = Step(tuple(generation.task.key for generation in chosen), batch, tuple(events), self._copies())
         if chosen:
             self._in_step = (step, tuple(chosen))
+            self._planned_at = now
         return step
 
     def commit(self, step: Step, sampled: AbstractSequence[int | None], now: float) -> list[Event]:
@@ -142,6 +146,12 @@ class Scheduler:
             raise ValueError(f"{len(sampled)} tokens were sampled for {len(step.batch)} slices")
         self._in_step = None
         self._totals["steps"] += 1
+        prefilled = [
+            len(piece.token_ids)
+            for generation, piece in zip(generations, step.batch, strict=True)
+            if generation.state is State.PREFILL
+        ]
+        self._pace.ran(sum(prefilled), now - self._planned_at)
         for copy in step.copies:
             if copy.key in self._live:
                 self.sequences.copied(self._live[copy.key].sequence)
@@ -149,6 +159,7 @@ class Scheduler:
         for generation, piece, token_id in zip(generations, step.batch, sampled, strict=True):
             if generation.state is not State.FINISHED:
                 self.sequences.advance(generation.sequence, piece.start + len(piece.token_ids))
+                generation.find_place(generation.sequence.num_left)
                 if piece.wants_logits:
                     assert token_id is not None, "a slice that wants logits needs a sampled token"
                     events += self._add_token(generation, token_id, now)
@@ -215,6 +226,7 @@ class Scheduler:
                 return False
             self._preempt(victim)
         self._waiting.remove(generation)
+        generation.find_place(generation.sequence.num_left)
         generation.move(Change.ADMIT)
         self._note_turn(generation)
         return True
@@ -279,6 +291,7 @@ class Scheduler:
         self._num_preempted += 1
 
     def _queue(self, generation: Generation) -> None:
+        generation.find_place(self.sequences.num_missing(generation.sequence))
         insort(self._waiting, generation, key=_place)
 
     # --- who takes part in a step, and with how much ---
@@ -302,6 +315,7 @@ class Scheduler:
         if num_saved == 0:
             return
         self._note_turn(generation)
+        generation.find_place(generation.sequence.num_left)
         if generation.first_token_at is None:
             before = generation.cached_tokens
             generation.cached_tokens = min(before + num_saved, len(generation.task.prompt))

@@ -145,6 +145,12 @@ class SequenceTable:
         self.hits.count(sequence.seed, lookup_tokens=len(sequence.token_ids), hit_tokens=sequence.num_computed)
         return sequence.num_computed
 
+    def num_missing(self, sequence: Sequence) -> int:
+        """How many of its tokens would be left to compute if it were admitted now."""
+        kept = None if sequence.key is None else self._retained.get(sequence.key)
+        num_kept = 0 if kept is None else self._num_reusable(kept, sequence)
+        return len(sequence.token_ids) - max(num_kept, self._find(sequence).num_tokens)
+
     def grow(self, sequence: Sequence, num_tokens: int, now: float) -> bool:
         """Have blocks for `num_tokens` tokens; False, with nothing changed, if there is no room."""
         need = self._blocks_for(num_tokens) - len(sequence.block_table)

@@ -16,9 +16,6 @@ from workers.nodes import Landmark
 
 MAX_NUM_SEQS = 64
 
-CLASS_S = 10.0
-"""Seconds. Long enough that a class is worth something, short enough that the next one waits no minute for it."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
@@ -60,7 +57,7 @@ class GenerationTask:
     eos_ids end the output unless `ignore_eos`; stop_ids always do; neither before `min_tokens` output tokens.
     sequence: the client's name for the KV, which then outlives the generation; None for none.
     deadline: monotonic seconds; whoever has not ended by then fails, and one that never began computes nothing.
-    priority: its class, -MAX_PRIORITY to MAX_PRIORITY, lower is sooner; `CLASS_S` seconds of waiting make up for one.
+    priority: its class, -MAX_PRIORITY to MAX_PRIORITY, lower is sooner; see `kvcache.places`.
     landmarks: where the nodes of the prompt's chain end, for routing.
     """
 

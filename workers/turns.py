@@ -5,7 +5,8 @@ Three rules, in this order:
 - Who has waited `PATIENCE` steps goes first, the longest waiting before the others. A prefill among them takes
   half of the step's tokens at most, so that decodes go on beside it.
 - Then every decode gets its one token. They are many and each is cheap, and their readers are waiting.
-- Then the prefills, in their places in line, fill what is left: the first gets all it can use.
+- Then the prefills, in their places in line (the shortest first, but for how long they have waited), fill what is
+  left: the first gets all it can use.
 
 No wait is longer than `PATIENCE` steps and one for each other that is admitted: whoever is first in line gets a
 token, and is then behind all who wait. A prefill whose next block is computed by another in this step sits it
@@ -23,6 +24,8 @@ from workers.lifecycle import State
 PATIENCE = 16
 """Steps. Long enough that short prompts are computed one after the other, which makes the mean wait shortest."""
 
+PACE_MEMORY = 0.98
+"""Each step leaves so much of those before: fifty are enough for a rate that only orders prefills."""
 
 _BY_WAIT = (0.0, 0)
 
@@ -57,6 +60,26 @@ class Shares:
         self.num_tokens[generation] = num_tokens
         self._tokens_left -= num_tokens
         self._seqs_left -= 1
+
+
+class Pace:
+    """How quick prefills are here, from the steps that were run: old ones fade."""
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    @property
+    def token_s(self) -> float:
+        """Seconds for each token; 0 before any was timed, so that all are alike and go by arrival."""
+        return self._seconds / self._tokens if self._tokens else 0.0
+
+    def ran(self, num_tokens: int, seconds: float) -> None:
+        """A step with so many tokens of prefills took so long. One of decodes alone says nothing."""
+        if not num_tokens:
+            return
+        self._tokens = num_tokens + PACE_MEMORY * self._tokens
+        self._seconds = seconds + PACE_MEMORY * self._seconds
 
 
 def in_line(runnable: Iterable[Generation], step: int) -> list[Generation]:

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=1, metavar="N", help="run so many times, each with other workers' names [1]")
     add("--costs", type=Path, metavar="FILE", help="what work costs, as --calibrate wrote it [a 70B model on 8 GPUs]")
     add("--link", type=float, metavar="X", help="tokens of KV a second that one worker can fetch; 0: no pulls")
-    add("--order", choices=["fifo", "shortest"], default="fifo", help="of prefills within a worker [fifo]")
+    add("--order", choices=["fifo", "shortest"], default="shortest", help="of prefills within a worker [shortest]")
     add("--brokers", type=int, default=1, metavar="N", help="so many, that do not talk to each other [1]")
     add("--event-loss", type=float, default=0.0, metavar="X", help="share of block events lost and never repaired [0]")
     add("--change", action="append", default=[], metavar="CHANGE", help="something happens; may be repeated")

@@ -49,7 +49,7 @@ class Setup:
     num_workers: int = 8
     cache_tokens: int = 3_000_000
     costs: Costs = field(default_factory=Costs)
-    order: Order = "fifo"
+    order: Order = "shortest"
     num_brokers: int = 1
     event_loss: float = 0.0
     can_pull: bool = True

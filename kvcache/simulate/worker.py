@@ -1,5 +1,7 @@
 """A modelled worker: one prefill at a time out of a queue, decodes beside it, a prefix cache, pulls that run ahead.
 
+Prefills go in the order of our own scheduler (`kvcache.places`), or first come, first served.
+
 It computes a prompt from the first token that its cache, or what was pulled for that request, does not cover, and
 caches the whole prompt when it is done. Only the simulation moves time; this file says what happens at a moment.
 """
@@ -9,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from kvcache.places import place_of
 from kvcache.simulate.cache import ModelCache
 from kvcache.simulate.costs import Costs
 from kvcache.simulate.traces import Arrival
 
 Order = Literal["fifo", "shortest"]
-PATIENCE = 0.25
-"""With `shortest`, a second of waiting counts as much as this many seconds less to compute: no prefill starves."""
 SLICE_S = 0.25
 """With `shortest`, how long a prefill runs before another may take its turn: a chunk of the prompt."""
 
@@ -42,7 +43,7 @@ class Job:
 class ModelWorker:
     """busy_s: time spent on prefills. slowness: by how much longer everything takes than `costs` say."""
 
-    def __init__(self, name: str, costs: Costs, cache_tokens: int, order: Order = "fifo") -> None:
+    def __init__(self, name: str, costs: Costs, cache_tokens: int, order: Order = "shortest") -> None:
         self.name = name
         self.cache = ModelCache(cache_tokens)
         self.slowness = 1.0
@@ -81,7 +82,7 @@ class ModelWorker:
         ready = [job for job in self._queue if job.ready_at <= now]
         if not ready:
             return None
-        job = ready[0] if self._order == "fifo" else min(ready, key=lambda job: self._rank(job, now))
+        job = ready[0] if self._order == "fifo" else min(ready, key=self._place)
         if not job.is_begun:
             self._begin(job)
         seconds = job.remaining_s if self._order == "fifo" else min(SLICE_S, job.remaining_s)
@@ -122,8 +123,8 @@ class ModelWorker:
         slice_s = max(0.0, self._slice_until - now) if self.running is not None else 0.0
         return slice_s + sum(self._remaining_s(job) for job in self._queue)
 
-    def _rank(self, job: Job, now: float) -> float:
-        return self._remaining_s(job) - PATIENCE * (now - job.sent_at)
+    def _place(self, job: Job) -> float:
+        return place_of(job.sent_at, 0, self._remaining_s(job))
 
     def _remaining_s(self, job: Job) -> float:
         if job.is_begun:

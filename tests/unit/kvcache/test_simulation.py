@@ -63,12 +63,12 @@ def test_at_least_one_token_is_computed() -> None:
 
 def test_prefills_of_one_worker_follow_each_other() -> None:
     trace = [ask(0.0, (1, 2000)), ask(0.0, (2, 1000)), ask(0.5, (3, 500))]
-    assert ttft(run(trace, num_workers=1)) == [2.0, 3.0, 3.0]
+    assert ttft(run(trace, num_workers=1, order="fifo")) == [2.0, 3.0, 3.0]
 
 
-def test_shorter_prefills_overtake_longer_ones_if_so_ordered() -> None:
+def test_shorter_prefills_overtake_longer_ones_as_in_our_own_workers() -> None:
     trace = [ask(0.0, (1, 4000)), ask(0.1, (2, 100))]
-    first, second = ttft(run(trace, num_workers=1, order="shortest"))
+    first, second = ttft(run(trace, num_workers=1))
     assert first == pytest.approx(4.1)
     assert second == pytest.approx(0.25)  # after the slice that was running
 

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bus.errors import BadArgument, Conflict, DeadlineExceeded, InternalError, KVCacheError, NoSpace, TooLarge
 from bus.messages import FinishReason
 from kvcache.hashing import HashSeed
+from kvcache.places import CLASS_S
 from workers.audit import Auditor
 from workers.batch import Slice
 from workers.eviction import EVICTION_POLICIES, EvictionPolicy
@@ -22,7 +23,6 @@ from workers.keys import SequenceKey
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
 from workers.tasks import (
-    CLASS_S,
     Event,
     Failed,
     Finished,
@@ -33,7 +33,7 @@ from workers.tasks import (
     Step,
     Usage,
 )
-from workers.turns import PATIENCE
+from workers.turns import PATIENCE, Pace
 
 VOCAB = 50
 EOS = 7
@@ -106,6 +106,7 @@ class Engine:
     max_model_len: int = 1000
     max_num_seqs: int = 64
     now: float = 0.0
+    token_s: float = 0.0
     policy: EvictionPolicy = "lru"
     events: list[Event] = field(default_factory=list)
 
@@ -128,6 +129,7 @@ class Engine:
         step = self.scheduler.plan(self.now)
         self.events += step.events
         if step.batch:
+            self.now += self.token_s * sum(len(piece.token_ids) for piece in step.batch)
             self.events += self.scheduler.commit(step, self.runner.run(step), self.now)
         self.scheduler.sequences.check()
         return step
@@ -622,6 +624,91 @@ def test_nobody_of_a_lower_class_starves(priority: int) -> None:
     assert engine.now > CLASS_S * priority, "it was let in before its time"
 
 
+# --- short prefills before long ones ---
+
+
+def timed(**config: object) -> Engine:
+    """An engine that takes 0.1 s a token, and knows it."""
+    engine = Engine(**{"num_blocks": 400, "max_tokens_per_step": 8, "token_s": 0.1, **config})  # type: ignore[arg-type]  # fields of Engine
+    engine.submit(b"first", (40,) * 8, 1)
+    engine.run()
+    return engine
+
+
+def fresh(number: int, num_tokens: int) -> tuple[int, ...]:
+    """A prompt that shares no block with another of these."""
+    return tuple((number + position * (1 + number % 7)) % VOCAB for position in range(num_tokens))
+
+
+def ended(engine: Engine) -> list[bytes]:
+    return [event.key for event in engine.events if isinstance(event, Finished)]
+
+
+def test_short_prefills_overtake_long_ones_once_it_is_known_what_they_take() -> None:
+    for engine, order in ((timed(), [b"short", b"long"]), (timed(token_s=0.0), [b"long", b"short"])):
+        engine.submit(b"long", fresh(1, 24), 1)
+        engine.submit(b"short", fresh(2, 9), 1)
+        engine.run()
+        assert ended(engine)[1:] == order
+
+
+def test_what_is_cached_does_not_count_for_length() -> None:
+    engine = timed(max_num_seqs=1)
+    engine.submit(b"before", fresh(1, 40), 1)
+    engine.run()
+    engine.submit(b"seated", fresh(3, 9), 1)
+    engine.step()
+    engine.submit(b"short", fresh(2, 12), 1)
+    engine.submit(b"cached", fresh(1, 40), 1)
+    engine.run()
+    assert ended(engine)[2:] == [b"seated", b"cached", b"short"]
+
+
+def test_one_that_has_nearly_done_is_not_overtaken_by_one_shorter_than_it_was() -> None:
+    engine = timed()
+    engine.submit(b"long", fresh(1, 24), 1)
+    engine.step()
+    engine.step()
+    engine.submit(b"other", fresh(2, 16), 1)
+    assert shape(engine.step()) == [(b"long", 8)]
+
+
+def test_no_prefill_waits_for_whoever_of_its_class_comes_much_later_however_short_they_are() -> None:
+    """The worker is kept busy with short prompts for ever; the long one needs 20 s of it and has its turn after 10."""
+    engine = timed(max_num_seqs=2)
+    engine.submit(b"long", fresh(1, 200), 1)
+    arrived, numbers = engine.now, iter(range(2, 10_000))
+    while engine.scheduler.engine_stats().finished < 2 or b"long" not in ended(engine):
+        waiting = engine.scheduler.engine_stats().waiting
+        for _ in range(4 - waiting):
+            number = next(numbers)
+            engine.submit(number.to_bytes(2), fresh(number, 8), 1)
+        engine.step()
+        assert engine.now < arrived + 3 * CLASS_S + 20.0, "it is overtaken for ever"
+    assert engine.now > arrived + 20.0
+
+
+def test_a_class_is_worth_as_much_as_any_length() -> None:
+    engine = timed()
+    engine.submit(b"plain", fresh(1, 8), 1)
+    engine.submit(b"urgent", fresh(2, 200), 1, priority=-1)
+    engine.step()
+    assert engine.scheduler.plan(engine.now).keys[0] == b"urgent"
+
+
+def test_pace_is_that_of_prefills_and_follows_them() -> None:
+    pace = Pace()
+    assert pace.token_s == 0.0
+    pace.ran(0, 5.0)
+    assert pace.token_s == 0.0
+    pace.ran(256, 0.5)
+    pace.ran(4, 0.03)
+    assert pace.token_s == pytest.approx(0.53 / 260, rel=0.02)
+    for _ in range(300):
+        pace.ran(256, 1.0)
+    assert pace.token_s == pytest.approx(1.0 / 256, rel=0.02)
+
+
 def test_one_of_a_lower_class_gives_up_its_seat_and_goes_on_later() -> None:
     engine = Engine(max_num_seqs=2)
     engine.submit(b"batch", max_tokens=20, priority=1)
@@ -971,9 +1058,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         max_seqs=st.integers(1, 6),
         policy=st.sampled_from(EVICTION_POLICIES),
+        token_s=st.sampled_from([0.0, 0.02]),
     )
-    def begin(self, num_blocks: int, max_tokens: int, max_seqs: int, policy: EvictionPolicy) -> None:
-        self.engine = Engine(num_blocks, max_tokens_per_step=max_tokens, max_num_seqs=max_seqs, policy=policy)
+    def begin(self, num_blocks: int, max_tokens: int, max_seqs: int, policy: EvictionPolicy, token_s: float) -> None:
+        self.engine = Engine(
+            num_blocks, max_tokens_per_step=max_tokens, max_num_seqs=max_seqs, policy=policy, token_s=token_s
+        )
         self.auditor = Auditor(self.engine.cache, 1.0, 0.0)
 
     def live(self) -> list[bytes]:
