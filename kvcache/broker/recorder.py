@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate
 
 import msgspec
 
@@ -20,10 +19,8 @@ from bus import wire
 from bus.errors import ProtocolError
 from bus.messages import Generate, StreamEnd
 from bus.wire import Buffer
-from kvcache.hashing import ROUTING_NODE_BYTES, ROUTING_TEXT_BLOCK_BYTES
+from kvcache.hashing import ROUTING_DEPTHS, ROUTING_NODE_BYTES, ROUTING_TEXT_BLOCK_BYTES
 
-FINE_NODES = 64
-"""A routing chain has a node at each of the first 64 blocks, then at every second, every fourth and so on."""
 MAX_OPEN = 100_000
 """Generations that are remembered until they end; beyond it those that began first are not recorded."""
 
@@ -87,7 +84,7 @@ def node_ends(num_nodes: int, prompt_bytes: int, num_tokens: int) -> list[int]:
 
     A node of text and one of tokens cover equally many bytes, so this is exact for tokens.
     """
-    depths = accumulate(1 << index // FINE_NODES for index in range(num_nodes))
+    depths = ROUTING_DEPTHS[:num_nodes]
     shares = (min(1.0, depth * ROUTING_TEXT_BLOCK_BYTES / max(1, prompt_bytes)) for depth in depths)
     return [max(1, round(share * num_tokens)) for share in shares]
 

@@ -13,18 +13,20 @@ from math import inf
 from msgspec.structs import replace
 
 from kvcache.ring import UNIT_WEIGHT, HashRing
+from kvcache.routing.index import NodeIndex
 from kvcache.routing.keys import PrefixKeys
 from kvcache.routing.ledger import WorkLedger
 from kvcache.routing.links import LinkBook
 from kvcache.routing.pending import PendingPrefixes
 from kvcache.routing.rates import RateBook
 from kvcache.routing.views import Belief, Choice, IndexState, Refusal, Request
-from kvcache.simulate.index import NodeIndex
 from kvcache.simulate.routers import Router
 from kvcache.simulate.traces import Arrival
 from kvcache.simulate.worker import Job
 
 TENANT = ""
+TENANT_SECRET = bytes(16)
+"""Known, so that equal runs are equal."""
 TICK_S = 1.0
 
 
@@ -35,7 +37,7 @@ class ModelBroker:
         self.router = router
         self.reasons: Counter[str] = Counter()
         self._keys = PrefixKeys()
-        self._index = NodeIndex()
+        self._index = NodeIndex(secret=TENANT_SECRET)
         self._ledger = WorkLedger()
         self._pending = PendingPrefixes()
         self._book = RateBook()
@@ -84,6 +86,7 @@ class ModelBroker:
         self._now = now
         if now > self._refreshed_at + TICK_S:
             self._refreshed_at = now
+            self._index.sweep()
             for worker in self._ring.workers:
                 self._refresh(worker)
         held, hits = self._hits(arrival)

@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from kvcache.ring import HashRing
+from kvcache.routing.index import NodeIndex
 from kvcache.routing.keys import RoutingKey
 from kvcache.routing.policies import consistent_hash
 from kvcache.routing.views import Belief, Choice, Pull, Refusal, Request
-from kvcache.simulate.index import NodeIndex
 from kvcache.simulate.routers import Router, Stateless
 from kvcache.simulate.traces import Arrival
 from kvcache.simulate.worker import Job

@@ -113,6 +113,8 @@ def _from_recorded(line: RecordedLine) -> Arrival:
         chain = tuple(bytes.fromhex(node) for node in line.hash_ids)
     except ValueError:
         raise BadArgument("hash_ids of a record must be hexadecimal") from None
+    if any(len(node) != ROUTING_NODE_BYTES for node in chain):
+        raise BadArgument(f"hash_ids of a record must be of {ROUTING_NODE_BYTES} bytes each")
     return Arrival(line.timestamp / 1000, line.input_length, line.output_length, chain, ends)
 
 

@@ -54,6 +54,10 @@ def test_an_azure_trace_has_times_and_lengths_and_shares_nothing(tmp_path: Path)
         (MOONCAKE + "{}", "line 3: Object missing required field"),
         (MOONCAKE + "nonsense", "line 3: JSON is malformed"),
         ('{"timestamp": 0, "input_length": 600, "output_length": 7, "hash_ids": [0]}', "2 blocks of 512, not 1"),
+        (
+            '{"timestamp": 0, "input_length": 6, "output_length": 7, "hash_ids": ["00ff"], "ends": [6]}',
+            "hash_ids of a record must be of 8 bytes",
+        ),
         ('{"timestamp": -1, "input_length": 6, "output_length": 7, "hash_ids": [0]}', "line 1: Expected `float` >= 0"),
         ('{"timestamp": 0, "input_length": 0, "output_length": 7, "hash_ids": []}', "line 1: Expected `int` >= 1"),
         ("TIMESTAMP,Tokens\n1,2\n", "no column ContextTokens, GeneratedTokens"),
