@@ -19,6 +19,8 @@ from kvcache.client import Client
 from kvcache.plots import distribution, plot
 from kvcache.routing.policies import POLICIES
 from kvcache.simulate.calibrate import calibrate
+from kvcache.simulate.check import check
+from kvcache.simulate.check import show as show_check
 from kvcache.simulate.options import Plan, parser, plan, swept
 from kvcache.simulate.report import Figures, PolicyReport, figures, mean, optimum, shared_queue_s, show
 from kvcache.simulate.rivals import rivals
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.calibrate:
             return _calibrate(given, status)
         chosen = plan(given)
+        if given.check is not None:
+            return _check(given, chosen, console, status)
         scenes = [_scene(swept(chosen, value), value, status) for value in chosen.sweep[1]]
         scenes = scenes or [_scene(chosen, None, status)]
         for scene in scenes:
@@ -57,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KVCacheError as error:
         sys.stderr.write(f"simulate: {error}\n")
         return 2
+    except RuntimeError as error:  # the workers did not start
+        sys.stderr.write(f"simulate: {error}\n")
+        return 1
     except OSError as error:
         sys.stderr.write(f"simulate: {error.filename}: {error.strerror}\n")
         return 1
@@ -149,6 +156,14 @@ def _by_policy(scenes: Sequence[Scene], value: Callable[[Figures], float]) -> di
         report.policy: [(scene.at or 0.0, value(scene.policies[index].mean)) for scene in scenes]
         for index, report in enumerate(scenes[0].policies)
     }
+
+
+def _check(given: argparse.Namespace, chosen: Plan, console: Console, status: Console) -> int:
+    report = check(chosen.trace, given.check, given.divide, chosen.setup.num_workers, lambda what: status.print(what))
+    show_check(report, console)
+    if given.json:
+        given.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    return 0
 
 
 def _calibrate(given: argparse.Namespace, status: Console) -> int:

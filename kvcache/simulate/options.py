@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("trace", metavar="TRACE", nargs="?", help="see below")
     add("--policy", default="prefix", metavar="NAMES", help="one or more, by commas, or all [prefix]")
-    add("--workers", type=int, default=8, metavar="N", help="how many workers [8]")
+    add("--workers", type=int, metavar="N", help="how many workers [8; 2 with --check]")
     add("--cache-tokens", type=int, default=3_000_000, metavar="N", help="tokens that each can cache [3000000]")
     add("--speed", type=float, default=1.0, metavar="X", help="replay the trace this many times faster [1]")
     add("--seeds", type=int, default=1, metavar="N", help="run so many times, each with other workers' names [1]")
@@ -68,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--plots", type=Path, metavar="FOLDER", help="draw the figures there, as SVG")
     add("--calibrate", type=Path, metavar="FILE", help="measure a running worker's costs, write them there, and end")
+    add("--check", type=float, metavar="S", help="replay the trace for S seconds on real workers, and compare")
+    add("--divide", type=int, default=32, metavar="N", help="all lengths by this, with --check [32]")
     add("--url", metavar="URL", help="the broker to calibrate on")
     add("--model", metavar="NAME", help="the model to calibrate with")
     return made
@@ -80,9 +82,11 @@ def plan(given: argparse.Namespace) -> Plan:
         if given.link < 0:
             raise BadArgument(f"--link is tokens a second, 0 or more, not {given.link}")
         costs = replace_struct(costs, pull_s=1 / given.link if given.link else None)
-    for name, least in (("seeds", 1), ("speed", 1e-9), ("slo", 0)):
-        if getattr(given, name) < least:
+    for name, least in (("seeds", 1), ("speed", 1e-9), ("slo", 0), ("divide", 1), ("check", 1)):
+        if getattr(given, name) is not None and getattr(given, name) < least:
             raise BadArgument(f"--{name} must be more than that: {getattr(given, name)}")
+    if given.workers is None:
+        given.workers = 8 if given.check is None else 2
     setup = Setup(
         num_workers=given.workers,
         cache_tokens=given.cache_tokens,

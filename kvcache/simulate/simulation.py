@@ -44,7 +44,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """event_loss: the share of event batches that never arrive and are never repaired. can_pull: workers may pull."""
+    """event_loss: the share of event batches that never arrive and are never repaired. can_pull: workers may pull.
+    names: of the workers, drawn from the seed if there are none.
+    """
 
     num_workers: int = 8
     cache_tokens: int = 3_000_000
@@ -55,10 +57,13 @@ class Setup:
     can_pull: bool = True
     changes: tuple[Change, ...] = ()
     seed: int = 0
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.num_brokers < 1 or self.cache_tokens < 0:
             raise BadArgument("a cluster has at least one worker and one broker, and no less than an empty cache")
+        if self.names and len(set(self.names)) != self.num_workers:
+            raise BadArgument(f"{self.num_workers} workers need as many names, all different: {self.names}")
         if not 0.0 <= self.event_loss <= 1.0:
             raise BadArgument(f"the share of lost events is from 0 to 1, not {self.event_loss}")
 
@@ -98,7 +103,8 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         self._outcomes = [Outcome(arrival) for arrival in trace]
-        self._names = [f"{self._random.getrandbits(32):08x}" for _ in range(setup.num_workers)]
+        drawn = [f"{self._random.getrandbits(32):08x}" for _ in range(setup.num_workers)]
+        self._names = list(setup.names) or drawn
         self._workers = {name: self._make_worker(name) for name in self._names}
         self._gone: list[ModelWorker] = []
         self._reasons: dict[str, int] = {}

@@ -134,3 +134,28 @@ def test_a_plot_of_nothing_or_of_one_point_is_still_a_plot() -> None:
     for series in ({}, {"a<b": [(1.0, 0.0)]}, {"c": [(3.0, 5.0), (3.0, 5.0)]}):
         for log in (True, False):
             assert ET.fromstring(plot("t & u", "x", "y", series, log_x=log, log_y=log)) is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--check", "0"), "--check must be more"),
+        (("--divide", "0"), "--divide must be more"),
+        (("--seeds", "0"), "--seeds must be more"),
+    ],
+)
+def test_numbers_that_are_too_small_are_refused(
+    trace: str, flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([trace, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_trace_that_the_real_model_cannot_take_is_refused_before_any_worker_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.jsonl"
+    line = {"timestamp": 0, "input_length": 51_200, "output_length": 1, "hash_ids": list(range(100))}
+    path.write_bytes(msgspec.json.encode(line) + b"\n")
+    assert main([str(path), "--check", "10", "--divide", "2"]) == 2
+    assert "--divide by more than 2" in capsys.readouterr().err
