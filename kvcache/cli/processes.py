@@ -38,6 +38,10 @@ def bench(context: typer.Context) -> None:
 
 def record(context: typer.Context) -> None:
     """Run a broker that records arrivals."""
+    if "--help" in context.args:
+        _become("kvcache.broker", context)
+    if not context.args or context.args[0].startswith("-"):
+        raise typer.BadParameter("name the file to write, then the broker's flags: kvcache record FILE [...]")
     _become("kvcache.broker", context, "--record")
 
 

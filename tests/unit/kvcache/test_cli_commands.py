@@ -454,3 +454,9 @@ def test_models_that_are_not_here_are_listed_as_such(tmp_path: Path, capsys: pyt
     (model,) = json.loads(capsys.readouterr().out)
     assert (model["name"], model["present"], model["bytes"]) == ("smollm2", False, 0)
     assert main(["models", "pull", "no such model", "--home", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("args", [[], ["--bind", "tcp://127.0.0.1:5555"]])
+def test_a_recording_needs_a_file_before_any_flag(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", *args]) == 2
+    assert "kvcache record FILE" in capsys.readouterr().err
