@@ -32,3 +32,20 @@ Home = Annotated[
     str,
     typer.Option("--home", envvar="KVCACHE_HOME", help="The folder that holds downloaded models.", metavar="FOLDER"),
 ]
+
+# Of the commands that run services here.
+NumWorkers = Annotated[
+    int, typer.Option("--workers", "-n", min=1, max=64, help="How many workers to run.", metavar="N")
+]
+KvMemory = Annotated[str, typer.Option("--kv-cache-memory-bytes", help="KV memory of each worker.", metavar="SIZE")]
+BrokerPolicy = Annotated[
+    str | None, typer.Option("--policy", help="How the broker places requests.", show_default=False, metavar="NAME")
+]
+WorkerFlags = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="After --: more flags for every worker (kvcache worker --help).",
+        show_default=False,
+        metavar="WORKER_FLAGS",
+    ),
+]

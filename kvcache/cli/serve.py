@@ -11,7 +11,7 @@ import typer
 
 from bus.endpoints import DEFAULT_URL
 from bus.errors import BadArgument
-from kvcache.cli.options import Home, Url
+from kvcache.cli.options import BrokerPolicy, Home, KvMemory, NumWorkers, Url, WorkerFlags
 from kvcache.cli.up import cluster_services, run_services
 from kvcache.models import DEFAULT_HOME
 from kvcache.supervisor import Service
@@ -23,29 +23,16 @@ def serve(
     model: Annotated[str, typer.Argument(help="A name, folder or hub id to serve.", metavar="MODEL")],
     host: Annotated[str, typer.Option("--host", help="Where the API listens.", metavar="HOST")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65_535, help="Its port.", metavar="PORT")] = 8000,
-    workers: Annotated[
-        int, typer.Option("--workers", "-n", min=1, max=64, help="How many workers to run.", metavar="N")
-    ] = 1,
-    kv_memory: Annotated[
-        str, typer.Option("--kv-cache-memory-bytes", help="KV memory of each worker.", metavar="SIZE")
-    ] = "1GiB",
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="How the broker places requests.", show_default=False, metavar="NAME")
-    ] = None,
+    workers: NumWorkers = 1,
+    kv_memory: KvMemory = "1GiB",
+    policy: BrokerPolicy = None,
     api_key_file: Annotated[
         str | None,
         typer.Option("--api-key-file", help="Keys that callers need.", show_default=False, metavar="FILE"),
     ] = None,
     home: Home = str(DEFAULT_HOME),
     url: Url = None,
-    worker_flags: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="After --: more flags for every worker (kvcache worker --help).",
-            show_default=False,
-            metavar="WORKER_FLAGS",
-        ),
-    ] = None,
+    worker_flags: WorkerFlags = None,
 ) -> None:
     """Serve a model with OpenAI's API.
 

@@ -16,7 +16,7 @@ from bus.endpoints import DEFAULT_URL
 from bus.errors import KVCacheError
 from kvcache.cli.board import Board, open_board
 from kvcache.cli.model_files import fetch
-from kvcache.cli.options import Home, Url
+from kvcache.cli.options import BrokerPolicy, Home, KvMemory, NumWorkers, Url, WorkerFlags
 from kvcache.cli.output import note
 from kvcache.models import DEFAULT_HOME, ModelRegistry
 from kvcache.supervisor import Service, ServiceFailed, Supervisor
@@ -27,9 +27,7 @@ DEFAULT_MODEL = "smollm2"
 
 
 def up(
-    workers: Annotated[
-        int, typer.Option("--workers", "-n", min=1, max=64, help="How many workers to run.", metavar="N")
-    ] = 2,
+    workers: NumWorkers = 2,
     models: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,22 +37,11 @@ def up(
             metavar="NAME",
         ),
     ] = None,
-    kv_memory: Annotated[
-        str, typer.Option("--kv-cache-memory-bytes", help="KV memory of each worker.", metavar="SIZE")
-    ] = "1GiB",
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="How the broker places requests.", show_default=False, metavar="NAME")
-    ] = None,
+    kv_memory: KvMemory = "1GiB",
+    policy: BrokerPolicy = None,
     home: Home = str(DEFAULT_HOME),
     url: Url = None,
-    worker_flags: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="After --: more flags for every worker (kvcache worker --help).",
-            show_default=False,
-            metavar="WORKER_FLAGS",
-        ),
-    ] = None,
+    worker_flags: WorkerFlags = None,
 ) -> None:
     """Run a broker and workers here, with live status."""
     url = url or DEFAULT_URL
