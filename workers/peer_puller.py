@@ -177,7 +177,7 @@ class Puller:
             return []
         pull.moved_at = now
         try:
-            message, payload = _decode(frames)
+            message, payload = wire.decode_intact(frames)
             match message:
                 case BlocksFound():
                     return self._found(pull, message)
@@ -293,16 +293,6 @@ class Puller:
         if self._of(url) or self._links.pop(url, None) is None:
             return []
         return [HangUp(url)]
-
-
-def _decode(frames: Frames) -> wire.Decoded:
-    """As `wire.decode`, but bytes that changed on the way are Corrupt."""
-    decoded = wire.decode(frames, verify_payload=False)
-    try:
-        wire.check_payload(getattr(decoded.message, "payload", ()), decoded.payload)
-    except MalformedMessage as error:
-        raise Corrupt(error.message) from error
-    return decoded
 
 
 def _smoothed(before: float, rate: float) -> float:

@@ -14,7 +14,6 @@ from bus import wire
 from bus.errors import (
     Cancelled,
     Conflict,
-    Corrupt,
     DeadlineExceeded,
     Draining,
     InternalError,
@@ -101,7 +100,7 @@ class Requests:
     def assigned(self, link: int, assign: Assign, frames: Frames, now: float) -> list[Action]:
         """A request begins. If it cannot even be read it still gets its one answer."""
         try:
-            message, payload = _decode(frames)
+            message, payload = wire.decode_intact(frames)
             if not isinstance(message, Dispatched):
                 raise MalformedMessage(f"{type(message).__name__} is not a request for a worker")
         except KVCacheError as error:
@@ -123,7 +122,7 @@ class Requests:
         if call is None:
             return []
         try:
-            message, payload = _decode(frames)
+            message, payload = wire.decode_intact(frames)
             return self._continue(call, message, payload, now)
         except KVCacheError as error:
             return self._end(call, error)
@@ -251,13 +250,3 @@ class Requests:
         """Our own bug in one request harms that request alone."""
         log.exception("request %s failed", call.request.req_id.hex())
         return self._end(call, InternalError("a fault of the worker; its log has the traceback"))
-
-
-def _decode(frames: Frames) -> wire.Decoded:
-    """A message with its payload checked. Raises MalformedMessage, or Corrupt if bytes changed on the way."""
-    decoded = wire.decode(frames, verify_payload=False)
-    try:
-        wire.check_payload(getattr(decoded.message, "payload", ()), decoded.payload)
-    except MalformedMessage as error:
-        raise Corrupt(error.message) from error
-    return decoded
