@@ -36,7 +36,6 @@ class PoolCounts:
     free: int
     held: int
     cached: int
-    allocations: int
     hits: int
     evictions: int
     by_hits: tuple[int, ...]
@@ -65,7 +64,6 @@ class BlockPool:
         self._block_size = block_size
         self._cached = EvictionQueue(policy)
         self._kept: dict[BlockId, _Kept] = {}
-        self._allocations = 0
         self._hits = 0
         self._evictions = 0
 
@@ -96,7 +94,6 @@ class BlockPool:
         for block in blocks:
             self._ref_counts[block] = 1
             self._num_hits[block] = 0
-        self._allocations += num
         return blocks
 
     def pin(self, blocks: Iterable[BlockId]) -> None:
@@ -180,7 +177,6 @@ class BlockPool:
             free=free,
             held=self.num_blocks - free - cached,
             cached=cached,
-            allocations=self._allocations,
             hits=self._hits,
             evictions=self._evictions,
             by_hits=tuple(self._by_hits),

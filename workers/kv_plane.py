@@ -66,8 +66,6 @@ from workers.replies import Replies
 from workers.store import Committed, KVStore
 from workers.transfers import Transfer
 
-KvRequest: TypeAlias = Put | Append | Get | Length | Delete | Pin | Unpin | ListSequences | FlushPrefixCache
-
 
 @dataclass(slots=True)
 class _Question:

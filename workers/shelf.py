@@ -274,7 +274,7 @@ class Shelf:
         """Have a model leave, now if it is idle, else when it has stayed long enough; True if it is gone."""
         place = self._places[name]
         if not place.is_busy:
-            self._unload(name, now)
+            self._unload(name)
             return True
         if place.phase is Phase.READY and now >= place.may_leave_at:
             place.phase = after(place.phase, Turn.LEAVE)
@@ -283,7 +283,7 @@ class Shelf:
             self._next_deadline = min(self._next_deadline, place.may_leave_at)
         return False
 
-    def _unload(self, name: str, now: float) -> None:
+    def _unload(self, name: str) -> None:
         place = self._places[name]
         assert place.slot is not None
         place.phase = after(place.phase, Turn.UNLOAD)

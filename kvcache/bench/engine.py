@@ -35,7 +35,6 @@ PREFILLS = (512, 1024)
 CACHED = 1008
 SYSTEM_TOKENS, TURN_TOKENS, REPLY_TOKENS = 512, 64, 32
 CHATS, TURNS = 16, 4
-PeerName = Literal["transformers", "transformers-batching", "openvino-genai", "llama-cpp", "vllm-cpu"]
 DType = Literal["bfloat16", "float32"]
 
 

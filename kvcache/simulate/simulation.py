@@ -89,7 +89,6 @@ class Result:
     busy_s: dict[str, float]
     evicted_tokens: int
     reasons: dict[str, int]
-    end_s: float
 
 
 class Simulation:
@@ -112,7 +111,6 @@ class Simulation:
         self._brokers = [self._make_broker() for _ in range(setup.num_brokers)]
         self._beats = setup.num_brokers > 1
         self._open = len(trace)
-        self._now = 0.0
 
     def run(self, progress: Callable[[int], None] = lambda done: None) -> Result:
         """Until every request has ended. `progress` is told now and then how many have arrived."""
@@ -124,7 +122,6 @@ class Simulation:
             self._at(BEAT_S, self._beat)
         while self._events and self._open:
             now, order, act = heapq.heappop(self._events)
-            self._now = now
             act(now)
             if not order & 1023:
                 progress(len(self._trace) - self._open)
@@ -138,7 +135,6 @@ class Simulation:
             {worker.name: worker.busy_s for worker in workers},
             sum(worker.cache.evicted_tokens for worker in workers),
             self._reasons,
-            self._now,
         )
 
     # --- events -----------------------------------------------------------------------------------
