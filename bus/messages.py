@@ -842,9 +842,6 @@ class Prefilled(Message, frozen=True):
     compute_ms: Annotated[float, msgspec.Meta(ge=0, le=MAX_MILLIS)]
 
 
-Spelled = Tokenize | Detokenize
-"""Requests that any worker with the model can serve, since they touch no cache."""
-
 Dispatched = (
     Generate
     | Tokenize
