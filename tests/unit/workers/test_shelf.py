@@ -12,8 +12,9 @@ from bus.errors import InternalError, KVCacheError, ModelUnavailable, NoSpace, N
 from bus.messages import ModelState, PromptKind, Sampling
 from bus.stats import ModelStats
 from tests.unit.workers.conftest import NEED
+from tests.unit.workers.no_kv import NoKV
 from tests.unit.workers.test_engine import PROMPT, Bench, only, run_id, start, tokens_of
-from workers.batch import Batch, BlockId, Draw, Drawn
+from workers.batch import Batch, Draw, Drawn
 from workers.engine_api import (
     Admitted,
     Answered,
@@ -26,7 +27,6 @@ from workers.engine_api import (
     MeasureKV,
     PinKV,
     Proceed,
-    ReadResult,
     Stop,
     Ticket,
     UnpinKV,
@@ -42,7 +42,7 @@ KEY = SequenceKey("t", "s")
 LONG = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
-class TinyModel:
+class TinyModel(NoKV):
     """Says its own number for ever. `closed` counts: once is right."""
 
     def __init__(self, name: str, token: int) -> None:
@@ -81,21 +81,6 @@ class TinyModel:
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         assert not self.closed, "a model that has left computes"
         return [Drawn(self._token) if piece.wants_logits else None for piece in batch]
-
-    def difference(self, one: BlockId, other: BlockId) -> float:
-        return 0.0
-
-    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
-        """There is no KV."""
-
-    def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
-        raise NotImplementedError
-
-    def read_blocks(self, blocks: Sequence[BlockId]) -> memoryview:
-        raise NotImplementedError
-
-    def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
-        raise NotImplementedError
 
     def close(self) -> None:
         self.closed += 1

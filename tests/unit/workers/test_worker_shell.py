@@ -46,8 +46,8 @@ from bus.topics import topic_of
 from bus.wire import Buffer
 from tests.unit.workers.conftest import NEED, roomy
 from tests.unit.workers.core_bench import welcome
-from workers.batch import Batch, BlockId, Draw, Drawn
-from workers.engine_api import ReadResult
+from tests.unit.workers.no_kv import NoKV
+from workers.batch import Batch, Draw, Drawn
 from workers.failpoints import Failpoint
 from workers.loading import Report
 from workers.main import EXIT_USAGE, main
@@ -62,7 +62,7 @@ REQUEST = b"r" * 16
 STREAM = b"s" * 16
 
 
-class CountingModel:
+class CountingModel(NoKV):
     """Says the number after the last one."""
 
     facts = ModelFacts(
@@ -99,21 +99,6 @@ class CountingModel:
 
     def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
         return [Drawn((piece.token_ids[-1] + 1) % VOCAB) if piece.wants_logits else None for piece in batch]
-
-    def difference(self, one: BlockId, other: BlockId) -> float:
-        return 0.0
-
-    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
-        """There is no KV."""
-
-    def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
-        raise NotImplementedError
-
-    def read_blocks(self, blocks: Sequence[BlockId]) -> memoryview:
-        raise NotImplementedError
-
-    def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
-        raise NotImplementedError
 
     def close(self) -> None:
         """It has no memory."""
