@@ -152,7 +152,9 @@ async def test_half_open_worker_link_moves_its_streams_and_comes_back(
         assert (done.worker_id in {"worker-1", "worker-2"}, done.timings.resumes) == (True, 1)
         proxy.heal()
         await until(far_serves, "the far worker has joined again")
-        tokens, done = await greedy(client, prompt, 20, seq_id=name)
+        # The name itself lives on where its stream ended; what is new and far's goes there again.
+        (another,) = await owned_by(client, "far", 1)
+        tokens, done = await greedy(client, prompt, 20, seq_id=another)
         assert (tokens, done.worker_id) == (reference.greedy(prompt, 20), "far")
 
         async def far_is_gone() -> bool:
