@@ -22,6 +22,7 @@ from tests.harness.waiting import until
 pytestmark = [pytest.mark.system, pytest.mark.timeout(90)]
 
 BLOCK = 32
+ROUNDS = 3
 
 
 async def test_second_worker_uses_what_the_first_has_computed(client: AsyncClient, reference: Reference) -> None:
@@ -47,6 +48,7 @@ async def test_second_worker_uses_what_the_first_has_computed(client: AsyncClien
     assert after.links["worker-1"] > 0
 
 
+@pytest.mark.timeout(180)
 async def test_default_policy_has_an_idle_worker_copy_what_a_busy_one_holds(
     tmp_path: Path, tiny_model: Path, reference: Reference
 ) -> None:
@@ -58,11 +60,22 @@ async def test_default_policy_has_an_idle_worker_copy_what_a_busy_one_holds(
             cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS)
         cluster.wait_ready()
         async with AsyncClient(cluster.url, timeout=60.0) as client:
-            await copies_from_a_busy_holder(client, reference)
+            # A pull has no more time than it saves: on a machine that stalls, computing may win a round.
+            for round_ in range(ROUNDS):
+                if await copies_from_a_busy_holder(client, reference, round_):
+                    break
+            else:
+                pytest.fail(f"nothing was copied in {ROUNDS} rounds")
+
+            async def is_learned() -> bool:
+                return any(view.pull_tokens_per_s > 0 for view in await client.workers())
+
+            await until(is_learned, "the broker knows what a link is worth")
 
 
-async def copies_from_a_busy_holder(client: AsyncClient, reference: Reference) -> None:
-    prefix = token_prompt(72, 100 * BLOCK)
+async def copies_from_a_busy_holder(client: AsyncClient, reference: Reference, round_: int) -> bool:
+    """Whether another worker served a prompt with the KV that a busy one holds; its tokens are right in any case."""
+    prefix = token_prompt(720 + round_, 100 * BLOCK)
     prompt = prefix + token_prompt(73, 40)
     _, done = await greedy(client, prefix, 1)
     holder = done.worker_id
@@ -70,17 +83,11 @@ async def copies_from_a_busy_holder(client: AsyncClient, reference: Reference) -
 
     async with asyncio.TaskGroup() as busy:
         for number, name in enumerate(await owned_by(client, holder, 4)):
-            busy.create_task(greedy(client, token_prompt(74 + number, 9000), 1, seq_id=name))
+            busy.create_task(greedy(client, token_prompt(740 + 10 * round_ + number, 9000), 1, seq_id=name))
         await until(partial(is_behind, client, holder), "the holder has much to do")
         tokens, done = await greedy(client, prompt, 8)
-    assert done.worker_id != holder
-    assert done.usage.cached_tokens == len(prefix)
     assert tokens == reference.greedy(prompt, 8)
-
-    async def is_learned() -> bool:
-        return any(view.pull_tokens_per_s > 0 for view in await client.workers() if view.worker_id == done.worker_id)
-
-    await until(is_learned, "the broker knows what the link is worth")
+    return done.worker_id != holder and done.usage.cached_tokens == len(prefix)
 
 
 async def is_known_to_hold(client: AsyncClient, prompt: Sequence[int], worker_id: str) -> bool:
