@@ -7,8 +7,8 @@ Messages and `now` go in, actions come out; sockets and clocks are in `connectio
   nothing of it, under the same ids;
 - at most `MAX_OUT` requests are out, generations aside, so that one client's thousand calls wait here rather than
   overrun a worker; each begins in its turn;
-- only what may end better is tried again: within its deadline, a few times, and within the budget. While a broker
-  restarts, the deadline alone is the limit.
+- only what may end better is tried again: within its deadline, a few times, and within the budget, which a worker's
+  loss does not touch. While a broker restarts, the deadline alone is the limit.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bus.errors import (
     NoWorkers,
     Overloaded,
     UnsupportedVersion,
+    WorkerLost,
     error_from_wire,
 )
 from bus.messages import AttachBulk, BrokerBeat, Failed, Goodbye, Message, StreamBeat, StreamTokens, SubAck, Welcome
@@ -325,7 +326,9 @@ class ClientCore:
             pending.progress = pending.call.progress
             pending.retries = pending.failures = 0
         if not self._is_passing(error, now):
-            if pending.retries >= self._max_retries or not self._budget.spend(now):
+            # A worker that dies fails all its calls at once, and each needs just one more attempt, elsewhere: no storm.
+            may_spend = isinstance(error, WorkerLost) or self._budget.spend(now)
+            if pending.retries >= self._max_retries or not may_spend:
                 return None
             pending.retries += 1
         pending.failures += 1

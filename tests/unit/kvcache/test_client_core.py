@@ -256,8 +256,22 @@ def test_the_budget_stops_a_storm_of_retries() -> None:
     for _ in range(40):
         call = length_call()
         client.submit(call, 0.0)
-        retried += client.on_message(failed(call.key, WorkerLost("gone")), (), 0.0) == []
+        retried += client.on_message(failed(call.key, Overloaded("full")), (), 0.0) == []
     assert 13 <= retried <= 14  # a floor of ten, and a tenth of forty requests
+
+
+def test_all_that_a_lost_worker_had_is_tried_again_each_a_few_times() -> None:
+    client = core(max_retries=2)
+    calls = [length_call() for _ in range(200)]
+    for call in calls:
+        client.submit(call, 0.0)
+    now = 0.0
+    for _ in range(2):
+        assert all(client.on_message(failed(call.key, WorkerLost("gone")), (), now) == [] for call in calls)
+        now += 5.0
+        client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+        assert len(sent(client.tick(now), m.Length)) == 200
+    assert all(isinstance(client.on_message(failed(call.key, WorkerLost("gone")), (), now)[0], Fail) for call in calls)
 
 
 def test_the_budget_refills_slowly_to_its_floor() -> None:
