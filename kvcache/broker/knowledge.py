@@ -153,6 +153,7 @@ class Knowledge:
             seconds = self._rates.rates(worker.id).prefill_s(prompt.num_tokens, hit, worker.decodes)
         is_text = message.kind is m.PromptKind.TEXT and len(message.payload) == 1
         call.prefill = Prefill(hit_tokens=hit, text_bytes=message.payload[0].nbytes if is_text else 0)
+        self._rates.tried(worker.id, self._ledger.idle_s(worker.id, now))
         self._ledger.dispatched(call.id, worker.id, seconds, now)
         self._pending.dispatched(call.id, worker.id, prompt.keys)
 
@@ -168,9 +169,7 @@ class Knowledge:
         self._heard_at = now
         prefill.is_done = True
         self._leave(call, now)
-        self._rates.learner(worker.id).prefilled(
-            report.num_tokens, report.num_cached, worker.decodes, report.compute_ms / 1000
-        )
+        self._rates.prefilled(worker.id, report.num_tokens, report.num_cached, worker.decodes, report.compute_ms / 1000)
         worker.decodes += 1
         self.hits = HitCounts(
             self.hits.prompt_tokens + report.num_tokens,
@@ -244,7 +243,7 @@ class Knowledge:
     # --- inside ---
 
     def _believe(self, worker: Worker, now: float) -> Belief:
-        rates = self._rates.rates(worker.id)
+        rates = self._rates.rates(worker.id, self._ledger.idle_s(worker.id, now))
         # Before a prefill was timed nobody knows what a pull would save.
         pull_s = self._links.pull_s(worker.id, rates.token_s, now) if self._rates.is_learned else inf
         return Belief(

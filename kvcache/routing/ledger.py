@@ -91,6 +91,13 @@ class WorkLedger:
             return 0.0
         return max(0.0, account.total_s - next(iter(account.pending.values()))) + account.others_s
 
+    def idle_s(self, worker: str, now: float) -> float:
+        """For how long it has had nothing to compute, as far as is known here."""
+        account = self._accounts.get(worker)
+        if account is None or account.pending or account.others_s > 0.0:
+            return 0.0
+        return max(0.0, now - account.head_since)
+
     def delay_price(self, now: float, num_workers: int) -> float:
         """How much longer all later requests wait together, for each second of work put behind a second of queue.
 

@@ -4,6 +4,10 @@ A prefill of n tokens after c cached ones is modelled as (n - c) * (token_s + co
 decodes): linear layers, attention, and the sequences that decode in the same steps. The three are fitted by least
 squares over recent prefills, each weighted by its tokens, old ones fading (least squares with exponential
 forgetting: Ljung 1999, "System Identification", section 11.2), and kept from falling below zero.
+
+What was learned of a worker that now has nothing to do loses weight: a worker that was slow once, or frozen, is sent
+nothing for that, and so would never show that it is no longer. It is hoped to be like the quickest (optimism under
+uncertainty: Lai, Robbins 1985, "Asymptotically efficient adaptive allocation rules"), the more the longer it has idled.
 """
 
 from __future__ import annotations
@@ -19,6 +23,10 @@ from kvcache.routing.views import UNKNOWN_RATES, Rates
 
 MEMORY = 64
 """Prefills after which one counts 1/e: enough to average noise, few enough to follow a worker that slows down."""
+FADE = 1.0 - 1.0 / MEMORY
+HOPE_HALF_LIFE_S = 15.0
+"""Idle time in which half of what a worker is slower than the quickest is forgiven. As workers within 15 % are equals,
+one that is twice as slow is tried once in 40 s of idling, one that was stopped and seems 100 times as slow in 140 s."""
 INERTIA = 1e-3
 """The share by which the last fit holds on: it only decides what the figures leave open, such as lengths all equal."""
 
@@ -37,11 +45,16 @@ class RateLearner:
         if computed <= 0 or not 0.0 < seconds < inf:
             return
         features = np.array([1.0, (num_tokens + num_cached) / 2, float(decodes)])
-        fade = 1.0 - 1.0 / MEMORY
-        self._squares = fade * self._squares + computed * np.outer(features, features)
-        self._products = fade * self._products + seconds * features
+        self.fade(FADE)
+        self._squares = self._squares + computed * np.outer(features, features)
+        self._products = self._products + seconds * features
         token_s, context_s, decode_s = self._fit(seconds / computed)
         self.rates = replace(self.rates, token_s=token_s, context_s=context_s, decode_s=decode_s, is_learned=True)
+
+    def fade(self, share: float) -> None:
+        """Let what was reported so far count only so much from now on."""
+        self._squares = share * self._squares
+        self._products = share * self._products
 
     def _fit(self, measured: float) -> tuple[float, float, float]:
         known = self.rates
@@ -67,14 +80,32 @@ class RateBook:
     def __init__(self, prior: Rates = UNKNOWN_RATES) -> None:
         self._prior = prior
         self._learners: dict[str, RateLearner] = {}
+        self._tokens = self._context = self._decodes = 0.0  # tokens computed, and sums over them; old ones fade
+        self._least: float | None = None
 
-    def learner(self, worker: str) -> RateLearner:
-        """Where `worker`'s figures go."""
-        return self._learners.setdefault(worker, RateLearner(self._typical()))
+    def prefilled(self, worker: str, num_tokens: int, num_cached: int, decodes: int, seconds: float) -> None:
+        """As `RateLearner.prefilled`, of this worker."""
+        if worker not in self._learners:
+            self._learners[worker] = RateLearner(self._typical())
+        self._learners[worker].prefilled(num_tokens, num_cached, decodes, seconds)
+        computed = max(0, num_tokens - num_cached)
+        self._tokens = FADE * self._tokens + computed
+        self._context = FADE * self._context + computed * (num_tokens + num_cached) / 2
+        self._decodes = FADE * self._decodes + computed * decodes
+        self._least = None
 
-    def rates(self, worker: str) -> Rates:
+    def rates(self, worker: str, idle_s: float = 0.0) -> Rates:
+        """As learned; of a worker that has had nothing to compute for `idle_s`, as hoped."""
         learner = self._learners.get(worker)
-        return learner.rates if learner is not None and learner.rates.is_learned else self._typical()
+        if learner is None or not learner.rates.is_learned:
+            return self._typical()
+        return learner.rates if idle_s <= 0.0 else self._hoped(learner.rates, idle_s)
+
+    def tried(self, worker: str, idle_s: float) -> None:
+        """A worker that had nothing to compute for `idle_s` is given something: what its slowness rests on is old."""
+        learner = self._learners.get(worker)
+        if learner is not None and learner.rates.is_learned and self._cost(learner.rates) > self._least_cost():
+            learner.fade(_remaining(idle_s))
 
     @property
     def is_learned(self) -> bool:
@@ -83,6 +114,26 @@ class RateBook:
 
     def forget(self, worker: str) -> None:
         self._learners.pop(worker, None)
+        self._least = None
+
+    def _hoped(self, rates: Rates, idle_s: float) -> Rates:
+        """All three nearer to the quickest worker's by one factor, so that lengths keep their proportions."""
+        cost, least = self._cost(rates), self._least_cost()
+        if cost <= least:
+            return rates
+        share = (least + (cost - least) * _remaining(idle_s)) / cost
+        return replace(
+            rates, token_s=share * rates.token_s, context_s=share * rates.context_s, decode_s=share * rates.decode_s
+        )
+
+    def _least_cost(self) -> float:
+        if self._least is None:
+            self._least = min(self._cost(one.rates) for one in self._learners.values() if one.rates.is_learned)
+        return self._least
+
+    def _cost(self, rates: Rates) -> float:
+        """Seconds for a token of recent traffic, times how many tokens that was."""
+        return rates.token_s * self._tokens + rates.context_s * self._context + rates.decode_s * self._decodes
 
     def _typical(self) -> Rates:
         known = [learner.rates for learner in self._learners.values() if learner.rates.is_learned]
@@ -93,3 +144,8 @@ class RateBook:
             context_s=median(rates.context_s for rates in known),
             decode_s=median(rates.decode_s for rates in known),
         )
+
+
+def _remaining(idle_s: float) -> float:
+    """The share that is left of what is to be forgiven, or forgotten."""
+    return float(0.5 ** (idle_s / HOPE_HALF_LIFE_S))

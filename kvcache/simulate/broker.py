@@ -106,6 +106,7 @@ class ModelBroker:
         belief = self._beliefs[worker]
         hit = max(self._hits(arrival)[1].get(worker, 0), choice.pull.num_tokens if choice.pull else 0)
         seconds = belief.rates.prefill_s(arrival.num_tokens, min(hit, arrival.num_tokens - 1), belief.decodes)
+        self._book.tried(worker, self._ledger.idle_s(worker, now))
         self._ledger.dispatched(job.number, worker, seconds, now)
         self._pending.dispatched(job.number, worker, arrival.chain)
         if job.pulled_tokens:
@@ -125,8 +126,7 @@ class ModelBroker:
         self._now = now
         self._index.stored(worker, job.arrival.chain)
         self._decodes[worker] += 1
-        learner = self._book.learner(worker)
-        learner.prefilled(job.arrival.num_tokens, job.hit_tokens, job.decodes, job.prefill_s)
+        self._book.prefilled(worker, job.arrival.num_tokens, job.hit_tokens, job.decodes, job.prefill_s)
         if job.pulled_tokens:
             self._links.measured(worker, job.pulled_tokens, job.pull_took_s, now)
         self._refresh(worker)
@@ -168,7 +168,7 @@ class ModelBroker:
         return held, hits
 
     def _refresh(self, worker: str) -> None:
-        rates = self._book.rates(worker)
+        rates = self._book.rates(worker, self._ledger.idle_s(worker, self._now))
         is_known = self._can_pull and self._book.is_learned
         pull_s = self._links.pull_s(worker, rates.token_s, self._now) if is_known else inf
         self._beliefs[worker] = Belief(
