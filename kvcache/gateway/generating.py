@@ -22,6 +22,7 @@ from bus.errors import KVCacheError
 from kvcache.client import AsyncClient
 from kvcache.client.generation import AsyncGeneration
 from kvcache.gateway.asks import Ask
+from kvcache.gateway.chunks import Chunks
 from kvcache.gateway.config import GatewayConfig
 from kvcache.gateway.problems import problem_of
 from kvcache.gateway.replies import Outputs, Piece, Texts, token_ids
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 _encode = msgspec.json.Encoder().encode
+
+LOOKS = 8
+"""How often within the time that a write may take somebody looks whether it is over."""
 
 OnPieces = Callable[[list[Piece]], Awaitable[None]]
 
@@ -48,7 +52,6 @@ class Answer(Response):
         self._vocabulary = vocabulary
         self._config = config
         self._outputs = Outputs(len(ask.prompts), ask.params.n, has_logprobs=ask.params.logprobs is not None)
-        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what is wrong as long as nothing was sent."""
@@ -92,14 +95,17 @@ class Answer(Response):
     async def _follow(self, generations: list[AsyncGeneration], on_pieces: OnPieces) -> None:
         """Hand on what comes, one batch at a time, until all have ended. Raises the first error."""
 
+        if len(generations) == 1:
+            while batch := await generations[0].next_batch():
+                await on_pieces(self._outputs.fold(0, batch))
+            return
+        turn = asyncio.Lock()
+
         async def follow(prompt: int, generation: AsyncGeneration) -> None:
             while batch := await generation.next_batch():
-                async with self._turn:
+                async with turn:
                     await on_pieces(self._outputs.fold(prompt, batch))
 
-        if len(generations) == 1:
-            await follow(0, generations[0])
-            return
         async with asyncio.TaskGroup() as group:
             for prompt, generation in enumerate(generations):
                 group.create_task(follow(prompt, generation))
@@ -127,20 +133,24 @@ class Answer(Response):
     ) -> None:
         events = EventStream(send, self._config.write_timeout_s, self._config.ping_s)
         echo_left = dict(echoes)
+        ask = self._ask
+        chunks = Chunks(self._shape, has_plain=ask.params.logprobs is None and not ask.wants_usage_always)
 
         async def pass_on(pieces: list[Piece]) -> None:
             texts = await self._texts(pieces)
-            usage = self._outputs.usage() if self._ask.wants_usage_always else None if self._ask.wants_usage else UNSET
+            usage = self._outputs.usage() if ask.wants_usage_always else None if ask.wants_usage else UNSET
+            named = self._named(head)
             for piece in pieces:
-                piece.text = echo_left.pop(piece.number, "") + piece.text
-            chunks = [self._shape.chunk(self._named(head), piece, usage, texts) for piece in pieces]
-            await events.write([_encode(chunk) for chunk in chunks if chunk is not None])
+                if echo_left:
+                    piece.text = echo_left.pop(piece.number, "") + piece.text
+            encoded = [chunks.encode(named, piece, usage, texts) for piece in pieces]
+            await events.write([chunk for chunk in encoded if chunk is not None])
 
         try:
             async with asyncio.TaskGroup() as group:
-                pinger = group.create_task(events.keep_open())
+                keeper = group.create_task(events.keep_open())
                 await self._follow(generations, pass_on)
-                pinger.cancel()
+                keeper.cancel()
             last = [_encode(self._shape.usage_chunk(self._named(head), self._outputs.usage()))]
             await events.end([*(last if self._ask.wants_usage else []), b"[DONE]"])
         except ExceptionGroup as errors:
@@ -172,42 +182,65 @@ class Answer(Response):
 
 
 class EventStream:
-    """Server-sent events. One writer at a time, but for the pings between."""
+    """Server-sent events. One writer at a time, but for the pings between.
+
+    `keep_open` runs beside the writer and gives up a reader that takes nothing, so that a write need not set a timer.
+    """
 
     def __init__(self, send: Send, write_timeout_s: float, ping_s: float) -> None:
         self._send = send
         self._write_timeout_s = write_timeout_s
         self._ping_s = ping_s
         self._written_at = time.monotonic()
+        self._writing_since: float | None = None
         self._lock = asyncio.Lock()
         self.has_begun = False
 
-    async def write(self, events: list[bytes], *, is_last: bool = False) -> None:
-        """Send events in one go. Raises ClientDisconnect if the reader takes nothing for too long."""
-        await self._put(b"".join(b"data: %b\n\n" % event for event in events), is_last)
+    async def write(self, events: list[bytes]) -> None:
+        """Send events in one go. Ends when the reader takes them, or `keep_open` loses its patience."""
+        async with self._lock:
+            self._writing_since = time.monotonic()
+            await self._begin()
+            if events:
+                body = b"data: " + b"\n\ndata: ".join(events) + b"\n\n"
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            self._written_at, self._writing_since = time.monotonic(), None
 
     async def end(self, events: list[bytes]) -> None:
-        await self.write(events, is_last=True)
+        """Send the last events. Raises ClientDisconnect if the reader takes nothing for too long."""
+        await self._put(b"".join(b"data: %b\n\n" % event for event in events), is_last=True)
 
     async def keep_open(self) -> None:
-        """Send a comment whenever nothing was sent for a while, for proxies' sake; never returns."""
-        while True:
-            await asyncio.sleep(max(0.01, self._written_at + self._ping_s - time.monotonic()))
-            if self.has_begun and time.monotonic() >= self._written_at + self._ping_s:
-                await self._put(b": ping\n\n", False)
+        """Send a comment whenever nothing was sent for a while, for proxies' sake; never returns.
 
-    async def _put(self, data: bytes, is_last: bool) -> None:
-        async with self._lock:
-            try:
-                async with asyncio.timeout(self._write_timeout_s):
-                    if not self.has_begun:
-                        self.has_begun = True
-                        await self._send(_start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache")))
-                    if data or is_last:
-                        await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
-            except TimeoutError:
-                raise ClientDisconnect from None
-            self._written_at = time.monotonic()
+        Raises ClientDisconnect if the reader takes nothing for too long.
+        """
+        while True:
+            now = time.monotonic()
+            if self._writing_since is not None:
+                due = self._writing_since + self._write_timeout_s
+                if now >= due:
+                    raise ClientDisconnect
+            else:
+                due = self._written_at + self._ping_s
+                if self.has_begun and now >= due:
+                    await self._put(b": ping\n\n", is_last=False)
+                    continue
+            await asyncio.sleep(min(max(0.01, due - now), self._write_timeout_s / LOOKS))
+
+    async def _put(self, data: bytes, *, is_last: bool) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_s), self._lock:
+                await self._begin()
+                await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        except TimeoutError:
+            raise ClientDisconnect from None
+        self._written_at = time.monotonic()
+
+    async def _begin(self) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            await self._send(_start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache")))
 
 
 def _start(content_type: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:

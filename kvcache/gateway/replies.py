@@ -175,20 +175,22 @@ class Outputs:
         pieces: dict[int, Piece] = {}
         for event in events:
             number = prompt * self._n + event.index
-            piece = pieces.setdefault(number, Piece(number, text_offset=self._num_chars[number]))
+            piece = pieces.get(number)
+            if piece is None:
+                piece = pieces[number] = Piece(number, text_offset=self._num_chars[number])
             match event:
+                case Token():  # first, because most are
+                    piece.text += event.text
+                    self._num_tokens[number] += 1
+                    self._num_chars[number] += len(event.text)
+                    if self._has_logprobs:
+                        piece.tokens.append(event)
                 case Start():
                     piece.is_start = True
                     self.model = self.model or event.model
                     if event.index == 0:  # the others share its prompt
                         self._prompt_tokens[prompt] = event.prompt_tokens
                         self._cached_tokens[prompt] = event.cached_tokens
-                case Token():
-                    piece.text += event.text
-                    self._num_tokens[number] += 1
-                    self._num_chars[number] += len(event.text)
-                    if self._has_logprobs:
-                        piece.tokens.append(event)
                 case Done():
                     piece.finish_reason = event.finish_reason
                     self._settle(prompt, number, event)

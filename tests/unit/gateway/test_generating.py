@@ -141,6 +141,16 @@ async def test_a_reader_that_takes_nothing_is_given_up() -> None:
     assert generation.is_cancelled
 
 
+async def test_a_reader_that_takes_no_more_is_given_up_though_pings_are_rare() -> None:
+    async def takes_the_head(message: dict[str, Any]) -> None:
+        if message.get("body"):
+            await asyncio.Event().wait()
+
+    generation = FakeGeneration([[START], [token("a")], NEVER])
+    await tell(generation, send=takes_the_head, config=GatewayConfig(write_timeout_s=0.05, ping_s=1000.0))
+    assert generation.is_cancelled
+
+
 async def test_a_silent_stream_is_kept_open_by_comments() -> None:
     pings = 0
 
