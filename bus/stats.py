@@ -33,7 +33,7 @@ class PoolStats(Figures, frozen=True):
     copied_tokens: of `hit_tokens`, those whose KV was copied out of a block that goes on otherwise. block_hits: times
     that a block served another sequence. blocks_by_hits: findable blocks now, by how often each has served: never,
     1, 2-3, 4-7, ... salts: those that looked up the most. audits_failed: found blocks that were not what the model
-    computes; each is an alarm.
+    computes; each is an alarm. sequence_evictions: named sequences forgotten for want of room.
     """
 
     num_blocks: int = 0
@@ -53,6 +53,7 @@ class PoolStats(Figures, frozen=True):
     audits_passed: int = 0
     audits_failed: int = 0
     audits_skipped: int = 0
+    sequence_evictions: int = 0
 
 
 class ModelStats(Figures, frozen=True):
@@ -61,7 +62,7 @@ class ModelStats(Figures, frozen=True):
     `stage` says in words what is being done to it, `progress` how much of that is done (0 to 1; 0 where it cannot be
     said). `loads` and `unloads` count; `weights_bytes` is what its weights are counted as while it is in memory.
     `runner` is what computes it, `torch` or `openvino`; `runner_reason` says why it is not the faster one.
-    `kv_dtype` is how its pool keeps keys and values, `dtype` what it computes in.
+    `kv_dtype` is how its pool keeps keys and values, `dtype` what it computes in. running, waiting: generations now.
     """
 
     name: str
@@ -81,6 +82,8 @@ class ModelStats(Figures, frozen=True):
     kv_dtype: str = ""
     num_layers: int = 0
     max_model_len: int = 0
+    running: int = 0
+    waiting: int = 0
     pool: PoolStats = PoolStats()
 
 

@@ -195,6 +195,7 @@ class Scheduler:
             block_hits=blocks.hits,
             blocks_by_hits=blocks.by_hits,
             salts=hits.top(),
+            sequence_evictions=table.evictions,
         )
 
     # --- who is in: deadlines, admission, preemption ---

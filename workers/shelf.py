@@ -331,7 +331,7 @@ class Shelf:
         )
         if place.slot is None:
             return stats
-        facts = place.slot.model.facts
+        facts, engine = place.slot.model.facts, place.slot.engine_stats()
         return msgspec.structs.replace(
             stats,
             dtype=facts.dtype,
@@ -342,6 +342,8 @@ class Shelf:
             fingerprint=facts.fingerprint,
             num_layers=facts.num_layers,
             max_model_len=facts.max_model_len,
+            running=engine.running,
+            waiting=engine.waiting,
             pool=place.slot.pool_stats(),
         )
 

@@ -21,19 +21,22 @@ from kvcache.gateway.access import Keys
 from kvcache.gateway.asks import Ask, chat_ask, chat_prompt, completion_ask
 from kvcache.gateway.bodies import S, read
 from kvcache.gateway.config import GatewayConfig
-from kvcache.gateway.gate import Gate, http_error
+from kvcache.gateway.gate import OPEN_PATHS, Gate, http_error
 from kvcache.gateway.generating import Answer
+from kvcache.gateway.measuring import Measures
 from kvcache.gateway.problems import Problem
 from kvcache.gateway.queries import Queries
 from kvcache.gateway.replies import Detokenized, ModelList, Status, Tokenized, Version
 from kvcache.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from kvcache.gateway.shapes import ChatShape, CompletionShape, Shape
 from kvcache.gateway.vocabulary import Vocabulary
+from kvcache.metrics.latest import LatestStats
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
+METRICS_PATH = "/metrics"
 CORS_HEADERS = ("authorization", "content-type", "x-request-id", "x-session-id", "x-session-affinity")
 
 
@@ -46,6 +49,7 @@ class Gateway:
         self._queries = Queries(client, config, int(time.time()))
         self._vocabulary = Vocabulary(client)
         self._num_answers = 0
+        self.measures = Measures(LatestStats(client.stats), is_vllm_compatible=config.metrics_compat == "vllm")
 
     def routes(self) -> list[Route]:
         return [
@@ -59,6 +63,7 @@ class Gateway:
             Route("/ready", self.ready),
             Route("/version", self.version),
             Route("/server_info", self.server_info),
+            Route(METRICS_PATH, self.metrics),
             Route("/openapi.json", self.openapi),
         ]
 
@@ -107,6 +112,10 @@ class Gateway:
     async def server_info(self, request: Request) -> Response:
         return _json(await self._queries.server_info())
 
+    async def metrics(self, request: Request) -> Response:
+        text, content_type = await self.measures.page(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
+
     async def openapi(self, request: Request) -> Response:
         return _json(openapi.document())
 
@@ -114,7 +123,8 @@ class Gateway:
         return await read(request, kind, max_bytes=self._config.max_body_bytes, timeout_s=self._config.body_timeout_s)
 
     def _answer(self, ask: Ask, shape: Shape) -> Response:
-        return Counted(self, Answer(ask, shape, self._client, self._vocabulary, self._config), ask.num_outputs)
+        answer = Answer(ask, shape, self._client, self._vocabulary, self._config, self.measures.traffic)
+        return Counted(self, answer, ask.num_outputs)
 
     def take(self, num_outputs: int) -> None:
         """Let so many outputs begin. Raises Overloaded if there are too many already."""
@@ -146,7 +156,11 @@ class Counted(Response):
 
 def make_app(config: GatewayConfig, client: AsyncClient, keys: Keys) -> Starlette:
     """The application, for a client that is connected within the loop that serves it."""
-    middleware = [Middleware(Gate, keys=keys)]
+    gateway = Gateway(config, client)
+    routes, answers = gateway.routes(), gateway.measures.answers
+    answers.know({route.endpoint: route.path for route in routes})
+    open_paths = OPEN_PATHS | ({METRICS_PATH} if config.metrics_public else set())
+    middleware = [Middleware(Gate, keys=keys, on_answer=answers.count, open_paths=open_paths)]
     if config.cors_origin:
         cors = Middleware(
             CORSMiddleware,
@@ -157,7 +171,7 @@ def make_app(config: GatewayConfig, client: AsyncClient, keys: Keys) -> Starlett
         )
         middleware.insert(0, cors)  # before the key is asked for: a browser's preflight has none
     return Starlette(
-        routes=Gateway(config, client).routes(),
+        routes=routes,
         middleware=middleware,
         exception_handlers={HTTPException: http_error},
     )

@@ -32,8 +32,13 @@ HELPS = {
     "write_timeout_s": "for which a reader may take nothing before its stream is given up",
     "max_requests": "generations at a time; more are refused (429)",
     "ping_s": "between comments that keep a silent stream open",
+    "metrics_compat": "vllm: show metrics under vLLM's names too",
+    "metrics_public": "show /metrics without a key",
     "drain_s": "which running answers are given when the gateway is told to stop",
 }
+
+
+_WORDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,8 @@ class GatewayConfig:
     max_requests: int = 1024
     ping_s: float = 15.0
     drain_s: float = 10.0
+    metrics_compat: str = ""
+    metrics_public: bool = False
     log_level: str = "info"
     log_format: str = "text"
 
@@ -66,6 +73,8 @@ class GatewayConfig:
         for name in ("body_timeout_s", "request_timeout_s", "write_timeout_s", "ping_s"):
             _check_range(name, getattr(self, name), 0.05, 7 * 24 * 3600.0)
         _check_range("drain_s", self.drain_s, 0, 3600.0)
+        if self.metrics_compat not in {"", "vllm"}:
+            raise BadArgument(f"metrics can be compatible with 'vllm', not with {self.metrics_compat!r}")
         if self.log_format not in {"text", "json"}:
             raise BadArgument(f"log format {self.log_format!r} is neither 'text' nor 'json'")
 
@@ -79,6 +88,9 @@ def public_view(config: GatewayConfig) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(GatewayConfig):
         flag, default = "--" + field.name.replace("_", "-"), field.default
+        if isinstance(default, bool):
+            parser.add_argument(flag, default=None, action="store_const", const="true", help=HELPS.get(field.name, ""))
+            continue
         action = "append" if default == () else "store"
         shown = "none" if default in ((), "") else default
         parser.add_argument(
@@ -103,6 +115,10 @@ def config_from(given: Mapping[str, Any], env: Mapping[str, str] | None = None) 
 def _parse(source: str, given: str | list[str], default: object) -> object:
     if isinstance(given, list):
         return tuple(part.strip() for part in given if part.strip())
+    if isinstance(default, bool):
+        if given.lower() not in _WORDS:
+            raise BadArgument(f"{source} must be true or false, not {given!r}")
+        return _WORDS[given.lower()]
     try:
         return type(default)(given) if isinstance(default, int | float) else given
     except ValueError:

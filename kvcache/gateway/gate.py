@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -23,16 +24,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OnAnswer = Callable[[object, int], None]
+
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
 MAX_REQUEST_ID_CHARS = 128
 
 
 class Gate:
-    """Middleware. Puts `request_id` and `caller` into the scope's state, and X-Request-ID on every answer."""
+    """Middleware. Puts `request_id` and `caller` into the scope's state, and X-Request-ID on every answer.
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+    open_paths: that need no key. on_answer: is told the handler of each answer, None if there is none, and its status.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys, on_answer: OnAnswer, open_paths: Collection[str] = OPEN_PATHS) -> None:
         self._app = app
         self._keys = keys
+        self._on_answer = on_answer
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,12 +54,14 @@ class Gate:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
+                self._on_answer(scope.get("endpoint"), message["status"])
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            scope["state"]["request_id"] = request_id
-            scope["state"]["caller"] = self._caller(scope["path"], headers)
+            state = scope.setdefault("state", {})
+            state["request_id"] = request_id
+            state["caller"] = self._caller(scope["path"], headers)
             await self._app(scope, receive, reply)
         except ClientDisconnect:
             return  # nobody is left to answer
@@ -62,7 +72,7 @@ class Gate:
 
     def _caller(self, path: str, headers: dict[bytes, bytes]) -> Caller:
         key = b""
-        if path not in OPEN_PATHS:
+        if path not in self._open_paths:
             given = headers.get(b"authorization")
             key = self._keys.check(None if given is None else given.decode("latin-1"))
         found = (headers[name.encode()] for name in SESSION_HEADERS if headers.get(name.encode()))

@@ -20,14 +20,15 @@ from starlette.responses import Response
 
 from bus.errors import KVCacheError
 from kvcache.client import AsyncClient
-from kvcache.client.generation import AsyncGeneration
 from kvcache.gateway.asks import Ask
 from kvcache.gateway.chunks import Chunks
 from kvcache.gateway.config import GatewayConfig
+from kvcache.gateway.measuring import Measured
 from kvcache.gateway.problems import problem_of
 from kvcache.gateway.replies import Outputs, Piece, Texts, token_ids
 from kvcache.gateway.shapes import Head, Shape
 from kvcache.gateway.vocabulary import Vocabulary
+from kvcache.metrics.traffic import Traffic
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
@@ -44,13 +45,20 @@ class Answer(Response):
     """One request's generations, and how they are told."""
 
     def __init__(
-        self, ask: Ask, shape: Shape, client: AsyncClient, vocabulary: Vocabulary, config: GatewayConfig
+        self,
+        ask: Ask,
+        shape: Shape,
+        client: AsyncClient,
+        vocabulary: Vocabulary,
+        config: GatewayConfig,
+        traffic: Traffic,
     ) -> None:
         self._ask = ask
         self._shape = shape
         self._client = client
         self._vocabulary = vocabulary
         self._config = config
+        self._traffic = traffic
         self._outputs = Outputs(len(ask.prompts), ask.params.n, has_logprobs=ask.params.logprobs is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,29 +78,29 @@ class Answer(Response):
                 raise _first(errors) from None  # else nobody is left to tell
 
     @asynccontextmanager
-    async def _generations(self) -> AsyncIterator[list[AsyncGeneration]]:
+    async def _generations(self) -> AsyncIterator[list[Measured]]:
         """All of them, begun; those that have not ended are stopped when the block is left, however that is."""
         ask = self._ask
-        begun: list[AsyncGeneration] = []
+        begun: list[Measured] = []
         try:
             for prompt in ask.prompts:
-                begun.append(  # noqa: PERF401  # those before one that is refused must be stopped
-                    self._client.generate(
-                        **prompt,
-                        params=ask.params,
-                        model=ask.model,
-                        session=ask.session,
-                        cache_salt=ask.cache_salt,
-                        priority=ask.priority,
-                        deadline=self._config.request_timeout_s,
-                    )
+                raw = self._client.generate(
+                    **prompt,
+                    params=ask.params,
+                    model=ask.model,
+                    session=ask.session,
+                    cache_salt=ask.cache_salt,
+                    priority=ask.priority,
+                    deadline=self._config.request_timeout_s,
                 )
+                # Not a comprehension: those before one that is refused must be stopped.
+                begun.append(Measured(raw, self._traffic.watch(ask.params.n, time.monotonic())))
             yield begun
         finally:
             for generation in begun:
                 await generation.cancel()
 
-    async def _follow(self, generations: list[AsyncGeneration], on_pieces: OnPieces) -> None:
+    async def _follow(self, generations: list[Measured], on_pieces: OnPieces) -> None:
         """Hand on what comes, one batch at a time, until all have ended. Raises the first error."""
 
         if len(generations) == 1:
@@ -101,7 +109,7 @@ class Answer(Response):
             return
         turn = asyncio.Lock()
 
-        async def follow(prompt: int, generation: AsyncGeneration) -> None:
+        async def follow(prompt: int, generation: Measured) -> None:
             while batch := await generation.next_batch():
                 async with turn:
                     await on_pieces(self._outputs.fold(prompt, batch))
@@ -110,9 +118,7 @@ class Answer(Response):
             for prompt, generation in enumerate(generations):
                 group.create_task(follow(prompt, generation))
 
-    async def _whole(
-        self, head: Head, echoes: Mapping[int, str], generations: list[AsyncGeneration], send: Send
-    ) -> None:
+    async def _whole(self, head: Head, echoes: Mapping[int, str], generations: list[Measured], send: Send) -> None:
         outputs = [Piece(number, text=echoes.get(number, "")) for number in range(self._ask.num_outputs)]
 
         async def join(pieces: list[Piece]) -> None:
@@ -128,9 +134,7 @@ class Answer(Response):
         await send(_start(b"application/json"))
         await send({"type": "http.response.body", "body": _encode(answer)})
 
-    async def _stream(
-        self, head: Head, echoes: Mapping[int, str], generations: list[AsyncGeneration], send: Send
-    ) -> None:
+    async def _stream(self, head: Head, echoes: Mapping[int, str], generations: list[Measured], send: Send) -> None:
         events = EventStream(send, self._config.write_timeout_s, self._config.ping_s)
         echo_left = dict(echoes)
         ask = self._ask

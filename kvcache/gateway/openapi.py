@@ -36,8 +36,11 @@ _GETS: tuple[tuple[str, str, type | None], ...] = (
     ("/ready", "Whether a worker has a model loaded.", replies.Status),
     ("/version", "The version of the gateway.", replies.Version),
     ("/server_info", "The configuration in force, and the cluster.", None),
+    ("/metrics", "Figures for Prometheus, as text.", None),
     ("/openapi.json", "This document.", None),
 )
+_TEXTS = frozenset({"/metrics"})
+"""What answers as plain text."""
 
 
 @cache
@@ -56,7 +59,9 @@ def document() -> dict[str, Any]:
         request = {"required": True, "content": {"application/json": {"schema": refs[body]}}}
         paths[path] = {"post": _operation(summary, content, refs) | {"requestBody": request}}
     for path, summary, shown in _GETS:
-        operation = _operation(summary, {"application/json": {"schema": refs[shown] if shown else {}}}, refs)
+        schema_of = {"type": "string"} if path in _TEXTS else refs[shown] if shown else {}
+        media = "text/plain" if path in _TEXTS else "application/json"
+        operation = _operation(summary, {media: {"schema": schema_of}}, refs)
         if "{model}" in path:
             operation["parameters"] = [
                 {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}

@@ -16,6 +16,7 @@ from kvcache.gateway.config import GatewayConfig
 from kvcache.gateway.generating import Answer
 from kvcache.gateway.schema import CompletionRequest, parse
 from kvcache.gateway.shapes import CompletionShape
+from kvcache.metrics.traffic import Traffic
 
 START = Start("w", "because", "m", 10, 4)
 DONE = Done("ab", "stop", Usage(10, 4, 2), Timings(0.1, 0.2, 1.0, 0.0, 0.0, 0.0, 0), "w", "because", "r")
@@ -69,6 +70,7 @@ async def tell(
     receive: Callable[[], Awaitable[dict[str, Any]]] = stays,
     send: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
     config: GatewayConfig = GatewayConfig(),  # noqa: B008  # frozen
+    traffic: Traffic | None = None,
     **fields: object,
 ) -> Said:
     """Run one streamed completion with a prompt for each generation; what was sent."""
@@ -81,7 +83,7 @@ async def tell(
     ask = completion_ask(parse(body, CompletionRequest), Caller())
     client: Any = FakeClient(*generations)
     vocabulary: Any = None
-    answer = Answer(ask, CompletionShape(), client, vocabulary, config)
+    answer = Answer(ask, CompletionShape(), client, vocabulary, config, traffic or Traffic())
     scope: Any = {"type": "http", "state": {"request_id": "r"}}
     async with asyncio.timeout(10):
         await answer(scope, receive, send or keep)  # type: ignore[arg-type]  # ASGI's messages are dicts
@@ -168,3 +170,21 @@ async def test_a_silent_stream_is_kept_open_by_comments() -> None:
     generation = FakeGeneration([[START, token("a")], NEVER])
     await tell(generation, receive=until_left, send=leaves_after_two_pings, config=GatewayConfig(ping_s=0.05))
     assert pings == 2
+
+
+async def test_generations_are_counted_however_they_end() -> None:
+    traffic = Traffic()
+    await tell(FakeGeneration([[START], [token("a"), token("b", 1)], [DONE]]), traffic=traffic)
+    with pytest.raises(Overloaded):
+        await tell(FakeGeneration([Overloaded("full", retry_after_ms=900)]), traffic=traffic)
+
+    async def leaves() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    await tell(FakeGeneration([[START], NEVER]), traffic=traffic, receive=leaves)
+    found = {family.name: dict(family.samples) for family in traffic.families()}
+    assert found["request_success"]["m", "stop"] == 1
+    assert found["request_failures"]["OVERLOADED",] == 1
+    assert found["request_failures"]["CANCELLED",] == 1
+    assert found["generation_tokens"]["m",] == 2
+    assert found["gateway_outputs_running"][()] == 0

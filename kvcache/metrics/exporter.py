@@ -1,0 +1,59 @@
+"""`kvcache metrics`: a process that shows a cluster's metrics, for clusters without a gateway.
+
+The HTTP server is prometheus_client's, with a thread for each scrape; what they show is asked for on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from bus.errors import ConnectionLost
+from kvcache.client import AsyncClient
+from kvcache.metrics.cluster import cluster_families
+from kvcache.metrics.exposition import Page
+from kvcache.metrics.latest import ANSWER_S, LatestStats
+
+log = logging.getLogger(__name__)
+
+
+async def export(broker: str | None, host: str, port: int, *, is_vllm_compatible: bool) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConnectionLost if the port cannot be had, or BadArgument."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with AsyncClient(broker) as client:
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(_Cluster(LatestStats(client.stats), loop, is_vllm_compatible))
+        try:
+            server, thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise ConnectionLost(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+        log.info("metrics of %s at http://%s:%d/metrics", client.url, host, server.server_port)
+        try:
+            await stop.wait()
+        finally:
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            thread.join()
+
+
+class _Cluster(Collector):
+    """Called in the server's threads."""
+
+    def __init__(self, latest: LatestStats, loop: asyncio.AbstractEventLoop, is_vllm_compatible: bool) -> None:
+        self._latest = latest
+        self._loop = loop
+        self._is_vllm_compatible = is_vllm_compatible
+
+    def collect(self) -> Iterator[Metric]:
+        asked = asyncio.run_coroutine_threadsafe(self._latest.get(), self._loop)
+        stats = asked.result(2 * ANSWER_S)
+        return Page(cluster_families(stats), is_vllm_compatible=self._is_vllm_compatible).collect()
