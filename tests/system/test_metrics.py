@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
+import yaml
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from kvcache.metrics.exporter import export
@@ -16,25 +21,45 @@ from tests.harness.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
 
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "deploy" / "grafana" / "kvcache.json"
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
+
+NAME = re.compile(r"(kvcache_\w+)(\{([^}]*)\})?")
+LABEL = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
+GROUPS = re.compile(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)")
+UNSEEN = {"code"}
+"""Labels of what has not happened to the cluster of the test."""
+
 KEY = {"authorization": "Bearer a-key-of-mine"}
 
 
+def dashboard_expressions() -> list[str]:
+    board = json.loads(DASHBOARD.read_text("utf-8"))
+    panels = [target["expr"] for panel in board["panels"] for target in panel.get("targets", [])]
+    return panels + [variable["definition"] for variable in board["templating"]["list"] if "definition" in variable]
+
+
+def alert_expressions() -> list[str]:
+    groups = yaml.safe_load(ALERTS.read_text("utf-8"))["groups"]
+    return [rule["expr"] for group in groups for rule in group["rules"]]
+
+
 @pytest.fixture(scope="module")
-def samples(shared_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, float]]:
-    """Of each name, the sum over its labels, after one request has been answered."""
+def page(shared_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Metric]]:
+    """What is shown after one request has been answered."""
     flags = ("--api-key", "a-key-of-mine", "--metrics-compat", "vllm")
     log = tmp_path_factory.mktemp("metrics") / "log"
     with gateway(shared_cluster.url, log, *flags) as url, httpx.Client(base_url=url, headers=KEY, timeout=30.0) as web:
         body = {"prompt": "hello " * 40, "max_tokens": 5, "ignore_eos": True}
         assert web.post("/v1/completions", json=body).status_code == 200
-        found: dict[str, float] = {}
-        for family in parse_text(web.get("/metrics").text):
-            for sample in family.samples:
-                found[sample.name] = found.get(sample.name, 0.0) + sample.value
-        yield found
+        yield list(parse_text(web.get("/metrics").text))
 
 
-def test_a_request_shows_in_the_metrics_of_its_gateway(samples: dict[str, float]) -> None:
+def test_a_request_shows_in_the_metrics_of_its_gateway(page: list[Metric]) -> None:
+    samples: dict[str, float] = {}  # of each name, the sum over its labels
+    for sample in (sample for family in page for sample in family.samples):
+        samples[sample.name] = samples.get(sample.name, 0.0) + sample.value
     expected = {
         "kvcache_up": 1,
         "kvcache_healthy": 1,
@@ -53,6 +78,41 @@ def test_a_request_shows_in_the_metrics_of_its_gateway(samples: dict[str, float]
     assert samples["kvcache_broker_requests_total"] >= 1
     assert samples["kvcache_e2e_request_latency_seconds_sum"] >= samples["kvcache_time_to_first_token_seconds_sum"] > 0
     assert samples["process_resident_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("expressions", [dashboard_expressions, alert_expressions])
+def test_what_dashboard_and_alerts_name_is_there(page: list[Metric], expressions: Callable[[], list[str]]) -> None:
+    labels: dict[str, set[str]] = {}
+    for family in page:
+        if family.type == "counter":
+            labels.setdefault(f"{family.name}_total", set())  # it may have no sample yet
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    known = {"instance"}.union(*labels.values(), UNSEEN)
+    found = expressions()
+    assert len(found) > 10
+    for expression in found:
+        names = NAME.findall(expression)
+        assert names, f"{expression!r} asks for nothing of ours"
+        for name, _, selector in names:
+            assert name in labels, f"{name} is not shown"
+            wrong = set(LABEL.findall(selector)) - (labels[name] or known)
+            assert not wrong, f"{name} has no {wrong}"
+        grouped = {label.strip() for group in GROUPS.findall(expression) for label in group.split(",") if label.strip()}
+        assert grouped <= known, f"{expression!r} groups by what no figure has: {grouped - known}"
+
+
+def test_panels_of_the_dashboard_are_apart_and_say_what_they_show() -> None:
+    panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not cells & taken, f"{panel['title']} covers another"
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+        assert panel["type"] == "row" or panel["description"]
 
 
 async def test_the_exporter_shows_a_cluster_without_a_gateway(cluster: Cluster) -> None:
