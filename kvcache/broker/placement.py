@@ -19,7 +19,8 @@ from kvcache.broker.pulls import MAX_PULL_TOKENS
 from kvcache.broker.sequences import Sequences
 from kvcache.hashing import ROUTING_FINE_NODES
 from kvcache.routing.keys import PrefixKeys, RoutingKey, sequence_key
-from kvcache.routing.policies import load_limit, policy_by_name
+from kvcache.routing.policies import DEFAULT_POLICY, load_limit, policy_by_name
+from kvcache.routing.prefix import estimate_one
 from kvcache.routing.views import Choice, Pull, Refusal
 
 RETRY_AFTER_MS = 200
@@ -68,7 +69,7 @@ class Placement:
             return self._anyone(now)
         prompt = self._knowledge.read(tenant, message) if isinstance(message, POLICED) else None
         if message.seq_id:
-            choice = self._holder(tenant, message, now)
+            choice = self._holder(tenant, message, prompt, now)
         elif isinstance(message, POLICED) and prompt is not None:
             choice = self._by_policy(tenant, message, prompt, now)
         else:
@@ -141,10 +142,11 @@ class Placement:
         self._count(choice)
         return Place(choice, self._workers.by_id[choice.worker_id])
 
-    def _holder(self, tenant: str, message: Placed, now: float) -> Choice:
+    def _holder(self, tenant: str, message: Placed, prompt: Prompt | None, now: float) -> Choice:
         """A sequence is where its newest version is; while nobody has it, its owner on the ring serves it.
 
-        If several have it, they take turns, which also keeps them from forgetting it.
+        If several have it, they take turns, which also keeps them from forgetting it. An owner that is to begin it
+        pulls what others have of the prompt, where that pays, since the prefix cannot choose the worker here.
         """
         assert not isinstance(message, NAMED + SPELLED)
         if isinstance(message, POLICED) and message.policy not in {"", "consistent_hash"}:
@@ -158,9 +160,21 @@ class Placement:
         if not isinstance(message, m.Route):
             self._check_room(self._workers.by_id[chosen], key)
         if chosen == owner:
-            return Choice(owner, f"consistent_hash: owner of {key.text}")
+            begun = Choice(owner, f"consistent_hash: owner of {key.text}")
+            return begun if holders or prompt is None else self._helped(tenant, message, begun, key, prompt, now)
         also = "also" if owner in holders else "not"
         return Choice(chosen, f"holder: has {key.text}; its owner {owner} has it {also}")
+
+    def _helped(
+        self, tenant: str, message: Placed, choice: Choice, key: RoutingKey, prompt: Prompt, now: float
+    ) -> Choice:
+        """The same worker, with the pull that the default policy would have it make."""
+        if self._policy != DEFAULT_POLICY or (isinstance(message, POLICED) and message.policy):
+            return choice
+        deadline_s = message.deadline_ms / 1000 if isinstance(message, m.Generate) else inf
+        request = self._knowledge.request(tenant, key, prompt, deadline_s, now)
+        estimate = estimate_one(request, choice.worker_id, self._knowledge.beliefs(now))
+        return msgspec.structs.replace(choice, pull=estimate.pull, estimates=(estimate,))
 
     def place_write(self, tenant: str, seq_id: str, rf: int, now: float) -> tuple[Choice, list[Worker]]:
         """The workers that a change goes to: those that have the sequence, or else its owner and who follows that.

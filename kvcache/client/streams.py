@@ -197,7 +197,7 @@ class GenerateCall:
             seq_id=wanted.seq_id,
             cache_salt=wanted.cache_salt,
             policy=wanted.policy,
-            chain=() if wanted.seq_id else wanted.prompt.chain,
+            chain=wanted.prompt.chain,
             explain=wanted.explain and not self._has_begun,
             pull_from=wanted.pull_from,
             payload=wire.describe(payload),

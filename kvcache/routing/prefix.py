@@ -62,6 +62,11 @@ def estimate_all(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]
     ]
 
 
+def estimate_one(request: Request, worker: str, beliefs: Mapping[str, Belief]) -> Estimate:
+    """What the request would cost on this worker, which is to serve it whatever that is: its pull is what helps."""
+    return _estimate(request, worker, beliefs[worker], _longest(request, beliefs))
+
+
 def _longest(request: Request, beliefs: Mapping[str, Belief]) -> Pull | None:
     """Where most of the prompt could be fetched from: among equals the first by name, so that all agree."""
     hits = [(tokens, worker) for worker, tokens in request.held.items() if tokens and worker in beliefs]

@@ -493,6 +493,16 @@ def test_a_request_says_its_class() -> None:
     assert run_up(client, call).priority == -5
 
 
+def test_a_request_says_what_its_prompt_begins_with_also_under_a_name() -> None:
+    """Its name chooses the worker, and the chain tells that worker's broker what is there from then on."""
+    prompt = make_prompt(None, list(range(100)), None, model="", cache_salt="")
+    wanted = Wanted(prompt=prompt, sampling=m.Sampling(), seq_id="chat")
+    assert prompt.chain
+    client, call = core(), GenerateCall(new_id(), 60.0, wanted, 0.0)
+    client.submit(call, 0.0)
+    assert run_up(client, call).chain == prompt.chain
+
+
 def test_a_stream_without_confirmation_goes_ahead_in_the_end() -> None:
     client = core()
     call = generate_call()

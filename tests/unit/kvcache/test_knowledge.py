@@ -10,7 +10,7 @@ import pytest
 from bus import messages as m
 from bus import wire
 from bus.errors import ErrorCode
-from bus.stats import Explanation, PeerStats, WorkerStats, WorkerView, pack, unpack
+from bus.stats import Explanation, Holding, Holdings, PeerStats, WorkerStats, WorkerView, pack, unpack
 from kvcache.hashing import routing_chain
 from kvcache.routing.policies import DEFAULT_POLICY
 from tests.unit.kvcache.broker_driver import Driver, beat, done, generate, nodes_held, rid, stream_end, worker_hello
@@ -364,11 +364,43 @@ def owner_of(driver: Driver, seq_id: str) -> str:
     return str(heard.message.worker_id)
 
 
-def order_of(driver: Driver, number: int) -> tuple[m.PullOrder | None, m.Assign]:
-    options = {"kind": m.PromptKind.TOKENS, "chain": CHAIN, "payload": PAYLOAD}
+def order_of(driver: Driver, number: int, **fields: Any) -> tuple[m.PullOrder | None, m.Assign]:  # noqa: ANN401
+    options = {"kind": m.PromptKind.TOKENS, "chain": CHAIN, "payload": PAYLOAD} | fields
     heard = driver.client(b"c1", generate(driver.open_stream(), number, **options), bytes(4 * len(TOKENS)))
     (assign,) = [it.message for it in heard if isinstance(it.message, m.Assign)]
     return assign.pull, assign
+
+
+def owned_by(driver: Driver, worker: str) -> str:
+    """The name of a sequence that nobody has yet and this worker owns."""
+    return next(name for name in (f"chat-{index}" for index in itertools.count()) if owner_of(driver, name) == worker)
+
+
+def test_the_owner_of_a_sequence_that_begins_pulls_what_others_have_of_its_prompt() -> None:
+    driver, holder, other = linked()
+    order, assign = order_of(driver, 10, seq_id=owned_by(driver, other))
+    assert order is not None
+    assert (order.worker_id, order.num_tokens) == (holder, len(TOKENS))
+    assert assign.reason.startswith("consistent_hash: owner of")
+    assert driver.core.cluster_stats(driver.now, m.QueryKind.STATS).broker.pulls_ordered == 1
+
+
+def test_an_owner_that_has_the_prompt_itself_pulls_nothing() -> None:
+    driver, holder, _ = linked()
+    assert order_of(driver, 10, seq_id=owned_by(driver, holder))[0] is None
+
+
+def test_a_sequence_that_somebody_has_goes_on_from_that_and_pulls_nothing() -> None:
+    driver, _, other = linked()
+    name = owned_by(driver, other)
+    page = pack(Holdings(sequences=(Holding("default", name, 7),)))
+    driver.worker(other.encode(), m.WorkerSequences(is_complete=True, payload=wire.describe([page])), page)
+    assert order_of(driver, 10, seq_id=name)[0] is None
+
+
+def test_a_sequence_placed_by_the_hash_alone_pulls_nothing() -> None:
+    driver, _, other = linked()
+    assert order_of(driver, 10, seq_id=owned_by(driver, other), policy="consistent_hash")[0] is None
 
 
 def status(peers: PeerStats) -> tuple[m.WorkerStatus, bytes]:
