@@ -13,13 +13,14 @@ from kvcache.routing.policies import POLICIES
 from kvcache.simulate.costs import Costs, read_costs
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.simulation import Change, Setup
-from kvcache.simulate.synthetic import KINDS, synthetic, with_prefixes
+from kvcache.simulate.synthetic import KINDS, multiplied, synthetic, with_prefixes
 from kvcache.simulate.traces import Arrival, faster, read_trace
 
 SYNTHETIC = "synthetic:"
 RIVALS = tuple(rivals(0, 0))
 CHANGES = "T:add  T:remove:WORKER  T:slow:WORKER:FACTOR  T:restart  T:restart:blind"
-SWEPT = ("workers", "cache-tokens", "speed")
+SWEPT = ("workers", "cache-tokens", "speed", "scale")
+MAX_SCALE = 65_535
 EPILOG = f"""\
 TRACE is a file (Mooncake JSONL, Azure CSV, or what `kvcache record` wrote) or {SYNTHETIC}KIND, KIND one of
 {", ".join(KINDS)}.
@@ -56,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="how many workers [8; 2 with --check]")
     add("--cache-tokens", type=int, default=3_000_000, metavar="N", help="tokens that each can cache [3000000]")
     add("--speed", type=float, default=1.0, metavar="X", help="replay the trace this many times faster [1]")
+    add("--until", type=float, metavar="S", help="only what arrives in the first S seconds of the trace")
+    add("--scale", type=int, default=1, metavar="N", help="N times the workers, and users, who share nothing [1]")
     add("--seeds", type=int, default=1, metavar="N", help="run so many times, each with other workers' names [1]")
     add("--costs", type=Path, metavar="FILE", help="what work costs, as --calibrate wrote it [a 70B model on 8 GPUs]")
     add("--link", type=float, metavar="X", help="tokens of KV a second that one worker can fetch; 0: no pulls")
@@ -82,7 +85,7 @@ def plan(given: argparse.Namespace) -> Plan:
         if given.link < 0:
             raise BadArgument(f"--link is tokens a second, 0 or more, not {given.link}")
         costs = replace_struct(costs, pull_s=1 / given.link if given.link else None)
-    for name, least in (("seeds", 1), ("speed", 1e-9), ("slo", 0), ("divide", 1), ("check", 1)):
+    for name, least in (("seeds", 1), ("speed", 1e-9), ("slo", 0), ("divide", 1), ("check", 1), ("until", 0)):
         if getattr(given, name) is not None and getattr(given, name) < least:
             raise BadArgument(f"--{name} must be more than that: {getattr(given, name)}")
     if given.workers is None:
@@ -97,7 +100,10 @@ def plan(given: argparse.Namespace) -> Plan:
         changes=tuple(parse_change(text, given.workers) for text in given.change),
     )
     trace = faster(_trace(given.trace), given.speed)
-    return Plan(trace, setup, _policies(given.policy), given.seeds, given.slo, _sweep(given.sweep))
+    if given.until is not None:
+        trace = [arrival for arrival in trace if arrival.at <= given.until / given.speed]
+    chosen = Plan(trace, setup, _policies(given.policy), given.seeds, given.slo, _sweep(given.sweep))
+    return scaled(chosen, given.scale)
 
 
 def swept(chosen: Plan, value: float) -> Plan:
@@ -107,8 +113,18 @@ def swept(chosen: Plan, value: float) -> Plan:
             return replace(chosen, setup=replace(chosen.setup, num_workers=int(value)))
         case "cache-tokens":
             return replace(chosen, setup=replace(chosen.setup, cache_tokens=int(value)))
+        case "scale":
+            return scaled(chosen, int(value))
         case _:
             return replace(chosen, trace=faster(chosen.trace, value))
+
+
+def scaled(chosen: Plan, times: int) -> Plan:
+    """The plan for a cluster that is so many times as large, with as many times the users. Raises BadArgument."""
+    if not 1 <= times <= MAX_SCALE:
+        raise BadArgument(f"a scale is from 1 to {MAX_SCALE}, not {times}")
+    setup = replace(chosen.setup, num_workers=chosen.setup.num_workers * times)
+    return replace(chosen, setup=setup, trace=multiplied(chosen.trace, times))
 
 
 def parse_change(text: str, num_workers: int) -> Change:

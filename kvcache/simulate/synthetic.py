@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import accumulate, count
 from math import pi, sin
@@ -30,6 +31,7 @@ MAX_TOKENS = 128_000
 CONTINUES = 0.5
 """Of `with_prefixes`: the share of requests that go on from an earlier one, as in published chat traces."""
 RECENT = 256
+SPREAD_S = 60.0
 
 Part: TypeAlias = tuple[int, int]
 Turn: TypeAlias = tuple[float, list[Part], int]
@@ -63,6 +65,18 @@ def synthetic(kind: str, seed: int = 0) -> list[Arrival]:
     return [_arrival(*turn) for turn in turns if turn[0] < DURATION_S]
 
 
+def multiplied(arrivals: Sequence[Arrival], times: int) -> list[Arrival]:
+    """As many users as `times` such traces have, who share nothing with those of another: for clusters of any size.
+
+    Each copy begins at its own moment of the first minute, drawn from its number, so that they do not keep step.
+    """
+    made = list(arrivals)
+    for copy in range(1, times):
+        later = random.Random(copy).uniform(0.0, SPREAD_S)
+        made += (replace(it, at=it.at + later, chain=_renamed(it.chain, copy)) for it in arrivals)
+    return sorted(made, key=lambda arrival: arrival.at)
+
+
 def with_prefixes(arrivals: Sequence[Arrival], seed: int = 0) -> list[Arrival]:
     """The arrivals with prefixes that their trace does not tell.
 
@@ -82,6 +96,12 @@ def with_prefixes(arrivals: Sequence[Arrival], seed: int = 0) -> list[Arrival]:
         recent = [*recent[1 - RECENT :], (arrival.num_tokens, parts)]
         result.append(_arrival(arrival.at, parts, arrival.output_tokens))
     return result
+
+
+def _renamed(chain: Sequence[bytes], copy: int) -> tuple[bytes, ...]:
+    """Nodes that are equal where these are, and equal to those of no other copy."""
+    mask = copy << (8 * (ROUTING_NODE_BYTES - 2))
+    return tuple((int.from_bytes(node, "big") ^ mask).to_bytes(ROUTING_NODE_BYTES, "big") for node in chain)
 
 
 def _arrival(at: float, parts: Sequence[Part], output_tokens: int) -> Arrival:

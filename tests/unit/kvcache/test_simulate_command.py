@@ -57,6 +57,20 @@ def test_a_sweep_draws_what_it_varied(trace: str, tmp_path: Path) -> None:
         assert ET.fromstring(path.read_text()).tag.endswith("svg")
 
 
+def test_a_larger_cluster_has_as_many_more_users_who_find_as_much(trace: str, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    flags = ["--workers", "2", "--sweep", "scale=1,5", "--until", "1000000", "--json", str(figures)]
+    assert main([trace, *flags]) == 0
+    small, large = msgspec.json.decode(figures.read_bytes())
+    assert (small["at"], large["at"]) == (1.0, 5.0)
+    assert large["optimum"] == pytest.approx(small["optimum"])
+
+
+def test_only_the_beginning_of_a_trace_is_replayed(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([trace, "--until", "0"]) == 0
+    assert ": 1 requests" in capsys.readouterr().out
+
+
 def test_hits_after_a_change_are_told(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([trace, "--change", "5:restart:blind", "--change", "6:slow:1:3", "--order", "shortest"]) == 0
     assert "hit after" in capsys.readouterr().out
@@ -79,6 +93,8 @@ def test_hits_after_a_change_are_told(trace: str, capsys: pytest.CaptureFixture[
         (["TRACE", "--sweep", "policy=1"], "OPTION=A,B"),
         (["TRACE", "--sweep", "workers=1,x"], "'x' is not a number"),
         (["TRACE", "--sweep", "workers=0"], "above 0"),
+        (["TRACE", "--sweep", "scale=0.5"], "a scale is from 1"),
+        (["TRACE", "--scale", "70000"], "a scale is from 1 to 65535, not 70000"),
         (["TRACE", "--change", "soon:restart"], "'soon' is not a number"),
         (["TRACE", "--change", "5:explode"], "is none of"),
         (["TRACE", "--change", "5:remove:8"], "not a worker from 0 to 7"),

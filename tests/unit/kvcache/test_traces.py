@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bus.errors import BadArgument
 from kvcache.simulate.report import optimum
-from kvcache.simulate.synthetic import BLOCK_TOKENS, KINDS, chain_of, synthetic, with_prefixes
+from kvcache.simulate.synthetic import BLOCK_TOKENS, KINDS, chain_of, multiplied, synthetic, with_prefixes
 from kvcache.simulate.traces import Arrival, block_ends, faster, node_of, read_trace
 
 MOONCAKE = """\
@@ -94,6 +94,17 @@ def test_a_prompt_has_a_node_for_each_block_begun(parts: list[tuple[int, int]]) 
     longer = chain_of([*parts, (9, 600)])
     assert longer[: num_tokens // BLOCK_TOKENS] == chain[: num_tokens // BLOCK_TOKENS]
     assert longer[num_tokens // BLOCK_TOKENS] not in chain
+
+
+def test_copies_of_a_trace_share_within_themselves_and_with_nobody_else() -> None:
+    trace = synthetic("rag")[:50]
+    made = multiplied(trace, 3)
+    assert [it.at for it in made] == sorted(it.at for it in made)
+    assert made == multiplied(trace, 3)
+    distinct = len({node for it in trace for node in it.chain})
+    assert len({node for it in made for node in it.chain}) == 3 * distinct
+    assert sorted(it.num_tokens for it in made) == sorted(3 * [it.num_tokens for it in trace])
+    assert multiplied(trace, 1) == trace
 
 
 @pytest.mark.parametrize("kind", KINDS)
