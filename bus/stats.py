@@ -62,6 +62,7 @@ class ModelStats(Figures, frozen=True):
     `stage` says in words what is being done to it, `progress` how much of that is done (0 to 1; 0 where it cannot be
     said). `loads` and `unloads` count; `weights_bytes` is what its weights are counted as while it is in memory.
     `runner` is what computes it, `torch` or `openvino`; `runner_reason` says why it is not the faster one.
+    `attention` is how torch's attends to the pool, `gather` or `flex`, and `attention_reason` likewise.
     `kv_dtype` is how its pool keeps keys and values, `dtype` what it computes in. running, waiting: generations now.
     """
 
@@ -78,6 +79,8 @@ class ModelStats(Figures, frozen=True):
     device: str = ""
     runner: str = ""
     runner_reason: str = ""
+    attention: str = ""
+    attention_reason: str = ""
     fingerprint: str = ""
     kv_dtype: str = ""
     num_layers: int = 0

@@ -28,6 +28,7 @@ DTypeChoice = Literal["auto", "float32", "bfloat16", "float16"]
 KVDTypeChoice = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 RunnerChoice = Literal["auto", "torch", "openvino"]
 WeightsChoice = Literal["auto", "int8"]
+AttentionChoice = Literal["auto", "gather", "flex"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.ASCII | re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -62,6 +63,7 @@ class WorkerConfig:
     device: str = "auto"
     runner: RunnerChoice = "auto"
     weights: WeightsChoice = "auto"
+    attention: AttentionChoice = "auto"
     max_model_len: int | None = None
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 64
@@ -101,6 +103,9 @@ class WorkerConfig:
         _check_choice("--kv-dtype", self.kv_dtype, get_args(KVDTypeChoice))
         _check_choice("--runner", self.runner, get_args(RunnerChoice))
         _check_choice("--weights", self.weights, get_args(WeightsChoice))
+        _check_choice("--attention", self.attention, get_args(AttentionChoice))
+        if self.runner == "openvino" and self.attention != "auto":
+            raise BadArgument(f"--attention {self.attention} is for --runner torch; OpenVINO has its own")
         _check_choice("--log-level", self.log_level, get_args(LogLevel))
         _check_choice("--log-format", self.log_format, get_args(LogFormat))
         if self.failpoint and not _FAILPOINT.fullmatch(self.failpoint):
@@ -154,6 +159,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         device=given("device") or "auto",
         runner=given("runner") or "auto",  # type: ignore[arg-type]  # as above
         weights=given("weights") or "auto",  # type: ignore[arg-type]  # as above
+        attention=given("attention") or "auto",  # type: ignore[arg-type]  # as above
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
         max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
@@ -206,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="auto, cpu or cuda (default auto)")
     add("--runner", metavar="NAME", help="torch, openvino, or auto: OpenVINO on a CPU, where it can (default auto)")
     add("--weights", metavar="NAME", help="auto: the model's own (default), or int8: rounded, OpenVINO only")
+    attention = (
+        "of the torch runner: gather, flex (one compiled kernel that reads the pool), or auto: flex on a GPU if it "
+        "proves right there, else gather (default auto)"
+    )
+    add("--attention", metavar="NAME", help=attention)
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
     add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")

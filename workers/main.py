@@ -67,6 +67,7 @@ async def _run(config: WorkerConfig) -> None:
         threads=config.threads,
         runner=config.runner,
         weights=config.weights,
+        attention=config.attention,
     )
     models = TorchModels(config.home, config.models, options)
     budget = ModelBudget(

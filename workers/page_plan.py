@@ -95,6 +95,18 @@ def batch_rows(plan: PagePlan, batch: Batch, device: torch.device) -> torch.Tens
     return _rows(plan, torch.tensor(blocks), torch.tensor(list(chain.from_iterable(positions))), device)
 
 
+def stale_rows(plan: PagePlan, batch: Batch, device: torch.device) -> torch.Tensor:
+    """Token rows after the last token of each slice, in the block that it ends in: int64, distinct.
+
+    Nobody has written them for it, and nobody else's context reaches into them: only full blocks are shared.
+    """
+    stops = [piece.start + len(piece.token_ids) for piece in batch]
+    rests = [range(stop, -(-stop // plan.block_size) * plan.block_size) for stop in stops]
+    blocks = [piece.block_table[p // plan.block_size] for piece, rest in zip(batch, rests, strict=True) for p in rest]
+    positions = torch.tensor(list(chain.from_iterable(rests)), dtype=torch.int64)
+    return _rows(plan, torch.tensor(blocks, dtype=torch.int64), positions, device)
+
+
 def _rows(plan: PagePlan, blocks: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
     of_token = blocks * (plan.num_kv_heads * plan.block_size) + positions % plan.block_size
     of_head = torch.arange(plan.num_kv_heads) * plan.block_size

@@ -180,6 +180,16 @@ class PagedKV:
             moved = cache.view(torch.uint8)  # as in `_store_codes`
             moved.index_copy_(0, to_rows, moved.index_select(0, from_rows))
 
+    def clear(self, blocks: Sequence[BlockId]) -> None:
+        """Zero whole blocks, in every layer."""
+        for part in self._parts:
+            part[:, :, torch.tensor(blocks, device=self.device)] = 0
+
+    def clear_values(self, rows: torch.Tensor) -> None:
+        """Zero what these token rows hold as values, in every layer. Keys are left: a masked score is never read."""
+        for values in self.values:
+            values.view(-1, self.plan.head_dim).index_fill_(0, rows, 0)
+
     def difference(self, one: BlockId, other: BlockId) -> float:
         """How far two blocks differ, as they are read: the largest difference of two numbers, as a part of the
         largest in its layer.

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from workers import packed_linear
-from workers.attention import plan_step
 from workers.batch import check_batch
+from workers.gather_attention import plan_gather
 from workers.pool_cache import PoolCache
 
 if TYPE_CHECKING:
+    from workers.attention import PlanStep
     from workers.batch import Batch
     from workers.loader import LoadedModel
     from workers.paged_kv import PagedKV
@@ -28,15 +29,17 @@ if TYPE_CHECKING:
 class TorchRunner:
     """One model over one pool. Call it from one thread at a time.
 
-    `kv` must have the model's layers, KV heads, head_dim and device, and its dtype to compute in. Where packing its
-    linear layers makes the model faster they are packed, in place.
+    `kv` must have the model's layers, KV heads, head_dim and device, and its dtype to compute in. plan_step: how
+    attention is computed, see `workers.attention_choice`. Where packing its linear layers makes the model faster they
+    are packed, in place.
     """
 
-    def __init__(self, loaded: LoadedModel, kv: PagedKV) -> None:
+    def __init__(self, loaded: LoadedModel, kv: PagedKV, plan_step: PlanStep = plan_gather) -> None:
         check_pool(loaded, kv)
         if packed_linear.can_pack(loaded.dtype, loaded.device):
             packed_linear.pack(loaded.model)
         self.kv = kv
+        self._plan_step = plan_step
         self._max_len = loaded.shape.max_model_len
         self._vocab_size = loaded.shape.vocab_size
         self._model = loaded.model
@@ -73,7 +76,7 @@ class TorchRunner:
             position_ids=torch.tensor([positions], device=device),
             use_cache=False,
             logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
-            paged_step=plan_step(batch, self.kv),
+            paged_step=self._plan_step(batch, self.kv),
         )
         return cast("torch.Tensor", output.logits[0])
 

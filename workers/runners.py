@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from bus.errors import ModelUnavailable
+from workers.attention_choice import choose_attention
 from workers.runner import TorchRunner
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from workers.attention_choice import AttentionName
     from workers.batch import Batch
     from workers.loader import LoadedModel
     from workers.paged_kv import PagedKV
@@ -46,11 +48,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A runner, its name, and why it is not the faster one where that was thinkable."""
+    """A runner, its name, and why it is not the faster one where that was thinkable.
+
+    attention: how torch's computes it, see `workers.attention_choice`; OpenVINO's has its own. attention_reason: as for
+    the runner.
+    """
 
     runner: Runner
     name: str
     reason: str = ""
+    attention: str = ""
+    attention_reason: str = ""
 
 
 def choose_runner(
@@ -60,19 +68,22 @@ def choose_runner(
     *,
     threads: int | None,
     weights: WeightsName = "auto",
+    attention: AttentionName = "auto",
     graphs: Path | None = None,
 ) -> Chosen:
     """The runner that `choice` means for this model; `auto` is OpenVINO on a CPU where it can be.
 
     threads: of one step; None leaves it to the runner. weights: `auto` are the model's own, `int8` are OpenVINO's
-    only. graphs: the folder where OpenVINO's runner keeps what it has exported.
+    only. attention: of the torch runner, which `auto` means if one is asked for. graphs: the folder where OpenVINO's
+    runner keeps what it has exported.
     Making one may take seconds. Raises ModelUnavailable if `openvino`, or int8 weights, were asked for and are not
     to be had.
     """
     is_compressed = weights != "auto"
-    is_out_of_question = choice == "torch" or (choice == "auto" and loaded.device.type != "cpu")
+    is_torchs = loaded.device.type != "cpu" or attention != "auto"
+    is_out_of_question = choice == "torch" or (choice == "auto" and is_torchs)
     if is_out_of_question and not is_compressed:
-        return Chosen(TorchRunner(loaded, kv), "torch")
+        return _torch_runner(loaded, kv, attention)
     try:
         if is_out_of_question:
             raise _NotToBeHad("it was not asked for, and torch runs a model's own weights only")
@@ -85,7 +96,13 @@ def choose_runner(
                 f"model {loaded.name!r} cannot have {weights} weights, which take OpenVINO: {error}"
             ) from error
         log.warning("model %s runs on torch, not OpenVINO: %s", loaded.name, error)
-        return Chosen(TorchRunner(loaded, kv), "torch", str(error))
+        return _torch_runner(loaded, kv, attention, str(error))
+
+
+def _torch_runner(loaded: LoadedModel, kv: PagedKV, attention: AttentionName, reason: str = "") -> Chosen:
+    chosen = choose_attention(attention, loaded, kv)
+    runner = TorchRunner(loaded, kv, chosen.plan_step)
+    return Chosen(runner, "torch", reason, attention=chosen.name, attention_reason=chosen.reason)
 
 
 class _NotToBeHad(Exception):

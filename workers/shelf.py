@@ -339,6 +339,8 @@ class Shelf:
             device=facts.device,
             runner=facts.runner,
             runner_reason=facts.runner_reason,
+            attention=facts.attention,
+            attention_reason=facts.attention_reason,
             fingerprint=facts.fingerprint,
             num_layers=facts.num_layers,
             max_model_len=facts.max_model_len,

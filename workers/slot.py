@@ -58,6 +58,7 @@ class ModelFacts:
     kv_tolerance: how far the KV of a token may differ when it is computed in other company, as `Model.difference` says.
     dtype: what it computes in. kv_dtype: how its pool keeps keys and values.
     runner: what computes it, `torch` or `openvino`. runner_reason: why not the faster one, or empty.
+    attention: how torch computes it, `gather` or `flex`; empty for OpenVINO. attention_reason: likewise.
     """
 
     name: str
@@ -77,6 +78,8 @@ class ModelFacts:
     kv_tolerance: float
     runner: str = "torch"
     runner_reason: str = ""
+    attention: str = ""
+    attention_reason: str = ""
 
 
 class Model(Protocol):

@@ -27,6 +27,7 @@ from kvcache.hashing import TOKEN_BYTES
 from kvcache.models import BUILT_IN, MAX_NAME_CHARS, ModelRegistry, ModelSource
 from kvcache.pull import pull
 from workers import sampling
+from workers.attention_choice import AttentionName
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.engine_api import ReadResult
 from workers.kv_precision import AUTO, is_scaled, kv_dtype, name_of
@@ -98,6 +99,8 @@ class TorchModel:
             kv_tolerance=max(KV_TOLERANCE[loaded.dtype], KV_TOLERANCE[kv.dtype]),
             runner=chosen.name,
             runner_reason=chosen.reason,
+            attention=chosen.attention,
+            attention_reason=chosen.attention_reason,
         )
         self._kv = kv
         self._runner = chosen.runner
@@ -188,6 +191,7 @@ class LoadOptions:
     runner: RunnerName = "auto"
     kv_dtype: str = AUTO
     weights: WeightsName = "auto"
+    attention: AttentionName = "auto"
 
 
 class TorchModels:
@@ -273,7 +277,13 @@ class TorchModels:
         kv = PagedKV(plan, kv_dtype(options.kv_dtype, loaded.dtype), loaded.device, loaded.dtype)
         report("preparing to run it", 0.0)
         chosen = choose_runner(
-            options.runner, loaded, kv, threads=options.threads, weights=options.weights, graphs=self._graphs
+            options.runner,
+            loaded,
+            kv,
+            threads=options.threads,
+            weights=options.weights,
+            attention=options.attention,
+            graphs=self._graphs,
         )
         if options.weights != "auto":
             # Rounded weights compute other keys and values: another model, to whoever would share them.

@@ -204,10 +204,15 @@ def _comings_and_goings(worker: WorkerStats) -> str:
 def _runners(worker: WorkerStats) -> str:
     """What computes its loaded models, and why it is not the faster one."""
     return "; ".join(
-        f"{model.name}: {model.runner}" + (f" ({model.runner_reason})" if model.runner_reason else "")
+        f"{model.name}: {_with_reason(model.runner, model.runner_reason)}"
+        + (f", {_with_reason(model.attention, model.attention_reason)}" if model.attention else "")
         for model in worker.models
         if model.runner
     )
+
+
+def _with_reason(name: str, reason: str) -> str:
+    return f"{name} ({reason})" if reason else name
 
 
 def _audits(worker: WorkerStats) -> str:

@@ -70,7 +70,9 @@ WORKER = WorkerView(
             ModelStats(
                 name="smollm2", state="ready", runner="openvino", pool=PoolStats(audits_passed=41, audits_failed=1)
             ),
-            ModelStats(name="tiny", state="ready", runner="torch", runner_reason="no such operator"),
+            ModelStats(
+                name="tiny", state="ready", runner="torch", runner_reason="no such operator", attention="gather"
+            ),
             ModelStats(name="other", state="absent"),
         ),
         engine=EngineStats(prompt_tokens=200, cached_tokens=150),
@@ -355,7 +357,7 @@ def test_workers_as_table_and_as_json(clients: list[FakeClient], capsys: pytest.
 
 def test_stats_name_what_runs_each_model_and_why(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats"]) == 0
-    assert "smollm2: openvino; tiny: torch (no such operator)" in " ".join(capsys.readouterr().out.split())
+    assert "smollm2: openvino; tiny: torch (no such operator), gather" in " ".join(capsys.readouterr().out.split())
 
 
 def test_stats_show_the_share_of_cached_tokens(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.attention import paged_attention, plan_step
+from workers.attention import paged_attention
 from workers.batch import BlockId, Slice
 from workers.decode_attention import GROUP_BYTES, group_decodes
+from workers.gather_attention import plan_gather
 from workers.page_plan import plan_pages
 from workers.paged_kv import PagedKV
 
@@ -84,7 +85,7 @@ def attend(
         value,
         None,
         scaling=0.3,
-        paged_step=plan_step(batch, kv),
+        paged_step=plan_gather(batch, kv),
         sliding_window=rule.window,
         softcap=rule.softcap,
         dropout=0.0,
@@ -147,7 +148,7 @@ def test_stale_contents_after_the_context_are_never_seen(start: int, rule: Rule)
 
 def test_layers_that_see_equally_far_share_one_plan_and_a_window_none_outgrows_is_no_window() -> None:
     kv, table = make_kv(2), [BlockId(9), BlockId(4), BlockId(7)]
-    step = plan_step([Slice(token_ids=[0] * 4, start=5, block_table=table, wants_logits=True)], kv)
+    step = plan_gather([Slice(token_ids=[0] * 4, start=5, block_table=table, wants_logits=True)], kv)
     full = step.for_layer(None, with_masks=False)
     assert step.for_layer(9, with_masks=False) is full
     assert step.for_layer(8, with_masks=False) is not full

@@ -57,6 +57,8 @@ def test_sizes_are_read_in_their_usual_forms(text: str, size: int) -> None:
         (["--dtype", "int4"], "--dtype"),
         (["--kv-dtype", "int4"], "--kv-dtype"),
         (["--runner", "walker"], "--runner"),
+        (["--attention", "divided"], "--attention"),
+        (["--attention", "flex", "--runner", "openvino"], "--attention flex is for --runner torch"),
         (["--eviction-policy", "random"], "--eviction-policy"),
         (["--audit", "1.5"], "--audit"),
         (["--audit", "-0.1"], "--audit"),

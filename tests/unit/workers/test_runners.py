@@ -86,6 +86,12 @@ def test_openvino_that_cannot_compile_the_model_leaves_it_to_torch(
     assert "no such operator" in chosen.reason
 
 
+def test_attention_that_is_asked_for_means_torch_whose_it_is(family: Family) -> None:
+    kv = make_pool(family.loaded, 8, 32)
+    chosen = choose_runner("auto", family.loaded, kv, threads=1, attention="gather")
+    assert (chosen.name, chosen.reason, chosen.attention) == ("torch", "", "gather")
+
+
 @pytest.mark.parametrize("choice", ["torch", "auto"])
 def test_int8_weights_that_cannot_be_had_are_refused_and_not_replaced(
     family: Family, monkeypatch: pytest.MonkeyPatch, choice: RunnerName
@@ -130,5 +136,5 @@ def test_model_with_int8_weights_shares_with_no_other(model_dirs: dict[str, Path
 def test_figures_name_the_runner_and_why(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     options = LoadOptions(dtype="float32", device="cpu", max_model_len=None, block_size=4, threads=None, runner="auto")
     facts = TorchModels(tmp_path, [str(model_dirs["llama"])], options).load("llama", 1 << 20, lambda *_: None).facts
-    assert facts.runner == "torch"
+    assert (facts.runner, facts.attention, facts.attention_reason) == ("torch", "gather", "")
     assert facts.runner_reason
