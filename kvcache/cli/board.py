@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bus.stats import ClusterStats
-from kvcache.cli.model_states import describe_models
 from kvcache.cli.output import console, human_bytes, make_table
+from kvcache.model_words import describe_models
 from kvcache.supervisor import ServiceState, ServiceStatus
 
 COLUMNS = (

@@ -9,9 +9,9 @@ import typer
 
 import kvcache
 from bus.stats import BrokerStats, ClusterStats, Explanation, WorkerStats, WorkerView
-from kvcache.cli.model_states import describe_models
 from kvcache.cli.options import AsJson, Policy, Timeout, Url
 from kvcache.cli.output import human_bytes, note, print_json, print_table
+from kvcache.model_words import describe_models
 
 WORKER_COLUMNS = ("WORKER", "STATUS", "#SHARE", "#RUNNING", "#WAITING", "#DISPATCHED", "KV MEMORY", "INDEX", "MODELS")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from kvcache.gateway.access import Keys
 from kvcache.gateway.asks import Ask, chat_ask, chat_prompt, completion_ask
 from kvcache.gateway.bodies import S, read
 from kvcache.gateway.config import GatewayConfig
+from kvcache.gateway.dashboard import Dashboard
 from kvcache.gateway.gate import OPEN_PATHS, Gate, http_error
 from kvcache.gateway.generating import Answer
 from kvcache.gateway.measuring import Measures
@@ -29,7 +31,9 @@ from kvcache.gateway.queries import Queries
 from kvcache.gateway.replies import Detokenized, ModelList, Status, Tokenized, Version
 from kvcache.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from kvcache.gateway.shapes import ChatShape, CompletionShape, Shape
+from kvcache.gateway.slowest import Slowest
 from kvcache.gateway.vocabulary import Vocabulary
+from kvcache.gateway.watch import Watch
 from kvcache.metrics.latest import LatestStats
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ class Gateway:
         self._queries = Queries(client, config, int(time.time()))
         self._vocabulary = Vocabulary(client)
         self._num_answers = 0
+        self.slowest = Slowest()
         self.measures = Measures(LatestStats(client.stats), is_vllm_compatible=config.metrics_compat == "vllm")
 
     def routes(self) -> list[Route]:
@@ -123,7 +128,7 @@ class Gateway:
         return await read(request, kind, max_bytes=self._config.max_body_bytes, timeout_s=self._config.body_timeout_s)
 
     def _answer(self, ask: Ask, shape: Shape) -> Response:
-        answer = Answer(ask, shape, self._client, self._vocabulary, self._config, self.measures.traffic)
+        answer = Answer(ask, shape, self._client, self._vocabulary, self._config, self.measures.traffic, self.slowest)
         return Counted(self, answer, ask.num_outputs)
 
     def take(self, num_outputs: int) -> None:
@@ -154,10 +159,15 @@ class Counted(Response):
             self._gateway.give_back(self._num_outputs)
 
 
-def make_app(config: GatewayConfig, client: AsyncClient, keys: Keys) -> Starlette:
-    """The application, for a client that is connected within the loop that serves it."""
+def make_app(config: GatewayConfig, client: AsyncClient, keys: Keys, stopping: asyncio.Event) -> Starlette:
+    """The application, for a client that is connected within the loop that serves it.
+
+    stopping: set when the server begins to stop; what never ends by itself ends then.
+    """
     gateway = Gateway(config, client)
     routes, answers = gateway.routes(), gateway.measures.answers
+    if config.dashboard == "on":
+        routes += Dashboard(config, Watch(client, gateway.slowest), stopping).routes()
     answers.know({route.endpoint: route.path for route in routes})
     open_paths = OPEN_PATHS | ({METRICS_PATH} if config.metrics_public else set())
     middleware = [Middleware(Gate, keys=keys, on_answer=answers.count, open_paths=open_paths)]

@@ -30,6 +30,7 @@ HELPS = {
     "body_timeout_s": "in which a request's head, and then its body, must arrive (408)",
     "request_timeout_s": "which a generation may take in all (504)",
     "write_timeout_s": "for which a reader may take nothing before its stream is given up",
+    "dashboard": "on or off: off leaves /dashboard out, where callers must not see each other's figures",
     "max_requests": "generations at a time; more are refused (429)",
     "ping_s": "between comments that keep a silent stream open",
     "metrics_compat": "vllm: show metrics under vLLM's names too",
@@ -56,6 +57,7 @@ class GatewayConfig:
     body_timeout_s: float = 10.0
     request_timeout_s: float = 600.0
     write_timeout_s: float = 60.0
+    dashboard: str = "on"
     max_requests: int = 1024
     ping_s: float = 15.0
     drain_s: float = 10.0
@@ -75,6 +77,8 @@ class GatewayConfig:
         _check_range("drain_s", self.drain_s, 0, 3600.0)
         if self.metrics_compat not in {"", "vllm"}:
             raise BadArgument(f"metrics can be compatible with 'vllm', not with {self.metrics_compat!r}")
+        if self.dashboard not in {"on", "off"}:
+            raise BadArgument(f"dashboard {self.dashboard!r} is neither 'on' nor 'off'")
         if self.log_format not in {"text", "json"}:
             raise BadArgument(f"log format {self.log_format!r} is neither 'text' nor 'json'")
 

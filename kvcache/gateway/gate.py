@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bus.errors import KVCacheError
+from kvcache.gateway import dashboard
 from kvcache.gateway.access import Keys
 from kvcache.gateway.asks import SESSION_HEADERS, Caller
 from kvcache.gateway.problems import Problem, problem_of
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 OnAnswer = Callable[[object, int], None]
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"}) | dashboard.OPEN_PATHS
 MAX_REQUEST_ID_CHARS = 128
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from kvcache.gateway.measuring import Measured
 from kvcache.gateway.problems import problem_of
 from kvcache.gateway.replies import Outputs, Piece, Texts, token_ids
 from kvcache.gateway.shapes import Head, Shape
+from kvcache.gateway.slowest import Progress, Slowest
 from kvcache.gateway.vocabulary import Vocabulary
 from kvcache.metrics.traffic import Traffic
 
@@ -52,6 +53,7 @@ class Answer(Response):
         vocabulary: Vocabulary,
         config: GatewayConfig,
         traffic: Traffic,
+        slowest: Slowest,
     ) -> None:
         self._ask = ask
         self._shape = shape
@@ -59,6 +61,8 @@ class Answer(Response):
         self._vocabulary = vocabulary
         self._config = config
         self._traffic = traffic
+        self._slowest = slowest
+        self._progress = Progress(time.monotonic())
         self._outputs = Outputs(len(ask.prompts), ask.params.n, has_logprobs=ask.params.logprobs is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,9 +73,10 @@ class Answer(Response):
         tell = self._stream if self._ask.is_stream else self._whole
         try:
             async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(_until_gone(receive))
+                watcher = group.create_task(until_gone(receive))
                 async with self._generations() as generations:
-                    await tell(head, echoes, generations, send)
+                    with self._remembered(request_id):
+                        await tell(head, echoes, generations, send)
                 watcher.cancel()
         except BaseExceptionGroup as errors:
             if errors.subgroup(ClientDisconnect) is None:
@@ -92,13 +97,24 @@ class Answer(Response):
                     cache_salt=ask.cache_salt,
                     priority=ask.priority,
                     deadline=self._config.request_timeout_s,
+                    explain=True,
                 )
                 # Not a comprehension: those before one that is refused must be stopped.
-                begun.append(Measured(raw, self._traffic.watch(ask.params.n, time.monotonic())))
+                watch = self._traffic.watch(ask.params.n, time.monotonic())
+                begun.append(Measured(raw, watch, self._progress))
             yield begun
         finally:
             for generation in begun:
                 await generation.cancel()
+
+    @contextmanager
+    def _remembered(self, request_id: str) -> Iterator[None]:
+        """However the block ends, the request may have been among the slowest."""
+        try:
+            yield
+        finally:
+            now, at = time.monotonic(), time.time()
+            self._slowest.add(self._progress.sum_up(request_id, self._ask.num_outputs, now, at))
 
     async def _follow(self, generations: list[Measured], on_pieces: OnPieces) -> None:
         """Hand on what comes, one batch at a time, until all have ended. Raises the first error."""
@@ -251,7 +267,7 @@ def _start(content_type: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]
     return {"type": "http.response.start", "status": 200, "headers": [(b"content-type", content_type), *more]}
 
 
-async def _until_gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
     """Raises ClientDisconnect when the caller leaves."""
     while (await receive())["type"] != "http.disconnect":
         pass

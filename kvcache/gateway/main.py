@@ -8,6 +8,7 @@ import logging
 import resource
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Server(uvicorn.Server):
-    """Without uvicorn's signal handling, which ends the process by the signal again once it has stopped."""
+    """Without uvicorn's signal handling, which ends the process by the signal again once it has stopped.
+
+    stopping: set as soon as the server begins to stop.
+    """
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self._stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stopping.set()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -68,9 +80,10 @@ async def _serve(config: GatewayConfig, keys: Keys) -> int:
     if config.host not in LOOPBACK and not keys:
         log.warning("everybody who reaches %s may use this gateway: no API key is set", config.host)
     async with AsyncClient(config.broker, timeout=config.request_timeout_s) as client:
+        stopping = asyncio.Event()
         server = Server(
             uvicorn.Config(
-                make_app(config, client, keys),
+                make_app(config, client, keys, stopping),
                 host=config.host,
                 port=config.port,
                 http=guarded_protocol(config.body_timeout_s),
@@ -81,7 +94,8 @@ async def _serve(config: GatewayConfig, keys: Keys) -> int:
                 backlog=BACKLOG,
                 server_header=False,
                 timeout_graceful_shutdown=round(config.drain_s),
-            )
+            ),
+            stopping,
         )
         log.info("gateway for %s at http://%s:%d, %d API keys", config.broker, config.host, config.port, len(keys))
         try:

@@ -11,6 +11,7 @@ from bus.errors import KVCacheError
 from bus.stats import ClusterStats
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.results import Event
+from kvcache.gateway.slowest import Progress
 from kvcache.metrics.cluster import cluster_families
 from kvcache.metrics.exposition import Page
 from kvcache.metrics.families import OTHER, Family, Kind
@@ -39,11 +40,12 @@ class Answers:
 
 
 class Measured:
-    """A generation whose events are counted as they are read."""
+    """A generation whose events are counted as they are read. progress: of the request that it is part of."""
 
-    def __init__(self, generation: AsyncGeneration, watch: Watch) -> None:
+    def __init__(self, generation: AsyncGeneration, watch: Watch, progress: Progress) -> None:
         self._generation = generation
         self._watch = watch
+        self._progress = progress
 
     async def next_batch(self) -> list[Event]:
         """As the generation's own."""
@@ -51,8 +53,11 @@ class Measured:
             batch = await self._generation.next_batch()
         except KVCacheError as error:
             self._watch.failed(error)
+            self._progress.fail(error)
             raise
-        self._watch.saw(batch, time.monotonic())
+        now = time.monotonic()
+        self._watch.saw(batch, now)
+        self._progress.fold(batch, now)
         return batch
 
     async def cancel(self) -> None:

@@ -16,6 +16,7 @@ from kvcache.gateway.config import GatewayConfig
 from kvcache.gateway.generating import Answer
 from kvcache.gateway.schema import CompletionRequest, parse
 from kvcache.gateway.shapes import CompletionShape
+from kvcache.gateway.slowest import Slowest
 from kvcache.metrics.traffic import Traffic
 
 START = Start("w", "because", "m", 10, 4)
@@ -83,7 +84,7 @@ async def tell(
     ask = completion_ask(parse(body, CompletionRequest), Caller())
     client: Any = FakeClient(*generations)
     vocabulary: Any = None
-    answer = Answer(ask, CompletionShape(), client, vocabulary, config, traffic or Traffic())
+    answer = Answer(ask, CompletionShape(), client, vocabulary, config, traffic or Traffic(), Slowest())
     scope: Any = {"type": "http", "state": {"request_id": "r"}}
     async with asyncio.timeout(10):
         await answer(scope, receive, send or keep)  # type: ignore[arg-type]  # ASGI's messages are dicts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import httpx
@@ -31,7 +32,7 @@ STATS = ClusterStats(healthy=True, broker=BrokerStats(incarnation=1, state="serv
 
 def web(stats: ClusterStats | None, keys: tuple[str, ...] = (), **config: object) -> httpx.AsyncClient:
     client: Any = FakeClient(stats)
-    app = make_app(GatewayConfig(**config), client, read_keys(keys, ()))  # type: ignore[arg-type]  # as tests want it
+    app = make_app(GatewayConfig(**config), client, read_keys(keys, ()), asyncio.Event())  # type: ignore[arg-type]  # as tests want it
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from bus.stats import BrokerStats, ClusterStats, ModelStats, WorkerStats, WorkerView
 from kvcache.cli.board import PlainBoard, describe, status_table
-from kvcache.cli.model_states import describe_models
 from kvcache.cli.output import console, human_bytes, human_seconds, print_table, say
+from kvcache.model_words import describe_models
 from kvcache.supervisor import Service, ServiceState, ServiceStatus
 
 
