@@ -60,6 +60,26 @@ install() {
     fi
 }
 
+# The dashboard's tests want a browser; without one they are skipped, so nothing here may fail the setup. Installed
+# only by root, as in continuous integration, and only where apt has the small one.
+install_browser() {
+    local name apt=(apt-get -q -o Acquire::http::Timeout=20 -o Acquire::Retries=1 -o DPkg::Lock::Timeout=60)
+    [[ -z ${KVCACHE_BROWSER:-} ]] || return 0
+    for name in chromium-headless-shell chromium chromium-browser google-chrome chrome; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    if [[ $EUID -ne 0 ]] || ! command -v apt-get >/dev/null; then
+        say "No Chromium is here; the dashboard's browser tests will be skipped"
+        return 0
+    fi
+    say "Installing a browser for the dashboard's tests"
+    export DEBIAN_FRONTEND=noninteractive
+    if ! { timeout 120 "${apt[@]}" update &&
+        timeout 300 "${apt[@]}" install -y --no-install-recommends chromium-headless-shell; } >&2; then
+        say "apt could not install chromium-headless-shell, see its message above; the browser tests will be skipped"
+    fi
+}
+
 [[ -z ${KVCACHE_PYTHON:-} ]] || exit 0
 [[ -n ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} || -x $root/.venv/bin/python ]] || make_environment
 python="$(env_python)"
@@ -69,6 +89,7 @@ is_new_enough "$python" || fail "$("$python" --version) in $(env_prefix) is too 
 scripts/link_wheels.sh
 if ! is_current; then
     install
+    install_browser
     fingerprint >"$stamp"
     say "The environment $(env_prefix) is ready"
 fi

@@ -10,6 +10,7 @@ import msgspec
 import typer
 from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -37,7 +38,7 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Tabl
         justify: JustifyMethod = "right" if column.startswith("#") else "left"
         table.add_column(column.removeprefix("#"), justify=justify, no_wrap=column is not columns[-1])
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*("" if cell is None else cell if isinstance(cell, Text) else plain(str(cell)) for cell in row))
     return table
 
 
@@ -58,8 +59,13 @@ def console(stderr: bool = False) -> Console:
 
 def say(text: str) -> None:
     """A piece of generated text, as it is; for a terminal without what could move its cursor or change its title."""
-    sys.stdout.write(_UNPRINTABLE.sub("", text) if sys.stdout.isatty() else text)
+    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def plain(text: str) -> str:
+    """Text without what could move a terminal's cursor or change its title: names are what their owners made them."""
+    return _UNPRINTABLE.sub("", text)
 
 
 def human_bytes(count: int) -> str:

@@ -79,7 +79,7 @@ function showState(snapshot) {
     tell(serving ? "good" : "warn", serving ? `${plural(serving, "worker serves", "workers serve")}` : "no worker serves");
   }
   const facts = [`kvcache ${version}`];
-  if (broker) facts.push(`policy ${broker.policy}`, `broker ${broker.state}, up ${span(broker.uptime_s)}`);
+  if (broker && !snapshot.problem) facts.push(`policy ${broker.policy}`, `broker ${broker.state}, up ${span(broker.uptime_s)}`);
   say("facts", facts.join(" · "));
 }
 
@@ -91,14 +91,15 @@ function tell(tone, text) {
 
 function showTiles({ point, broker }) {
   const figure = (id, value) => say(id, point.is_known ? value : "–");
+  const detail = (id, text) => say(`${id}-detail`, point.is_known ? text : "not known now");
   figure("hits", percent(point.hit_rate));
-  say("hits-detail", `of prompt tokens; since start ${percent(broker?.hit_rate)}`);
+  detail("hits", `of prompt tokens; since start ${percent(broker?.hit_rate)}`);
   figure("tokens", count(point.tokens_per_s));
-  say("tokens-detail", `and ${count(point.cached_per_s + point.computed_per_s)} of prompts`);
+  detail("tokens", `and ${count(point.cached_per_s + point.computed_per_s)} of prompts`);
   figure("running", count(point.running));
-  say("running-detail", `${point.waiting} waiting`);
+  detail("running", `${point.waiting} waiting`);
   figure("requests", count(point.requests_per_s));
-  say("requests-detail", broker ? `${count(broker.requests)} since start` : "");
+  detail("requests", `${count(broker?.requests ?? 0)} since start`);
   showSpark("hits-spark", points, (it) => it.hit_rate, 1);
   showSpark("tokens-spark", points, (it) => it.tokens_per_s);
   showSpark("running-spark", points, (it) => it.running + it.waiting);

@@ -59,8 +59,9 @@ function fillCard({ element, fields, held, cached }, worker, now) {
   if (isGone) return;
   const memory = worker.kv_total_bytes ? `, ${bytes(worker.kv_used_bytes)} of KV` : "";
   fields.cache.textContent = `${percent(fill(worker))} full${memory}`;
-  fields.work.textContent = `${worker.running} running, ${worker.waiting} waiting, ${count(worker.tokens_per_s)} tokens/s`;
-  fields.hits.textContent = worker.hit_rate === null ? "no prompts lately" : `hit rate ${percent(worker.hit_rate)}`;
+  fields.work.textContent = `${worker.running} running, ${worker.waiting} waiting`;
+  const hits = worker.hit_rate === null ? "" : `, hit rate ${percent(worker.hit_rate)}`;
+  fields.hits.textContent = `${count(worker.tokens_per_s)} tokens/s${hits}`;
   fields.index.textContent = `${percent(worker.share)} of keys, index ${worker.index || "unknown"}`;
 }
 
