@@ -196,12 +196,13 @@ class BrokerStats(Figures, frozen=True):
     reasons: how often each policy decided for what reason, by the reason's first word.
     Of `prompt_tokens` that workers have prefilled, `foreseen_tokens` were in the index where they were sent, and
     `cached_tokens` were not computed.
-    `sequences`: named ones of which it knows who holds them.
+    `sequences`: named ones of which it knows who holds them. version: of its program.
     """
 
     incarnation: int
     state: str
     policy: str
+    version: str = ""
     uptime_s: float = 0.0
     pid: int = 0
     rss_bytes: int = 0

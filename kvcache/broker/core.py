@@ -38,6 +38,7 @@ class Gauges:
     """What only the process and its sockets know; the shell keeps it current, the core reports it."""
 
     pid: int = 0
+    version: str = ""
     rss_bytes: int = 0
     loop_lag_s: float = 0.0
     refused_subscriptions: int = 0
@@ -346,6 +347,7 @@ class BrokerCore:
             cached_tokens=self._knowledge.hits.cached_tokens,
             sequences=len(self._sequences),
             pid=self.gauges.pid,
+            version=self.gauges.version,
             rss_bytes=self.gauges.rss_bytes,
             loop_lag_ms=round(self.gauges.loop_lag_s * 1000, 3),
             refused_subscriptions=self.gauges.refused_subscriptions,

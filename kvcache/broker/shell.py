@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,7 @@ class Broker:
         self._security = SecurityConfig(mode=config.security)
         self.core = BrokerCore(config, incarnation=time.time_ns(), now=time.monotonic())
         self.core.gauges.pid = os.getpid()
+        self.core.gauges.version = version("kvcache")
         self._routers: dict[Port, Router] = {}
         self._recording: Recording | None = None
 

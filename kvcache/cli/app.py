@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from bus.errors import BadArgument, ConnectionLost, DeadlineExceeded, KVCacheError, NoWorkers
-from kvcache.cli import cluster, generation, kv_plane, metrics, model_files, processes, serve, top, up
+from kvcache.cli import cluster, doctor, generation, kv_plane, metrics, model_files, processes, serve, top, up
 from kvcache.cli.output import complain
 from kvcache.supervisor import ServiceFailed
 
@@ -41,6 +41,7 @@ app.command("route")(cluster.route)
 app.command("workers")(cluster.workers)
 app.command("stats")(cluster.stats)
 app.command("top")(top.top)
+app.command("doctor")(doctor.doctor)
 app.command("reset-prefix-cache")(cluster.reset_prefix_cache)
 app.command("metrics")(metrics.metrics)
 app.add_typer(kv_app, name="kv")
