@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from kvcache.bench.engine_goals import Figures, compare
 from kvcache.bench.peers.environments import PeerUnavailable, python_of
 from kvcache.bench.peers.process import PeerProcess
+from kvcache.bench.peers.weights import gguf_folder
 from kvcache.bench.report import Report, report
 from kvcache.models import DEFAULT_HOME, ModelRegistry
 from kvcache.plots import plot
@@ -101,12 +101,14 @@ def _started(
     for contestant in (*OURS, *(PEERS[name] for name in options.peers)):
         progress(f"loading {contestant.name}")
         try:
-            model = _gguf_folder(folder, options, progress) if contestant.reads_gguf else folder
+            model = folder
+            if contestant.reads_gguf:
+                model = gguf_folder(folder, options.home, options.dtype, progress)
             process = PeerProcess(_command(contestant, options, progress), _variables(contestant, options.threads))
             stack.callback(process.close)
             facts = process.ask(do="load", model=str(model), threads=options.threads, dtype=options.dtype)
         except PeerUnavailable as error:
-            figures.notes.append(f"{contestant.name} was left out: {error.detail}")
+            figures.notes.append(f"{contestant.name} was left out: {error.message}")
             continue
         figures.notes.append(f"{contestant.name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
         yield contestant.name, process
@@ -125,21 +127,6 @@ def _variables(contestant: Contestant, threads: int) -> dict[str, str]:
     """A foreign script finds the contract by its path: this project is not installed where it runs."""
     variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return variables if contestant in OURS else {**variables, "PYTHONPATH": str(PEERS_FOLDER)}
-
-
-def _gguf_folder(folder: Path, options: Options, progress: Callable[[str], None]) -> Path:
-    """Where the same weights lie as GGUF files, written on first use."""
-    target = options.home / "bench" / "models" / folder.name
-    target.mkdir(parents=True, exist_ok=True)
-    for dtype in {"float16", options.dtype}:
-        file = target / f"{dtype}.gguf"
-        if not file.exists():
-            progress(f"writing {file.name}")
-            command = [sys.executable, "-m", "workers.gguf_file", str(folder), str(file), dtype]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise PeerUnavailable(f"the GGUF file cannot be written: {done.stderr.strip().splitlines()[-1]}")
-    return target
 
 
 class _Driver:
@@ -196,7 +183,7 @@ class _Driver:
                 with self._turn(name) as ask:
                     measure(name, ask, prompts)
             except PeerUnavailable as error:
-                self._figures.notes.append(f"{name} stopped answering: {error.detail}")
+                self._figures.notes.append(f"{name} stopped answering: {error.message}")
                 self._engines.pop(name)
 
     def _decode(self, name: str, ask: Any, prompts: list[list[int]]) -> None:  # noqa: ANN401 (PeerProcess.ask)

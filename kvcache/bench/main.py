@@ -16,6 +16,7 @@ from rich.console import Console
 from bus.errors import KVCacheError
 from kvcache.bench import bus, engine, gateway, pull, reuse, ring, router, tensors
 from kvcache.bench.report import Report, show
+from kvcache.bench.systems import run as systems
 
 
 class Benchmark(Protocol):
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
     "reuse": (reuse.run, "time to first token, cold and cached, with SmolLM2"),
     "pull": (pull.run, "time to first token from another worker's KV, against computing it"),
     "engine": (engine.run, "decode, prefill, first tokens and chats, against other engines, with SmolLM2"),
+    "peers": (systems.run, "the whole system against other servers, with SmolLM2, and stores of tensors"),
     "gateway": (gateway.run, "HTTP over the bus client: first token, throughput, many streams"),
     "ring": (ring.run, "balance, lookups and movement of the consistent hash"),
     "router": (router.run, "what one placement costs, and memory of the index"),
@@ -48,19 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=[*BENCHMARKS, "all"], help="which one, or all")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions in each run")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there; with all, a list of them")
-    own = parser.add_argument_group("of engine")
+    own = parser.add_argument_group("of engine and peers")
     own.add_argument(
-        "--peers", nargs="*", choices=engine.PEERS, help="which other engines; default all, but none of `all`"
+        "--peers",
+        nargs="*",
+        choices=sorted({*engine.PEERS, *systems.NAMES}),
+        help="which other engines, servers and stores; default all, but none of `all`",
     )
-    own.add_argument("--install", action="store_true", help="make the environments of engines that have none")
+    own.add_argument("--install", action="store_true", help="make the environments of peers that have none")
     own.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="what all compute in")
-    own.add_argument("--plot", metavar="FILE", type=Path, help="also draw a step's time by context and batch, as SVG")
+    own.add_argument("--plot", metavar="FILE", type=Path, help="also draw a plot, as SVG: of engine, a step's time")
+    own.add_argument("--markdown", metavar="FILE", type=Path, help="of peers: also write the tables there")
     given = parser.parse_args(argv)
     names = list(BENCHMARKS) if given.name == "all" else [given.name]
-    peers = given.peers if given.peers is not None else [] if given.name == "all" else list(engine.PEERS)
-    options = engine.Options(peers=tuple(peers), install=given.install, dtype=given.dtype, plot=given.plot)
-    benchmarks = {name: what for name, (what, _) in BENCHMARKS.items()}
-    benchmarks["engine"] = partial(engine.run, options=options)
+    benchmarks = {name: what for name, (what, _) in BENCHMARKS.items()} | _with_options(given)
     console, status = Console(highlight=False), Console(stderr=True, highlight=False)
     reports: list[Report] = []
     for name in names:
@@ -79,3 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = reports if given.name == "all" else reports[0]
         given.json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
     return 0 if len(reports) == len(names) else 1
+
+
+def _with_options(given: argparse.Namespace) -> dict[str, Benchmark]:
+    """The benchmarks that know other engines. `all` measures only ours, and draws nothing: both would take the file."""
+    is_all = given.name == "all"
+    wanted = given.peers if given.peers is not None else () if is_all else (*engine.PEERS, *systems.NAMES)
+    common = {"install": given.install, "dtype": given.dtype, "plot": None if is_all else given.plot}
+    engines = engine.Options(peers=tuple(name for name in engine.PEERS if name in wanted), **common)
+    servers = systems.Options(
+        peers=tuple(name for name in systems.NAMES if name in wanted), markdown=given.markdown, **common
+    )
+    return {
+        "engine": partial(engine.run, options=engines),
+        "peers": partial(systems.run, options=servers),
+    }

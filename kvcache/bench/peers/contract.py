@@ -5,7 +5,12 @@
     {"do": "memory"}                                                    ->  {"peak_bytes": ...}
     {"do": EXTRA}: what only some engines tell, a method named in their `extras`
 
-A line that fails is answered {"error": ...}, and the engine goes on. This file and the engines' scripts run in
+and a store of keys and values:
+
+    {"do": "open"}                                          ->  {"store": ...}: what it is, and its version
+    {"do": "measure", "num_bytes": N, "repeats": N}         ->  {"put": seconds, "get": seconds, "append": ...}
+
+A line that fails is answered {"error": ...}, and whoever was asked goes on. This file and the peers' scripts run in
 foreign environments: they import the standard library and their engine, and nothing of this project.
 """
 
@@ -14,10 +19,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+TOKEN_BYTES = 3 * 64 * 4
+"""A token's K, or V, in one layer of SmolLM2 in float32: 3 heads of 64."""
+Bytes = bytes | memoryview
 
 
 class Engine(Protocol):
@@ -30,16 +41,79 @@ class Engine(Protocol):
         """Generate for all prompts at once, to the end; returns how many tokens came out."""
 
 
+class Store(Protocol):
+    """K and V of one sequence, each so many bytes a token, at the other end of a connection."""
+
+    def put(self, k: Bytes, v: Bytes) -> None:
+        """Returns when the other end has them, in place of what it had."""
+
+    def get(self) -> tuple[Bytes, Bytes]: ...
+
+
+class AppendingStore(Store, Protocol):
+    """One that can add to the end of what it has."""
+
+    def append(self, k: Bytes, v: Bytes) -> None: ...
+
+
 def serve(engine: Engine) -> None:
     """Answer lines until stdin ends. What the engine's libraries print goes to stderr."""
+    _answer_lines(lambda request: _answer(engine, request))
+
+
+def serve_store(open_store: Callable[[], tuple[Store, str]]) -> None:
+    """The same for a store, which `open_store` opens and describes."""
+    opened: list[Store] = []
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        match request["do"]:
+            case "open":
+                store, what = open_store()
+                opened[:] = [store]
+                return {"store": what}
+            case "measure":
+                return dict(measure_store(opened[0], request["num_bytes"], request["repeats"]))
+            case other:
+                raise ValueError(f"nobody knows how to do {other!r}")
+
+    _answer_lines(answer)
+
+
+def measure_store(store: Store | AppendingStore, num_bytes: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a put and of a get of `num_bytes`, K and V together, and of appending a token to them.
+
+    What comes back is compared, once. Raises RuntimeError if it is not what was put.
+    """
+    k, v = (bytes(os.urandom(num_bytes // 2 // TOKEN_BYTES * TOKEN_BYTES)) for _ in range(2))
+    seconds = {"put": _median_s(lambda: store.put(k, v), repeats), "get": _median_s(store.get, repeats)}
+    num_appended = 0
+    if hasattr(store, "append"):
+        seconds["append"] = _median_s(lambda: store.append(k[:TOKEN_BYTES], v[:TOKEN_BYTES]), repeats)
+        num_appended = repeats
+    for sent, came in zip((k, v), store.get(), strict=True):
+        if bytes(came) != sent + num_appended * sent[:TOKEN_BYTES]:
+            raise RuntimeError(f"{type(store).__name__} gave back other bytes")
+    return seconds
+
+
+def _median_s(work: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _answer_lines(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         try:
-            answer = _answer(engine, json.loads(line))
+            told = answer(json.loads(line))
         except Exception as error:  # noqa: BLE001 (whatever a foreign engine raises is its answer)
-            answer = {"error": f"{type(error).__name__}: {error}"[:2000]}
-        answers.write(json.dumps(answer) + "\n")
+            told = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        answers.write(json.dumps(told) + "\n")
         answers.flush()
 
 

