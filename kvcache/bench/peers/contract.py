@@ -29,6 +29,8 @@ from typing import Any, Protocol
 TOKEN_BYTES = 3 * 64 * 4
 """A token's K, or V, in one layer of SmolLM2 in float32: 3 heads of 64."""
 Bytes = bytes | memoryview
+Measure = Callable[[Any, int, int], dict[str, float]]
+"""(store, bytes, repeats) -> seconds by verb."""
 
 
 class Engine(Protocol):
@@ -61,9 +63,11 @@ def serve(engine: Engine) -> None:
     _answer_lines(lambda request: _answer(engine, request))
 
 
-def serve_store(open_store: Callable[[], tuple[Store, str]]) -> None:
-    """The same for a store, which `open_store` opens and describes."""
-    opened: list[Store] = []
+def serve_store(open_store: Callable[[], tuple[Any, str]], measure: Measure | None = None) -> None:
+    """The same for a store, which `open_store` opens and describes. measure: in place of `measure_store`, for a store
+    that does not take bytes as they are."""
+    opened: list[Any] = []
+    measured = measure or measure_store
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         match request["do"]:
@@ -72,7 +76,7 @@ def serve_store(open_store: Callable[[], tuple[Store, str]]) -> None:
                 opened[:] = [store]
                 return {"store": what}
             case "measure":
-                return dict(measure_store(opened[0], request["num_bytes"], request["repeats"]))
+                return dict(measured(opened[0], request["num_bytes"], request["repeats"]))
             case other:
                 raise ValueError(f"nobody knows how to do {other!r}")
 
@@ -85,10 +89,10 @@ def measure_store(store: Store | AppendingStore, num_bytes: int, repeats: int) -
     What comes back is compared, once. Raises RuntimeError if it is not what was put.
     """
     k, v = (bytes(os.urandom(num_bytes // 2 // TOKEN_BYTES * TOKEN_BYTES)) for _ in range(2))
-    seconds = {"put": _median_s(lambda: store.put(k, v), repeats), "get": _median_s(store.get, repeats)}
+    seconds = {"put": median_s(lambda: store.put(k, v), repeats), "get": median_s(store.get, repeats)}
     num_appended = 0
     if hasattr(store, "append"):
-        seconds["append"] = _median_s(lambda: store.append(k[:TOKEN_BYTES], v[:TOKEN_BYTES]), repeats)
+        seconds["append"] = median_s(lambda: store.append(k[:TOKEN_BYTES], v[:TOKEN_BYTES]), repeats)
         num_appended = repeats
     for sent, came in zip((k, v), store.get(), strict=True):
         if bytes(came) != sent + num_appended * sent[:TOKEN_BYTES]:
@@ -96,7 +100,8 @@ def measure_store(store: Store | AppendingStore, num_bytes: int, repeats: int) -
     return seconds
 
 
-def _median_s(work: Callable[[], object], repeats: int) -> float:
+def median_s(work: Callable[[], object], repeats: int) -> float:
+    """Of `repeats` calls."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()

@@ -35,7 +35,7 @@ KV_BYTES = 1 << 30
 KV_TOKENS = 40_960  # SmolLM2 has 23 KB a token in 16 bits: about as much
 SLOTS = 16
 READY_S = 240.0
-TRY_S = 20.0
+TRY_S = 60.0
 REJOIN_S = 1.0
 """After a stop, our broker and workers find that they have not heard of each other, and say hello again."""
 WARM_UP_TOKENS = 32

@@ -205,6 +205,18 @@ def test_the_table_has_a_line_for_every_system_and_the_reason_where_there_are_no
     assert "| KV put 1 MiB | 0.5 |" in table
 
 
+def test_every_ratio_is_told_once_and_with_its_spread() -> None:
+    figures = figures_of(
+        chats__first_token_p50__one=[10, 10],
+        chats__first_token_p50__plain=[110, 120],
+        chats__tokens__one=[50, 60],
+        chats__tokens__plain=[10, 10],
+    )
+    names = [row.name for row in goals.rows(figures)]
+    assert len(names) == len(set(names))
+    assert f"| {ONE} / {PLAIN} | 11.50x (11 to 12) | 5.50x (5 to 6) |  |" in goals.markdown(figures, {})
+
+
 def test_the_plot_has_a_point_for_every_system_that_chatted() -> None:
     figures = figures_of(
         chats__first_token_p50__one=[10], chats__tokens__one=[100], chats__first_token_p50__plain=[200]
