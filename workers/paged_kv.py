@@ -19,6 +19,7 @@ import torch
 from bus.errors import BadArgument, BadTensor, NoSpace
 from workers.kv_precision import dequantise, is_scaled, quantise
 from workers.page_plan import PagePlan, block_rows, token_rows
+from workers.staging import to_device, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -211,11 +212,11 @@ class PagedKV:
         A block is `[num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]` as it is stored, and after that its
         scales, if it has any, `[num_layers, 2, num_kv_heads, block_size]`.
         """
-        out = torch.empty((len(blocks), self.plan.block_bytes), dtype=torch.uint8)
+        out = torch.empty((len(blocks), self.plan.block_bytes), dtype=torch.uint8, device=self.device)
         for block, copy in zip(blocks, out, strict=True):
             for part, of_part in zip(self._parts, self._split(copy), strict=True):
                 of_part.copy_(part[:, :, block])
-        return out
+        return to_host(out)
 
     def import_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
         """Overwrite whole blocks with bytes that `export_blocks` of a pool cut alike has given, in place.
@@ -227,7 +228,7 @@ class PagedKV:
             raise BadTensor(f"{len(data)} bytes are not {len(blocks)} blocks of {self.plan.block_bytes}")
         if not blocks:
             return
-        copies = torch.frombuffer(data, dtype=torch.uint8).view(len(blocks), -1)
+        copies = to_device(torch.frombuffer(data, dtype=torch.uint8), self.device).view(len(blocks), -1)
         for block, copy in zip(blocks, copies, strict=True):
             for part, of_part in zip(self._parts, self._split(copy), strict=True):
                 part[:, :, block].copy_(of_part)

@@ -39,6 +39,7 @@ from workers.paged_kv import PagedKV
 from workers.runner import release_model
 from workers.runners import Chosen, RunnerName, WeightsName, choose_runner
 from workers.slot import ModelFacts
+from workers.staging import to_host
 from workers.text import TextStream, Tokenizer
 
 
@@ -311,7 +312,7 @@ class TorchModels:
 
 def _buffer(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, on the host and in C order."""
-    flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    flat = to_host(tensor).reshape(-1).view(torch.uint8)
     return flat.numpy().data.toreadonly()
 
 

@@ -53,6 +53,18 @@ def test_logits_on_a_gpu_are_those_of_the_cpu(loaded: tuple[LoadedModel, LoadedM
         torch.testing.assert_close(runner.run(batch).cpu(), plain.run(batch), atol=1e-3, rtol=1e-3)
 
 
+def test_blocks_come_back_from_a_gpu_as_they_went_in(loaded: tuple[LoadedModel, LoadedModel]) -> None:
+    source, target = (make_pool(model, 8, BLOCK_SIZE) for model in loaded)
+    blocks = [BlockId(6), BlockId(1)]
+    data = bytearray(torch.randint(256, (2 * source.plan.block_bytes,), dtype=torch.uint8).numpy().tobytes())
+    target.import_blocks(blocks, data)
+    source.import_blocks(blocks, data)
+    data[:] = bytes(len(data))  # it may be used again at once
+    came_back = target.export_blocks(blocks)
+    assert came_back.is_pinned()
+    assert torch.equal(came_back, source.export_blocks(blocks))
+
+
 def test_auto_on_a_gpu_is_flex(loaded: tuple[LoadedModel, LoadedModel]) -> None:
     _, on_gpu = loaded
     chosen = choose_attention("auto", on_gpu, make_pool(on_gpu, 64, BLOCK_SIZE))
