@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ import torch
 from bus.errors import ModelUnavailable
 from workers.attention import PlanStep, Rule, paged_attention
 from workers.batch import BlockId, Slice
+from workers.decode_graphs import FixedStep, PlanDecodes
 from workers.gather_attention import plan_gather
 
 if TYPE_CHECKING:
@@ -35,24 +36,35 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 @dataclass(frozen=True, slots=True)
 class ChosenAttention:
-    """How to plan a step, the way's name, and why it is not a faster one where that was thinkable."""
+    """How to plan a step, the way's name, and why it is not a faster one where that was thinkable.
+
+    plan_decodes: how to plan one that a CUDA graph is made of; None for no graphs.
+    """
 
     plan_step: PlanStep
     name: str
     reason: str = ""
+    plan_decodes: PlanDecodes | None = None
 
 
-def choose_attention(choice: AttentionName, loaded: LoadedModel, kv: PagedKV) -> ChosenAttention:
+def choose_attention(
+    choice: AttentionName, loaded: LoadedModel, kv: PagedKV, *, cuda_graphs: bool = False
+) -> ChosenAttention:
     """What `choice` means for this model; `auto` is gathering on a CPU, and elsewhere flex where it is right.
 
     Trying one takes seconds, mostly of compiling, and leaves the pool's first blocks zero. Raises ModelUnavailable if
-    one was asked for and is not to be had.
+    one was asked for and is not to be had. cuda_graphs: whether they are wanted, of decodes; they are had where flex
+    is, on a GPU.
     """
-    gather = ChosenAttention(plan_gather, "gather")
+    no_graphs = "no CUDA graphs, which take flex on a GPU" if cuda_graphs else ""
     if choice == "gather" or (choice == "auto" and kv.device.type == "cpu"):
-        return gather
+        return ChosenAttention(plan_gather, "gather", no_graphs)
     try:
-        return ChosenAttention(_flex(loaded, kv), "flex")
+        plan_flex = _flex(loaded, kv)
+        if not cuda_graphs or kv.device.type != "cuda":
+            return ChosenAttention(plan_flex, "flex", no_graphs)
+        max_blocks = -(-loaded.shape.max_model_len // kv.plan.block_size)
+        return ChosenAttention(plan_flex, "flex", plan_decodes=partial(plan_flex, max_blocks=max_blocks))
     except _NotToBeHad as error:
         if choice != "auto":
             raise ModelUnavailable(f"model {loaded.name!r} cannot have {choice} attention: {error}") from error
@@ -64,7 +76,7 @@ class _NotToBeHad(Exception):
     """`str` says why."""
 
 
-def _flex(loaded: LoadedModel, kv: PagedKV) -> PlanStep:
+def _flex(loaded: LoadedModel, kv: PagedKV) -> Callable[..., FixedStep]:
     if loaded.has_own_attention:
         raise _NotToBeHad("its family attends in code of its own")
     if kv.dtype is not kv.compute_dtype:
@@ -74,7 +86,9 @@ def _flex(loaded: LoadedModel, kv: PagedKV) -> PlanStep:
     try:
         # Not at the top: an older torch may lack part of it, and most workers never need it.
         module: Any = importlib.import_module("workers.flex_attention")
-        plan_flex: PlanStep = partial(module.plan_flex, group=loaded.shape.num_heads // loaded.shape.num_kv_heads)
+        plan_flex: Callable[..., FixedStep] = partial(
+            module.plan_flex, group=loaded.shape.num_heads // loaded.shape.num_kv_heads
+        )
         _try(plan_flex, loaded, kv)
     except _NotToBeHad:
         raise

@@ -64,6 +64,7 @@ class WorkerConfig:
     runner: RunnerChoice = "auto"
     weights: WeightsChoice = "auto"
     attention: AttentionChoice = "auto"
+    cuda_graphs: bool = False
     max_model_len: int | None = None
     max_num_batched_tokens: int = 256
     max_num_seqs: int = 64
@@ -143,6 +144,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
 
     preload = given("preload")
     caching = given("enable_prefix_caching")
+    graphs = given("cuda_graphs")
     return WorkerConfig(
         brokers=listed("broker") or (DEFAULT_URL,),
         worker_id=given("worker_id") or default_worker_id,
@@ -160,6 +162,7 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         runner=given("runner") or "auto",  # type: ignore[arg-type]  # as above
         weights=given("weights") or "auto",  # type: ignore[arg-type]  # as above
         attention=given("attention") or "auto",  # type: ignore[arg-type]  # as above
+        cuda_graphs=False if graphs is None else _boolean("--cuda-graphs", graphs),
         max_model_len=_optional(_integer, "--max-model-len", given("max_model_len")),
         max_num_batched_tokens=_integer("--max-num-batched-tokens", given("max_num_batched_tokens"), 256),
         max_num_seqs=_integer("--max-num-seqs", given("max_num_seqs"), 64),
@@ -217,6 +220,8 @@ def _parser() -> argparse.ArgumentParser:
         "proves right there, else gather (default auto)"
     )
     add("--attention", metavar="NAME", help=attention)
+    graphs = "record decode steps of flex attention on a GPU as CUDA graphs, and replay them (default: no)"
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, help=graphs)
     add("--max-model-len", metavar="TOKENS", help="longest sequence (default: the model's own limit)")
     add("--max-num-batched-tokens", metavar="N", help="tokens computed per step at most (default 256)")
     add("--max-num-seqs", metavar="N", help="sequences computed per step at most (default 64)")

@@ -63,6 +63,11 @@ class Pieces:
     block_tables: torch.Tensor
     block_order: torch.Tensor
 
+    def overwrite(self, other: Pieces) -> None:
+        """Take the numbers of as many pieces, as long and with tables as wide, in place."""
+        for name in ("places", "kept", "first", "block_counts", "block_tables", "block_order"):
+            getattr(self, name).copy_(getattr(other, name))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlexStep:
@@ -72,6 +77,16 @@ class FlexStep:
     new_rows: torch.Tensor
     pieces: tuple[Pieces, ...]
     _masks: dict[tuple[int, int | None], BlockMask] = field(default_factory=dict)
+
+    def renewed(self) -> FlexStep:
+        """The same step, with masks yet to be made."""
+        return FlexStep(kv=self.kv, new_rows=self.new_rows, pieces=self.pieces)
+
+    def overwrite(self, other: FlexStep) -> None:
+        """Take the numbers of a step of the same shape, in place."""
+        self.new_rows.copy_(other.new_rows)
+        for ours, theirs in zip(self.pieces, other.pieces, strict=True):
+            ours.overwrite(theirs)
 
     def attend(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule

@@ -68,6 +68,7 @@ async def _run(config: WorkerConfig) -> None:
         runner=config.runner,
         weights=config.weights,
         attention=config.attention,
+        cuda_graphs=config.cuda_graphs,
     )
     models = TorchModels(config.home, config.models, options)
     budget = ModelBudget(

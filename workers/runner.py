@@ -16,11 +16,12 @@ import torch
 
 from workers import packed_linear
 from workers.batch import check_batch
+from workers.decode_graphs import DecodeGraphs, PlanDecodes, record_on_cuda
 from workers.gather_attention import plan_gather
 from workers.pool_cache import PoolCache
 
 if TYPE_CHECKING:
-    from workers.attention import PlanStep
+    from workers.attention import PlanStep, Step
     from workers.batch import Batch
     from workers.loader import LoadedModel
     from workers.paged_kv import PagedKV
@@ -30,16 +31,26 @@ class TorchRunner:
     """One model over one pool. Call it from one thread at a time.
 
     `kv` must have the model's layers, KV heads, head_dim and device, and its dtype to compute in. plan_step: how
-    attention is computed, see `workers.attention_choice`. Where packing its linear layers makes the model faster they
-    are packed, in place.
+    attention is computed, see `workers.attention_choice`. plan_decodes: likewise, of decodes, to record CUDA
+    graphs of (`workers.decode_graphs`); None for none. Where packing its linear layers makes the model faster they are
+    packed, in place.
     """
 
-    def __init__(self, loaded: LoadedModel, kv: PagedKV, plan_step: PlanStep = plan_gather) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        kv: PagedKV,
+        plan_step: PlanStep = plan_gather,
+        plan_decodes: PlanDecodes | None = None,
+    ) -> None:
         check_pool(loaded, kv)
         if packed_linear.can_pack(loaded.dtype, loaded.device):
             packed_linear.pack(loaded.model)
         self.kv = kv
         self._plan_step = plan_step
+        self._graphs = None
+        if plan_decodes is not None:
+            self._graphs = DecodeGraphs(kv, plan_decodes, self._forward, record_on_cuda)
         self._max_len = loaded.shape.max_model_len
         self._vocab_size = loaded.shape.vocab_size
         self._model = loaded.model
@@ -63,20 +74,29 @@ class TorchRunner:
     def close(self) -> None:
         """Give the memory of weights and pool back. It runs nothing any more."""
         release_model(self._model)
-        del self._model, self.kv
+        del self._model, self.kv, self._graphs
 
     def _run_flat(self, batch: Batch) -> torch.Tensor:
+        if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
+            return logits
         device = self.kv.device
         token_ids = torch.tensor([token for piece in batch for token in piece.token_ids], device=device)
         positions = [p for piece in batch for p in range(piece.start, piece.start + len(piece.token_ids))]
         ends = accumulate(len(piece.token_ids) for piece in batch)
         wanted = [end - 1 for end, piece in zip(ends, batch, strict=True) if piece.wants_logits]
+        return self._forward(
+            token_ids.unsqueeze(0),
+            torch.tensor([positions], device=device),
+            torch.tensor(wanted, dtype=torch.int64, device=device),
+            self._plan_step(batch, self.kv),
+        )
+
+    def _forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, wanted: torch.Tensor, step: Step
+    ) -> torch.Tensor:
+        """[len(wanted), vocab_size]; token_ids, positions: [1, num_tokens], wanted: places in them, all int64."""
         output = self._model(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=torch.tensor([positions], device=device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=device),
-            paged_step=self._plan_step(batch, self.kv),
+            input_ids=token_ids, position_ids=positions, use_cache=False, logits_to_keep=wanted, paged_step=step
         )
         return cast("torch.Tensor", output.logits[0])
 

@@ -69,13 +69,14 @@ def choose_runner(
     threads: int | None,
     weights: WeightsName = "auto",
     attention: AttentionName = "auto",
+    cuda_graphs: bool = False,
     graphs: Path | None = None,
 ) -> Chosen:
     """The runner that `choice` means for this model; `auto` is OpenVINO on a CPU where it can be.
 
     threads: of one step; None leaves it to the runner. weights: `auto` are the model's own, `int8` are OpenVINO's
-    only. attention: of the torch runner, which `auto` means if one is asked for. graphs: the folder where OpenVINO's
-    runner keeps what it has exported.
+    only. attention, cuda_graphs: of the torch runner, which `auto` means if an attention is asked for. graphs: the
+    folder where OpenVINO's runner keeps what it has exported.
     Making one may take seconds. Raises ModelUnavailable if `openvino`, or int8 weights, were asked for and are not
     to be had.
     """
@@ -83,7 +84,7 @@ def choose_runner(
     is_torchs = loaded.device.type != "cpu" or attention != "auto"
     is_out_of_question = choice == "torch" or (choice == "auto" and is_torchs)
     if is_out_of_question and not is_compressed:
-        return _torch_runner(loaded, kv, attention)
+        return _torch_runner(loaded, kv, attention, cuda_graphs)
     try:
         if is_out_of_question:
             raise _NotToBeHad("it was not asked for, and torch runs a model's own weights only")
@@ -96,12 +97,14 @@ def choose_runner(
                 f"model {loaded.name!r} cannot have {weights} weights, which take OpenVINO: {error}"
             ) from error
         log.warning("model %s runs on torch, not OpenVINO: %s", loaded.name, error)
-        return _torch_runner(loaded, kv, attention, str(error))
+        return _torch_runner(loaded, kv, attention, cuda_graphs, str(error))
 
 
-def _torch_runner(loaded: LoadedModel, kv: PagedKV, attention: AttentionName, reason: str = "") -> Chosen:
-    chosen = choose_attention(attention, loaded, kv)
-    runner = TorchRunner(loaded, kv, chosen.plan_step)
+def _torch_runner(
+    loaded: LoadedModel, kv: PagedKV, attention: AttentionName, cuda_graphs: bool, reason: str = ""
+) -> Chosen:
+    chosen = choose_attention(attention, loaded, kv, cuda_graphs=cuda_graphs)
+    runner = TorchRunner(loaded, kv, chosen.plan_step, chosen.plan_decodes)
     return Chosen(runner, "torch", reason, attention=chosen.name, attention_reason=chosen.reason)
 
 

@@ -193,6 +193,7 @@ class LoadOptions:
     kv_dtype: str = AUTO
     weights: WeightsName = "auto"
     attention: AttentionName = "auto"
+    cuda_graphs: bool = False
 
 
 class TorchModels:
@@ -284,6 +285,7 @@ class TorchModels:
             threads=options.threads,
             weights=options.weights,
             attention=options.attention,
+            cuda_graphs=options.cuda_graphs,
             graphs=self._graphs,
         )
         if options.weights != "auto":

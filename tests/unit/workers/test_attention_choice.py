@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bus.errors import ModelUnavailable
-from workers.attention_choice import choose_attention
+from workers.attention_choice import AttentionName, choose_attention
 from workers.batch import Batch
 from workers.flex_attention import FlexStep, plan_flex
 from workers.gather_attention import plan_gather
@@ -49,9 +49,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 @pytest.mark.parametrize("choice", ["auto", "gather"])
-def test_cpu_gathers_without_a_word(models: Models, choice: str) -> None:
+def test_cpu_gathers_without_a_word(models: Models, choice: AttentionName) -> None:
     loaded = models.load("llama")
-    chosen = choose_attention(choice, loaded, make_pool(loaded))  # type: ignore[arg-type]
+    chosen = choose_attention(choice, loaded, make_pool(loaded))
     assert (chosen.plan_step, chosen.name, chosen.reason) == (plan_gather, "gather", "")
 
 
@@ -73,6 +73,14 @@ def test_flex_computes_the_logits_that_gathering_does(models: Models, name: str)
         ]
         ours, plain = (runner.run(batch) for runner in runners)
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("choice", ["gather", "flex"])
+def test_cuda_graphs_that_are_not_to_be_had_are_told_of(models: Models, choice: AttentionName) -> None:
+    loaded = models.load("llama")
+    chosen = choose_attention(choice, loaded, make_pool(loaded), cuda_graphs=True)
+    assert chosen.plan_decodes is None
+    assert chosen.reason == "no CUDA graphs, which take flex on a GPU"
 
 
 def test_trying_leaves_no_trace_in_the_pool(models: Models) -> None:

@@ -35,6 +35,8 @@ def test_switches_can_be_turned_off_by_flag_and_by_variable() -> None:
     assert not parsed(["--no-enable-prefix-caching"]).enable_prefix_caching
     assert not parsed(env={"KVCACHE_PRELOAD": "false"}).preload
     assert parsed(["--preload"], {"KVCACHE_PRELOAD": "0"}).preload
+    assert parsed(["--cuda-graphs"]).cuda_graphs
+    assert not parsed(["--no-cuda-graphs"], {"KVCACHE_CUDA_GRAPHS": "1"}).cuda_graphs
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from workers.attention_choice import choose_attention
+from workers.attention_choice import AttentionName, choose_attention
 from workers.batch import Batch, BlockId
 from workers.loader import LoadedModel, load_model
 from workers.runner import TorchRunner
@@ -44,10 +44,12 @@ def steps() -> list[Batch]:
 
 
 @pytest.mark.parametrize("attention", ["gather", "flex"])
-def test_logits_on_a_gpu_are_those_of_the_cpu(loaded: tuple[LoadedModel, LoadedModel], attention: str) -> None:
+def test_logits_on_a_gpu_are_those_of_the_cpu(
+    loaded: tuple[LoadedModel, LoadedModel], attention: AttentionName
+) -> None:
     on_cpu, on_gpu = loaded
     kv = make_pool(on_gpu, 64, BLOCK_SIZE)
-    chosen = choose_attention(attention, on_gpu, kv)  # type: ignore[arg-type]
+    chosen = choose_attention(attention, on_gpu, kv)
     runner, plain = TorchRunner(on_gpu, kv, chosen.plan_step), TorchRunner(on_cpu, make_pool(on_cpu, 64, BLOCK_SIZE))
     for batch in steps():
         torch.testing.assert_close(runner.run(batch).cpu(), plain.run(batch), atol=1e-3, rtol=1e-3)
@@ -63,6 +65,18 @@ def test_blocks_come_back_from_a_gpu_as_they_went_in(loaded: tuple[LoadedModel, 
     came_back = target.export_blocks(blocks)
     assert came_back.is_pinned()
     assert torch.equal(came_back, source.export_blocks(blocks))
+
+
+def test_replayed_decodes_on_a_gpu_give_the_logits_of_the_cpu(loaded: tuple[LoadedModel, LoadedModel]) -> None:
+    on_cpu, on_gpu = loaded
+    kv = make_pool(on_gpu, 64, BLOCK_SIZE)
+    chosen = choose_attention("flex", on_gpu, kv, cuda_graphs=True)
+    assert chosen.plan_decodes is not None
+    assert chosen.reason == ""
+    runner = TorchRunner(on_gpu, kv, chosen.plan_step, chosen.plan_decodes)
+    plain = TorchRunner(on_cpu, make_pool(on_cpu, 64, BLOCK_SIZE))
+    for batch in steps():
+        torch.testing.assert_close(runner.run(batch).cpu(), plain.run(batch), atol=1e-3, rtol=1e-3)
 
 
 def test_auto_on_a_gpu_is_flex(loaded: tuple[LoadedModel, LoadedModel]) -> None:
