@@ -65,6 +65,7 @@ class Lane:
     """Socket options of one kind of traffic; queue_limit is ours, in messages per peer, beyond libzmq's HWM.
 
     silence_ms: how long a connection may say nothing at all before libzmq ends it. A message counts when it is whole.
+    0: for ever, where peers may not know ZeroMQ's heartbeats.
     """
 
     send_hwm: int
@@ -89,6 +90,8 @@ BULK = Lane(
 )
 TOKENS = Lane(send_hwm=4000, receive_hwm=4000, max_message_bytes=16 * 1024, queue_limit=0, silence_ms=3000)
 SUBSCRIPTIONS = Lane(send_hwm=4000, receive_hwm=1000, max_message_bytes=64, queue_limit=0, silence_ms=3000)
+# Readers are not ours. A replay is queued whole, twice what is kept of events, and shares its bytes with the others.
+KV_EVENTS = Lane(send_hwm=10_000, receive_hwm=64, max_message_bytes=64, queue_limit=20_000, silence_ms=0)
 
 
 class Context:
@@ -366,7 +369,10 @@ class Router(Socket):
 
 
 class Publisher(Socket):
-    """A worker's tokens. What a full or absent subscriber misses is dropped; sequence numbers reveal it."""
+    """A worker's tokens, or its block events.
+
+    What a full or absent subscriber misses is dropped; sequence numbers reveal it.
+    """
 
     kind = zmq.PUB
 

@@ -17,6 +17,7 @@ from bus import wire
 from bus.errors import KVCacheError
 from bus.messages import Assign, Dispatched, Message, PullOrder, Reply
 from bus.wire import Buffer
+from workers.block_changes import BlockChange
 from workers.engine_api import Command
 
 
@@ -118,7 +119,14 @@ class ToCaller:
     frames: Sequence[Buffer]
 
 
-Action: TypeAlias = Send | Publish | Tell | Forget | ToPeer | HangUp | ToCaller
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Tell followers of block events, who are no part of this system."""
+
+    changes: Sequence[BlockChange]
+
+
+Action: TypeAlias = Send | Publish | Tell | Forget | ToPeer | HangUp | ToCaller | Announce
 
 
 class Calls:

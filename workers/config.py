@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from bus.endpoints import DEFAULT_URL, endpoints
 from bus.errors import BadArgument
+from bus.security import is_local
 from kvcache.models import DEFAULT_HOME
 from workers.eviction import EVICTION_POLICIES, EvictionPolicy
 
@@ -44,6 +45,7 @@ class WorkerConfig:
     kv_plane_bytes: the KV plane's part of it; None: a quarter.
     model_memory_bytes: hard cap over weights and block pools of all loaded models; None: weights are not counted.
     max_model_len: tokens of a sequence; None: what the model allows.
+    kv_events, kv_events_replay: addresses to tell block events at, in vLLM's schema; empty for nowhere.
     audit: the part of found blocks that is computed again and compared; 0 for none.
     failpoint: `NAME:ACTION@N` harms the process when it reaches point NAME the Nth time; see `workers.failpoints`.
     """
@@ -71,6 +73,8 @@ class WorkerConfig:
     enable_prefix_caching: bool = True
     eviction_policy: EvictionPolicy = "lru"
     audit: float = 0.0
+    kv_events: str = ""
+    kv_events_replay: str = ""
     threads: int | None = None
     log_level: LogLevel = "info"
     log_format: LogFormat = "text"
@@ -98,6 +102,14 @@ class WorkerConfig:
         _check_choice("--eviction-policy", self.eviction_policy, EVICTION_POLICIES)
         if not 0 <= self.audit <= 1:
             raise BadArgument(f"--audit must be from 0 to 1, not {self.audit}")
+        if self.kv_events:
+            is_local(self.kv_events)
+            if len(self.models) != 1:
+                raise BadArgument("--kv-events needs exactly one --model, because events do not say which they are of")
+        if self.kv_events_replay:
+            is_local(self.kv_events_replay)
+            if not self.kv_events:
+                raise BadArgument("--kv-events-replay needs --kv-events")
         if self.model_memory_bytes is not None:
             _check_range("--model-memory-bytes", self.model_memory_bytes, MIN_PART_BYTES, 1 << 50)
         _check_choice("--dtype", self.dtype, get_args(DTypeChoice))
@@ -169,6 +181,8 @@ def parse_config(argv: Sequence[str], env: Mapping[str, str], default_worker_id:
         enable_prefix_caching=True if caching is None else _boolean("--enable-prefix-caching", caching),
         eviction_policy=given("eviction_policy") or "lru",  # type: ignore[arg-type]  # as above
         audit=_share("--audit", given("audit")),
+        kv_events=given("kv_events") or "",
+        kv_events_replay=given("kv_events_replay") or "",
         threads=_optional(_integer, "--threads", given("threads")),
         log_level=given("log_level") or "info",  # type: ignore[arg-type]  # as above
         log_format=given("log_format") or "text",  # type: ignore[arg-type]  # as above
@@ -228,6 +242,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="share KV by prefix (default)")
     add("--eviction-policy", metavar="NAME", help="which cached block goes first: lru (default), lfu or cost")
     add("--audit", metavar="SHARE", help="compute this part of found blocks again and compare, 0 to 1 (default 0)")
+    kv_events = (
+        "tell block events here in vLLM's schema, for other routers: tcp://127.0.0.1:5557, say (default: nowhere)"
+    )
+    add("--kv-events", metavar="URL", help=kv_events)
+    add("--kv-events-replay", metavar="URL", help="where they ask for what they missed (default: nowhere)")
     add("--threads", metavar="N", help="threads of one model step (default: the runner decides)")
     add("--log-level", metavar="LEVEL", help="debug, info, warning or error (default info)")
     add("--log-format", metavar="FORMAT", help="text or json (default text)")

@@ -41,9 +41,9 @@ from bus.messages import (
 )
 from bus.stats import Holdings, ModelStats, WorkerStats, pack, unpack
 from bus.wire import Frames
-from workers.calls import Action, CallId, Channel, Send, ToCaller, ToPeer
+from workers.calls import Action, Announce, CallId, Channel, Send, ToCaller, ToPeer
 from workers.copy_api import BlocksRead, CopyBroke, Filled, Lent, Wanted
-from workers.engine_api import EngineFigures, Event, NodesMoved
+from workers.engine_api import BlocksMoved, EngineFigures, Event, NodesMoved
 from workers.holdings import HeldSequences
 from workers.links import Link, Load
 from workers.node_log import NodeLog
@@ -153,6 +153,8 @@ class WorkerCore:
             case NodesMoved():
                 self._nodes.note(event.changes)
                 return self._tell_nodes(now)
+            case BlocksMoved():
+                return [Announce(event.changes)]
             case _:
                 return self._requests.on_engine(event, now)
 

@@ -16,6 +16,7 @@ from bus.errors import KVCacheError
 from bus.messages import FinishReason, PromptKind, PullOrder, Sampling, TokenLogprobs
 from bus.stats import EngineStats, ModelStats, SequenceInfo, Spelling
 from bus.tensors import TensorMeta
+from workers.block_changes import BlockChange
 from workers.copy_api import CopyCommand, CopyEvent
 from workers.keys import RunId as RunId  # one of the words of this interface
 from workers.keys import SequenceKey
@@ -242,6 +243,13 @@ class NodesMoved:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksMoved:
+    """Blocks that can be found from now on, or no longer, in order; said only if `CacheConfig.tells_blocks`."""
+
+    changes: tuple[BlockChange, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Produced:
     """New tokens, each with the text it released, and with logprobs if they were asked for."""
 
@@ -319,8 +327,9 @@ class Answered:
 
 RunEvent: TypeAlias = Admitted | Prefilled | Produced | Ended | Broke
 KVEvent: TypeAlias = Retained | Forgotten | Answered
-Event: TypeAlias = RunEvent | KVEvent | NodesMoved | CopyEvent
-EngineEvent: TypeAlias = Opened | NewToken | Admitted | Prefilled | Ended | Broke | KVEvent | NodesMoved | CopyEvent
+PoolEvent: TypeAlias = NodesMoved | BlocksMoved
+Event: TypeAlias = RunEvent | KVEvent | PoolEvent | CopyEvent
+EngineEvent: TypeAlias = Opened | NewToken | Admitted | Prefilled | Ended | Broke | KVEvent | PoolEvent | CopyEvent
 """What the engine's thread says; `workers.texts` makes `Event`s of it."""
 OnEvents: TypeAlias = Callable[[Sequence[Event]], None]
 

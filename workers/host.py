@@ -37,7 +37,6 @@ from workers.engine_api import (
     ListKV,
     Load,
     MeasureKV,
-    NodesMoved,
     PinKV,
     Proceed,
     Question,
@@ -178,8 +177,7 @@ class Host:
         changes = self._shelf.take_farewells()
         changes += [event for slot in self._shelf.slots() for event in slot.name_changes()]
         events, self._events = [*changes, *self._events], []
-        moved = tuple(change for slot in self._shelf.slots() for change in slot.take_node_changes())
-        return [*events, NodesMoved(moved)] if moved else events
+        return [*events, *(event for slot in self._shelf.slots() for event in slot.moves())]
 
     @property
     def next_deadline(self) -> float:

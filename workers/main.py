@@ -18,6 +18,7 @@ from bus.messages import WorkerHello
 from kvcache import logs
 from kvcache.allocator import keep_freed_memory
 from workers.config import WorkerConfig, parse_config, plan_memory
+from workers.kv_event_sockets import KvEventsConfig
 from workers.model_budget import ModelBudget
 from workers.tasks import CacheConfig
 
@@ -94,6 +95,7 @@ async def _run(config: WorkerConfig) -> None:
         max_num_seqs=config.max_num_seqs,
         shares_prefixes=config.enable_prefix_caching,
         cache=CacheConfig(eviction_policy=config.eviction_policy, audit_share=config.audit),
+        kv_events=_kv_events(config, models.names()),
         preload=models.names() if config.models and config.preload else (),
         failpoint=config.failpoint,
     )
@@ -101,3 +103,11 @@ async def _run(config: WorkerConfig) -> None:
         stop, on_ready=lambda: log.info("worker %s ready, brokers %s", config.worker_id, ", ".join(config.brokers))
     )
     log.info("worker %s stopped", config.worker_id)
+
+
+def _kv_events(config: WorkerConfig, models: Sequence[str]) -> KvEventsConfig | None:
+    """Under a topic that says whose they are, as routers for vLLM have it."""
+    if not config.kv_events:
+        return None
+    topic = f"kv@{config.worker_id}@{models[0]}".encode()
+    return KvEventsConfig(url=config.kv_events, replay_url=config.kv_events_replay, topic=topic)

@@ -50,6 +50,10 @@ class PrefixIndex:
         """Whether this indexed block has no indexed child, and so may be removed."""
         return not self._by_block[block].children
 
+    def digest(self, block: BlockId) -> BlockHash:
+        """Of this indexed block."""
+        return self._by_block[block].digest
+
     def longest(self, digests: Sequence[BlockHash], tokens: bytes) -> list[BlockId]:
         """Blocks of the longest indexed prefix: the digests' chain, as far as token ids agree with it."""
         blocks: list[BlockId] = []

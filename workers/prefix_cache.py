@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from kvcache.hashing import BlockHash, HashSeed
 from workers.batch import BlockId
+from workers.block_changes import AllDropped, BlockAdded, BlockChange, BlockDropped
 from workers.blocks import BlockPool
 from workers.eviction import EvictionPolicy
 from workers.nodes import BlockNodes, NodeChange
@@ -17,9 +18,14 @@ from workers.prefix import PrefixIndex
 
 
 class PrefixCache:
-    """`num_blocks` blocks of `block_size` tokens. Raises ValueError unless both are at least 1."""
+    """`num_blocks` blocks of `block_size` tokens. Raises ValueError unless both are at least 1.
 
-    def __init__(self, num_blocks: int, block_size: int, policy: EvictionPolicy = "lru") -> None:
+    tells_blocks: whether changes of findable blocks are kept until `take_block_changes`.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, policy: EvictionPolicy = "lru", *, tells_blocks: bool = False
+    ) -> None:
         if block_size < 1:
             raise ValueError(f"a block needs at least 1 token, not {block_size}")
         self.block_size = block_size
@@ -27,6 +33,8 @@ class PrefixCache:
         self.pool = BlockPool(num_blocks, block_size, policy)
         self._index = PrefixIndex(block_size)
         self._nodes = BlockNodes()
+        self._changes: list[BlockChange] = []
+        self._tells_blocks = tells_blocks
 
     def longest(self, digests: Sequence[BlockHash], tokens: bytes) -> list[BlockId]:
         """Blocks of the longest prefix that can be shared; pin them before anything is allocated."""
@@ -60,6 +68,9 @@ class PrefixCache:
             return twin
         if self._index.insert(block, digest, parent, tokens, seed):
             self.pool.keep(block, parent)
+            if self._tells_blocks:
+                above = None if parent is None else self._index.digest(parent)
+                self._changes.append(BlockAdded(digest, above, tokens, seed))
         return block
 
     def exchange(self, block: BlockId, digest: BlockHash, parent: BlockId | None, tokens: bytes) -> BlockId | None:
@@ -85,7 +96,11 @@ class PrefixCache:
 
         Cached ones become free, held ones stay with their holders.
         """
-        return self._forget(self._index.matching(is_wanted))
+        num_changes = len(self._changes)
+        num_blocks = self._forget(self._index.matching(is_wanted))
+        if self._tells_blocks and num_blocks and not len(self._index):
+            self._changes[num_changes:] = [AllDropped()]
+        return num_blocks
 
     def drop(self, block: BlockId) -> int:
         """Make a block unfindable, and all that hang on it, if it is still findable; returns how many there were."""
@@ -99,6 +114,11 @@ class PrefixCache:
     def take_node_changes(self) -> tuple[NodeChange, ...]:
         """The nodes that came and went with their blocks since the last call."""
         return self._nodes.take_changes()
+
+    def take_block_changes(self) -> tuple[BlockChange, ...]:
+        """What has become of findable blocks since the last call, if that is told at all."""
+        changes, self._changes = tuple(self._changes), []
+        return changes
 
     def check(self) -> None:
         """Assert the invariants of pool and index, and that they agree on every cached block."""
@@ -114,5 +134,7 @@ class PrefixCache:
         return len(leaves_first)
 
     def _unindex(self, block: BlockId) -> None:
+        if self._tells_blocks:
+            self._changes.append(BlockDropped(self._index.digest(block)))
         self._index.remove(block)
         self._nodes.detach(block)

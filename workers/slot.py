@@ -27,6 +27,7 @@ from workers.audit import Auditor
 from workers.batch import Batch, BlockId, Draw, Drawn, Slice
 from workers.engine_api import (
     Admitted,
+    BlocksMoved,
     Broke,
     Ended,
     EngineEvent,
@@ -43,7 +44,7 @@ from workers.engine_api import (
 from workers.keys import SequenceKey
 from workers.loans import LoanId, Loans
 from workers.logit_changes import LogitChanges, changes_of
-from workers.nodes import Landmark, NodeChange, landmarks
+from workers.nodes import Landmark, landmarks
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
 from workers.text import TextStream
@@ -160,7 +161,9 @@ class Slot:
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
         )
-        self._cache = PrefixCache(facts.num_blocks, facts.block_size, cache.eviction_policy)
+        self._cache = PrefixCache(
+            facts.num_blocks, facts.block_size, cache.eviction_policy, tells_blocks=cache.tells_blocks
+        )
         self._auditor = Auditor(self._cache, cache.audit_share, facts.kv_tolerance)
         self._scheduler = Scheduler(config, self._cache)
         # A checkpoint may name ends of text that its own vocabulary does not have.
@@ -302,8 +305,7 @@ class Slot:
         self._cache.flush()
         forgotten = [Forgotten(key) for key in self._names]
         self._names = set()
-        nodes = self.take_node_changes()
-        return [*forgotten, NodesMoved(nodes)] if nodes else [*forgotten]
+        return [*forgotten, *self.moves()]
 
     def name_changes(self) -> list[EngineEvent]:
         """What has become of named sequences since the last call."""
@@ -346,9 +348,10 @@ class Slot:
 
     # --- figures ---
 
-    def take_node_changes(self) -> tuple[NodeChange, ...]:
-        """The chain nodes that came and went with their blocks since the last call."""
-        return self._scheduler.sequences.cache.take_node_changes()
+    def moves(self) -> list[EngineEvent]:
+        """What has become of its findable blocks, and of the chain nodes that end in them, since the last call."""
+        nodes, blocks = self._cache.take_node_changes(), self._cache.take_block_changes()
+        return [*([NodesMoved(nodes)] if nodes else []), *([BlocksMoved(blocks)] if blocks else [])]
 
     def engine_stats(self) -> EngineStats:
         return self._scheduler.engine_stats()

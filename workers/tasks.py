@@ -41,10 +41,12 @@ class CacheConfig:
     """How the prefix cache is run.
 
     audit_share: of the blocks that are found, 0 to 1, this part is computed again and compared (`workers.audit`).
+    tells_blocks: whether the engine reports every block that can be found from now on, or no longer.
     """
 
     eviction_policy: EvictionPolicy = "lru"
     audit_share: float = 0.0
+    tells_blocks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import assert_never
 
@@ -24,11 +25,12 @@ from bus.errors import InternalError
 from bus.messages import WorkerHello, WorkerState
 from bus.security import SecurityConfig
 from bus.sockets import Context, Dealer, Message, Publisher, Sent
-from workers.calls import Action, Channel, Forget, HangUp, Publish, Send, Tell, ToCaller, ToPeer
+from workers.calls import Action, Announce, Channel, Forget, HangUp, Publish, Send, Tell, ToCaller, ToPeer
 from workers.core import WorkerCore
 from workers.engine import EngineThread
 from workers.engine_api import Event, Load
 from workers.failpoints import Failpoint
+from workers.kv_event_sockets import KvEventsConfig, KvEventSockets
 from workers.loading import Models
 from workers.memory import HostMemory
 from workers.model_budget import ModelBudget
@@ -46,7 +48,7 @@ class Worker:
     """One worker process. `run` returns when `stop` is set and what was in progress has ended.
 
     brokers: their addresses. budget: of the models' memory. preload: names to load before the worker is ready.
-    failpoint: for fault tests.
+    kv_events: where block events are told. failpoint: for fault tests.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Worker:
         max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
         cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
+        kv_events: KvEventsConfig | None = None,
         preload: Sequence[str] = (),
         failpoint: str = "",
     ) -> None:
@@ -71,6 +74,8 @@ class Worker:
         self._max_num_seqs = max_num_seqs
         self._shares_prefixes = shares_prefixes
         self._cache = cache
+        self._kv_events_config = kv_events
+        self._kv_events: KvEventSockets | None = None
         self._preload = tuple(preload)
         self._security = SecurityConfig()
         self._failpoint = Failpoint(failpoint) if failpoint else None
@@ -87,6 +92,8 @@ class Worker:
         with ExitStack() as stack:
             context = stack.enter_context(sockets.Context())
             self._peers = PeerSockets(context, self._security, stack, self._on_peer_request, self._on_peer_answer)
+            if self._kv_events_config is not None:
+                self._kv_events = KvEventSockets(context, self._security, stack, self._kv_events_config)
             self._core = WorkerCore(
                 msgspec.structs.replace(self._hello, peer_url=self._peers.url),
                 self._store,
@@ -103,7 +110,7 @@ class Worker:
                     max_tokens_per_step=self._max_tokens_per_step,
                     max_num_seqs=self._max_num_seqs,
                     shares_prefixes=self._shares_prefixes,
-                    cache=self._cache,
+                    cache=replace(self._cache, tells_blocks=self._kv_events is not None),
                 )
             )
             for name in self._preload:
@@ -203,6 +210,9 @@ class Worker:
                     self._send_to_peer(action)
                 case HangUp():
                     self._peers.hang_up(action.url)
+                case Announce():
+                    if self._kv_events is not None:
+                        self._kv_events.publish(action.changes)
                 case _:
                     assert_never(action)
 

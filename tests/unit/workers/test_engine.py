@@ -29,10 +29,12 @@ from bus.streams import token_bytes
 from kvcache.hashing import routing_chain
 from tests.unit.workers.conftest import EOS_ID, NEED, Family, roomy
 from workers.batch import Batch, BlockId, Draw, Drawn
+from workers.block_changes import AllDropped, BlockAdded
 from workers.engine import EngineThread, JobThread
 from workers.engine_api import (
     Admitted,
     Answered,
+    BlocksMoved,
     Broke,
     DropKV,
     EncodePrompt,
@@ -118,6 +120,7 @@ class Bench:
         max_num_seqs: int = 8,
         late_steps: int = 0,
         audit_share: float = 0.0,
+        tells_blocks: bool = False,
         budget: ModelBudget | None = None,
     ) -> None:
         self.jobs: list[Job] = []
@@ -134,7 +137,7 @@ class Bench:
             max_tokens_per_step=max_tokens_per_step,
             max_num_seqs=max_num_seqs,
             shares_prefixes=shares_prefixes,
-            cache=CacheConfig(audit_share=audit_share),
+            cache=CacheConfig(audit_share=audit_share, tells_blocks=tells_blocks),
         )
 
     def tell(self, *commands: Any) -> list[Event]:  # noqa: ANN401  # any command
@@ -291,6 +294,29 @@ def test_nodes_go_when_their_blocks_are_evicted(make: Callable[[], TorchModel]) 
     assert pool.evictions > 0
     assert held >= set(chains[-1])
     assert not held & set(chains[0])
+
+
+def test_blocks_are_told_as_they_are_computed_and_forgotten_if_anybody_follows_them(
+    make: Callable[[], TorchModel],
+) -> None:
+    bench = Bench(FakeModels(tiny=make), tells_blocks=True)
+    prompt = list(range(9))
+    bench.tell(start(1, prompt))
+    told = [change for event in bench.run() if isinstance(event, BlocksMoved) for change in event.changes]
+    added = [change for change in told if isinstance(change, BlockAdded)]
+    assert added == told
+    assert b"".join(change.tokens for change in added[:2]) == token_bytes(prompt[:8])
+    assert [change.parent for change in added] == [None, *(change.digest for change in added[:-1])]
+    bench.tell(start(2, prompt))
+    again = [change for event in bench.run() if isinstance(event, BlocksMoved) for change in event.changes]
+    assert again == [], "a block that is found again is no news"
+    events = bench.tell(FlushKV(Ticket(1), "t", None))
+    assert only(events, BlocksMoved).changes == (AllDropped(),)
+
+
+def test_blocks_that_nobody_follows_are_not_told(bench: Bench) -> None:
+    bench.tell(start(1, list(range(9))))
+    assert not [event for event in bench.run() if isinstance(event, BlocksMoved)]
 
 
 def test_without_prefix_caching_no_node_is_told(make: Callable[[], TorchModel]) -> None:

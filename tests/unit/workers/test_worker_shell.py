@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from bus import sockets, wire
@@ -39,7 +40,7 @@ from bus.messages import (
     WorkerStatus,
 )
 from bus.security import SecurityConfig
-from bus.sockets import Router, Subscriber
+from bus.sockets import Dealer, Router, Subscriber
 from bus.streams import token_bytes
 from bus.tensors import DType, TensorMeta
 from bus.topics import topic_of
@@ -49,6 +50,7 @@ from tests.unit.workers.core_bench import welcome
 from tests.unit.workers.no_kv import NoKV
 from workers.batch import Batch, Draw, Drawn
 from workers.failpoints import Failpoint
+from workers.kv_event_sockets import KvEventsConfig
 from workers.loading import Report
 from workers.main import EXIT_USAGE, main
 from workers.model_budget import ModelNeed
@@ -213,12 +215,24 @@ class FakeBroker:
 
 @asynccontextmanager
 async def serving(
-    url: str, *, preload: Sequence[str] = (), stop: asyncio.Event | None = None, may_load: threading.Event | None = None
+    url: str,
+    *,
+    preload: Sequence[str] = (),
+    stop: asyncio.Event | None = None,
+    may_load: threading.Event | None = None,
+    kv_events: KvEventsConfig | None = None,
 ) -> AsyncIterator[tuple[FakeBroker, Worker]]:
     """A worker and its broker; both are over at the end, and the worker has ended by itself."""
     hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
     worker = Worker(
-        hello, [url], CountingModels(may_load), roomy(), kv_plane_bytes=8 << 20, max_tokens_per_step=64, preload=preload
+        hello,
+        [url],
+        CountingModels(may_load),
+        roomy(),
+        kv_plane_bytes=8 << 20,
+        max_tokens_per_step=64,
+        preload=preload,
+        kv_events=kv_events,
     )
     stop = stop or asyncio.Event()
     ready = asyncio.Event()
@@ -296,19 +310,45 @@ async def test_a_put_is_answered_and_a_large_one_comes_over_the_bulk_lane(url: s
         assert (final, type(message), message.length) == (True, KvDone, num_tokens)
 
 
+def generate(prompt: bytes) -> Generate:
+    return Generate(
+        req_id=REQUEST,
+        attempt=0,
+        deadline_ms=10_000,
+        stream_id=STREAM,
+        epoch=0,
+        kind=PromptKind.TOKENS,
+        sampling=Sampling(max_tokens=3),
+        payload=wire.describe([prompt]),
+    )
+
+
+async def test_block_events_of_what_was_computed_can_be_asked_for(url: str) -> None:
+    kv_events = KvEventsConfig(url=f"{url}.events", replay_url=f"{url}.replay", topic=b"kv@w@count")
+    async with serving(url, kv_events=kv_events) as (broker, _):
+        await broker.next(WorkerBeat)  # with the answer to it comes the lease
+        prompt = token_bytes(range(20))
+        broker.send(*assign(1, generate(prompt), prompt))
+        while not (await broker.reply())[0]:
+            pass
+        answers: asyncio.Queue[list[sockets.Message]] = asyncio.Queue()
+        with sockets.Context() as context:
+            asker = Dealer(context, sockets.BULK, SecurityConfig(), answers.put_nowait)
+            with asker:
+                asker.connect(kv_events.replay_url)
+                asker.start()
+                asker.send([b"", (1).to_bytes(8, "big")])
+                async with asyncio.timeout(10):
+                    (_, seq, payload), *_ = await answers.get()
+        assert bytes(seq) == (1).to_bytes(8, "big")
+        _, ((tag, _, parent, tokens, *_),), _ = msgspec.msgpack.decode(payload)
+        assert (tag, parent, tokens) == ("BlockStored", None, list(range(16)))
+
+
 async def test_tokens_are_published_and_the_end_is_answered(url: str) -> None:
     async with serving(url) as (broker, _):
         prompt = token_bytes([7])
-        message = Generate(
-            req_id=REQUEST,
-            attempt=0,
-            deadline_ms=10_000,
-            stream_id=STREAM,
-            epoch=0,
-            kind=PromptKind.TOKENS,
-            sampling=Sampling(max_tokens=3),
-            payload=wire.describe([prompt]),
-        )
+        message = generate(prompt)
         await broker.next(WorkerBeat)  # with the answer to it comes the lease
         broker.send(*assign(1, message, prompt))
         tokens: list[int] = []
