@@ -35,6 +35,7 @@ Name = Annotated[str, msgspec.Meta(max_length=256)]
 SeqId = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Piece = Annotated[str, msgspec.Meta(max_length=4096)]
+Label = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[ -~]*\Z")]
 Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
 PayloadBytes = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 
@@ -331,6 +332,7 @@ class Generate(Message, frozen=True):
     the client already has; `epoch` is then higher. Of two that wait the one of lower `priority` is sooner.
 
     pull_from: a worker to copy the prompt's leading KV from, if it lives, whatever the policy thinks; empty: none.
+    label: what logs call this request, printable ASCII; empty: its id in hex.
     """
 
     opcode = 34
@@ -351,6 +353,7 @@ class Generate(Message, frozen=True):
     pull_from: Name = ""
     payload: Parts = ()
     priority: I63 = 0
+    label: Label = ""
 
 
 class Cancel(Message, frozen=True):

@@ -33,6 +33,7 @@ NO_REQUEST = bytes(16)
 
 _PREFIX = struct.Struct("<3sBBBHI")
 PREFIX_BYTES = _PREFIX.size
+_OPCODE_AT = 5
 MAX_FRAME_BYTES = PREFIX_BYTES + MAX_HEADER_BYTES
 """Of frame 0."""
 
@@ -164,6 +165,11 @@ def request_id_of(frame: Buffer) -> bytes:
         return _request_id.decode(frame[PREFIX_BYTES:]).req_id
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return NO_REQUEST
+
+
+def is_failure(frames: Frames) -> bool:
+    """Whether this message, that nobody here decodes, is a `Failed`."""
+    return bool(frames) and len(frames[0]) >= PREFIX_BYTES and frames[0][_OPCODE_AT] == Failed.opcode
 
 
 def failed(req_id: bytes, error: KVCacheError) -> Failed:

@@ -9,16 +9,20 @@ in `generations` and `kv_plane`.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from bus import wire
-from bus.errors import KVCacheError
-from bus.messages import Assign, Dispatched, Message, PullOrder, Reply
+from bus.errors import ErrorCode, KVCacheError
+from bus.messages import Assign, Dispatched, Failed, Generate, Message, PullOrder, Reply, StreamEnd
 from bus.wire import Buffer
+from kvcache.logs import about
 from workers.block_changes import BlockChange
 from workers.engine_api import Command
+
+log = logging.getLogger(__name__)
 
 
 class CallId(NamedTuple):
@@ -41,7 +45,7 @@ class Call:
     """One request in progress. deadline: monotonic seconds. reason: why the broker chose this worker.
 
     pull: where it says that the beginning of the prompt may be copied from.
-    newest, version, copies: see `bus.messages.Assign`.
+    newest, version, copies: see `bus.messages.Assign`. label: how logs call it.
     """
 
     id: CallId
@@ -53,6 +57,7 @@ class Call:
     newest: int = 0
     version: int = 0
     copies: int = 1
+    label: str = ""
 
 
 class Channel(enum.Enum):
@@ -149,8 +154,11 @@ class Calls:
             newest=assign.newest,
             version=assign.version,
             copies=assign.copies,
+            label=(message.label if isinstance(message, Generate) else "") or message.req_id.hex(),
         )
         self._calls[call.id] = call
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s begins, %s", type(message).__name__, call.reason, extra=about(call.label))
         return call
 
     def find(self, call_id: CallId) -> Call | None:
@@ -184,6 +192,7 @@ class Calls:
         """The last answer; to a write with the version that it made. Nothing, if the call is over already."""
         if self._calls.pop(call.id, None) is None:
             return []
+        _log_end(call, message)
         return [_answer(call.id, message, payload, channel, final=True, version=version)]
 
     def fail(self, call: Call, error: KVCacheError) -> list[Action]:
@@ -196,7 +205,30 @@ class Calls:
 
     def forget(self, call: Call) -> None:
         """Nobody waits for it any more."""
-        self._calls.pop(call.id, None)
+        if self._calls.pop(call.id, None) is not None and log.isEnabledFor(logging.DEBUG):
+            log.debug("%s ends: nobody waits for it", type(call.message).__name__, extra=about(call.label))
+
+
+def _log_end(call: Call, message: Message) -> None:
+    """A fault of ours is always told, so that a traceback nearby can be joined to its request; all else in detail only.
+
+    An error's words stay out: they may quote what the client sent.
+    """
+    kind = type(call.message).__name__
+    if isinstance(message, Failed):
+        code = ErrorCode(message.code)
+        level = logging.WARNING if code is ErrorCode.INTERNAL else logging.DEBUG
+        log.log(level, "%s ends: %s", kind, code.name, extra=about(call.label))
+    elif log.isEnabledFor(logging.DEBUG):
+        log.debug("%s ends: %s", kind, _figures(message), extra=about(call.label))
+
+
+def _figures(message: Message) -> str:
+    if not isinstance(message, StreamEnd):
+        return "done"
+    spent = f"queue {message.queue_ms:.1f} ms, prefill {message.prefill_ms:.1f} ms, decode {message.decode_ms:.1f} ms"
+    cached = f"{message.cached_tokens} of {message.prompt_tokens} prompt tokens cached"
+    return f"{message.finish_reason}, {message.num_tokens} tokens, {cached}, {spent}"
 
 
 def _answer(

@@ -44,6 +44,7 @@ from bus.messages import (
 )
 from bus.stats import Holdings, StoreStats
 from bus.wire import Buffer, Frames
+from kvcache.logs import about
 from workers.calls import Action, Call, CallId, Calls
 from workers.engine_api import Answered, Forgotten, KVEvent, Retained, RunEvent, Ticket
 from workers.generations import Generations, StreamCounts
@@ -248,5 +249,5 @@ class Requests:
 
     def _fault(self, call: Call) -> list[Action]:
         """Our own bug in one request harms that request alone."""
-        log.exception("request %s failed", call.request.req_id.hex())
+        log.exception("a request failed", extra=about(call.label))
         return self._end(call, InternalError("a fault of the worker; its log has the traceback"))

@@ -21,13 +21,14 @@ from bus.errors import Draining, InternalError, MalformedMessage, Overloaded, Pr
 from bus.stats import BrokerStats, ClusterStats, Holdings, WorkerStats, pack, unpack
 from bus.topics import stream_of
 from bus.wire import Buffer
+from kvcache.broker.journal import Journal, News
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import GARBAGE_PER_S, Client, Worker, Workers
 from kvcache.broker.placement import RETRY_AFTER_MS
 from kvcache.broker.requests import Requests
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.sequences import Sequences
-from kvcache.broker.sessions import News, Sessions, refuse_version
+from kvcache.broker.sessions import Sessions, refuse_version
 from kvcache.config import BrokerConfig
 
 FLOOD = f"{GARBAGE_PER_S} unreadable messages within a second"
@@ -69,16 +70,25 @@ class BrokerCore:
         self._workers = Workers(3 * config.heartbeat_ms / 1000, config.max_inflight)
         self._sequences = Sequences(self._workers, wall_ms=incarnation // 1_000_000, now=now)
         self._knowledge = Knowledge(self._workers)
+        self._journal = Journal(is_detailed=config.log_level.lower() == "debug")
         self._requests = Requests(
             config.policy,
             self._workers,
             self._knowledge,
             self._sequences,
+            self._journal,
             serves_from=now + config.settle_ms / 1000,
             new_id=new_id,
         )
         self._sessions = Sessions(
-            config, self._workers, self._requests, self._knowledge, incarnation=incarnation, now=now, new_id=new_id
+            config,
+            self._workers,
+            self._requests,
+            self._knowledge,
+            self._journal,
+            incarnation=incarnation,
+            now=now,
+            new_id=new_id,
         )
 
     # --- what the sockets received ---------------------------------------------------------------
@@ -246,8 +256,7 @@ class BrokerCore:
 
     def take_news(self) -> list[News]:
         """What there is to log since the last time."""
-        news, self._sessions.news = self._sessions.news, []
-        return news
+        return self._journal.take()
 
     def drain(self) -> None:
         """Take nothing new from now on."""
@@ -284,7 +293,7 @@ class BrokerCore:
         if client is None:  # nobody before hello gets an answer, but for one who cannot say it so that we understand
             return [refuse_version(Port.CLIENT, link, error.detail)] if isinstance(error, UnsupportedVersion) else []
         if client.garbage.add(now) >= GARBAGE_PER_S:
-            self._sessions.news.append(News(f"a client sent {FLOOD} and is disconnected", is_bad=True))
+            self._journal.news.append(News(f"a client sent {FLOOD} and is disconnected", is_bad=True))
             return [to_client(client, m.Goodbye(reason=FLOOD)), *self._sessions.close_client(client)]
         req_id = wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST
         return [to_client(client, wire.failed(req_id, error))]
@@ -296,7 +305,7 @@ class BrokerCore:
             return [refuse_version(Port.WORKER, link, error.detail)] if isinstance(error, UnsupportedVersion) else []
         count = worker.garbage.add(now)
         if count == 1:
-            self._sessions.news.append(News(f"worker {worker.id} sent what cannot be read: {error}", is_bad=True))
+            self._journal.news.append(News(f"worker {worker.id} sent what cannot be read: {error}", is_bad=True))
         if count < GARBAGE_PER_S:
             return []
         return [to_worker(worker, m.Goodbye(reason=FLOOD)), *self._sessions.lose_worker(worker, f"sent {FLOOD}")]

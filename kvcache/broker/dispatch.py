@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from bus import messages as m
 from bus import wire
 from bus.wire import Buffer
+from kvcache.broker.journal import Journal
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Call, Workers
 from kvcache.broker.pulls import can_pull, order_pull
@@ -19,12 +20,18 @@ class Dispatch:
     """`new_id` makes 16 secret random bytes."""
 
     def __init__(
-        self, workers: Workers, knowledge: Knowledge, sequences: Sequences, new_id: Callable[[], bytes]
+        self,
+        workers: Workers,
+        knowledge: Knowledge,
+        sequences: Sequences,
+        journal: Journal,
+        new_id: Callable[[], bytes],
     ) -> None:
         self.pulls_ordered = 0
         self._workers = workers
         self._knowledge = knowledge
         self._sequences = sequences
+        self._journal = journal
         self._new_id = new_id
 
     def assign(
@@ -39,6 +46,7 @@ class Dispatch:
         """The request for its worker, and before it what another one hears that it is to copy from."""
         self._workers.count_dispatch(call.worker)
         self._knowledge.touch(call.worker)
+        self._journal.placed(call, message, choice.reason)
         order, grants = self._order_pull(call, message, choice)
         envelope = m.Assign(
             call=call.id,

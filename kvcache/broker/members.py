@@ -48,6 +48,7 @@ class Call:
     """One dispatched request, or one worker's part of one. `stream` is None unless it generates.
 
     name: the sequence that it names, if any. writes: whether it changes that by a `Put` or an `Append`.
+    label: how logs call it, if they are to tell of it.
     """
 
     id: int
@@ -60,6 +61,7 @@ class Call:
     writes: bool = False
     gather: Gather | None = None
     prefill: Prefill | None = None
+    label: str = ""
 
 
 @dataclass(slots=True)

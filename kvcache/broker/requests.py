@@ -30,6 +30,7 @@ from kvcache.broker.answers import DeleteAnswers, WriteAnswers
 from kvcache.broker.calls import Calls
 from kvcache.broker.directory import Name
 from kvcache.broker.dispatch import Dispatch
+from kvcache.broker.journal import Journal
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Call, Client, Gather, Stream, Worker, Workers
 from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, SPELLED, Place, Placement
@@ -49,6 +50,7 @@ class Requests:
         workers: Workers,
         knowledge: Knowledge,
         sequences: Sequences,
+        journal: Journal,
         *,
         serves_from: float,
         new_id: Callable[[], bytes],
@@ -56,10 +58,11 @@ class Requests:
         self.calls = Calls()
         self.streams = Streams(new_id)
         self.placement = Placement(policy, workers, knowledge, sequences)
-        self.dispatch = Dispatch(workers, knowledge, sequences, new_id)
+        self.dispatch = Dispatch(workers, knowledge, sequences, journal, new_id)
         self.is_draining = False
         self.arrived = 0
         self.failed: Counter[str] = Counter()
+        self._journal = journal
         self._knowledge = knowledge
         self._sequences = sequences
         self._serves_from = serves_from
@@ -135,7 +138,7 @@ class Requests:
         if not link:
             return self.fail(call, ConnectionLost("this client has no connection for bulk data"))
         if reply.final:
-            self._end(call)
+            self._end(call, "failed" if wire.is_failure(frames[1:]) else "done")
         return [Send(port, link, frames[1:], call)]
 
     def prefilled(self, worker: Worker, report: m.Prefilled, now: float) -> None:
@@ -154,7 +157,7 @@ class Requests:
         """End what the client calls `req_id`, whether or not it was dispatched."""
         calls = self.calls.of(client, req_id)
         for call in calls:
-            self._end(call)
+            self._end(call, error.code.name)
         return [self.refuse(client, req_id, error), *map(_release, calls)]
 
     def end_overdue(self, now: float) -> list[Send]:
@@ -168,7 +171,7 @@ class Requests:
         """The client is gone: its workers stop, and nobody is told."""
         calls = [call for req_id in client.calls for call in self.calls.of(client, req_id)]
         for call in calls:
-            self._end(call)
+            self._end(call, "its client is gone")
         for stream in list(client.streams.values()):
             self.streams.close(stream)
         return [_release(call) for call in calls]
@@ -183,7 +186,7 @@ class Requests:
                 call.gather.answers.lose(worker.id)
                 sends += self._end_part(call)
             else:
-                self._end(call)
+                self._end(call, error.code.name)
                 sends.append(self.refuse(call.client, call.req_id, error))
         return sends
 
@@ -249,10 +252,10 @@ class Requests:
         """One worker is done with its part, or gone; when nothing more is to be waited for, the client is answered."""
         gather = call.gather
         assert gather is not None
-        self._end(call)
+        self._end(call, "a part is done")
         rest = list(gather.parts.values()) if gather.answers.is_settled else []
         for part in rest:
-            self._end(part)
+            self._end(part, "not needed any more")
         if gather.parts:
             return []
         if gather.deletes is not None and not gather.answers.is_refused:
@@ -287,6 +290,7 @@ class Requests:
             stream = client.streams.get(message.stream_id)
             if stream is not None and stream.call is None:
                 self.streams.close(stream)
+        self._journal.refused(message, error)
         return self.refuse(client, message.req_id, error)
 
     def _explanation(self, client: Client, message: m.Generate | m.Route, place: Place, now: float) -> Send:
@@ -296,8 +300,9 @@ class Requests:
         )
         return to_client(client, routed, payload)
 
-    def _end(self, call: Call) -> None:
+    def _end(self, call: Call, how: str) -> None:
         is_over = self.calls.end(call)
+        self._journal.ended(call, how)
         self._knowledge.ended(call)
         if call.stream is not None:
             self.streams.close(call.stream)

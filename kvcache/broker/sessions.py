@@ -9,12 +9,13 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from bus import messages as m
 from bus import wire
 from bus.errors import Forbidden, UnsupportedVersion
 from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES, MAX_PROMPT_BYTES, WINDOW_TOKENS
+from kvcache.broker.journal import Journal, News
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Client, Worker, Workers
 from kvcache.broker.requests import Requests
@@ -27,13 +28,6 @@ DEAF_S = 0.5
 Peer = TypeVar("Peer", Client, Worker)
 
 
-class News(NamedTuple):
-    """Something for the log."""
-
-    text: str
-    is_bad: bool = False
-
-
 class Sessions:
     """`incarnation` tells the broker's restarts apart; `new_id` makes 16 secret random bytes."""
 
@@ -43,6 +37,7 @@ class Sessions:
         workers: Workers,
         requests: Requests,
         knowledge: Knowledge,
+        journal: Journal,
         *,
         incarnation: int,
         now: float,
@@ -51,7 +46,7 @@ class Sessions:
         self.clients: dict[bytes, Client] = {}
         self.workers = workers
         self.workers_lost = 0
-        self.news: list[News] = []
+        self._journal = journal
         self._requests = requests
         self._knowledge = knowledge
         self._config = config
@@ -98,7 +93,7 @@ class Sessions:
             self._by_secret[known.session] = known
             self.workers.add(known)
             self._knowledge.joined(known, now)
-            self.news.append(News(f"worker {known.id} joined, {len(self.workers.ring)} on the ring"))
+            self._journal.news.append(News(f"worker {known.id} joined, {len(self.workers.ring)} on the ring"))
         return [*sends, to_worker(known, self._welcome(known.session))]
 
     def attach(self, link: bytes, message: m.AttachBulk, kind: type[Client | Worker], user_id: str) -> bool:
@@ -155,12 +150,14 @@ class Sessions:
     def lose_worker(self, worker: Worker, why: str) -> list[Send]:
         """Forget a worker that went without a word; what it had in flight fails over."""
         self.workers_lost += 1
-        self.news.append(News(f"worker {worker.id} is lost ({why}), {len(worker.calls)} calls fail over", is_bad=True))
+        self._journal.news.append(
+            News(f"worker {worker.id} is lost ({why}), {len(worker.calls)} calls fail over", is_bad=True)
+        )
         return self._part(worker, why)
 
     def release_worker(self, worker: Worker, reason: str) -> list[Send]:
         """Forget a worker that said goodbye; what it had in flight fails over."""
-        self.news.append(News(f"worker {worker.id} left ({reason}), {len(worker.calls)} calls fail over"))
+        self._journal.news.append(News(f"worker {worker.id} left ({reason}), {len(worker.calls)} calls fail over"))
         return self._part(worker, reason)
 
     def say_goodbye(self) -> list[Send]:

@@ -19,9 +19,11 @@ from bus.messages import SubAck
 from bus.security import SecurityConfig
 from bus.sockets import Message, Router, Sent, StreamHub, Subscriber
 from kvcache.broker.core import BrokerCore
+from kvcache.broker.journal import News
 from kvcache.broker.recording import Recording
 from kvcache.broker.sends import Port, Send
 from kvcache.config import BrokerConfig
+from kvcache.logs import about
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +96,7 @@ class Broker:
             if self._recording is not None:
                 self._recording.flush()
             for news in self.core.take_news():
-                log.log(logging.WARNING if news.is_bad else logging.INFO, "%s", news.text)
+                log.log(_level(news), "%s", news.text, extra=about(news.request_id))
             if stop.is_set() and drain_until is None:
                 log.info("draining: %d requests in flight", self.core.inflight)
                 self.core.drain()
@@ -146,3 +148,9 @@ class Broker:
 
     def _acknowledge(self, topic: bytes) -> None:
         self._hub.send([topic, wire.encode(SubAck())])
+
+
+def _level(news: News) -> int:
+    if news.request_id:
+        return logging.DEBUG
+    return logging.WARNING if news.is_bad else logging.INFO

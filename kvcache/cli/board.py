@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Protocol
 
+import typer
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from bus.stats import ClusterStats
+from kvcache.cli.options import LogFormat
 from kvcache.cli.output import console, human_bytes, make_table
 from kvcache.model_words import describe_models
 from kvcache.supervisor import ServiceState, ServiceStatus
@@ -58,6 +62,26 @@ class PlainBoard:
         """Nothing: a log has no place that is always the latest."""
 
 
+class JsonBoard:
+    """One JSON object a line, for programs: what services log, with the service's name, and our own news likewise."""
+
+    def line(self, name: str, text: str) -> None:
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):  # ours, or what a library printed
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
+            entry = {"time": now, "level": "info", "logger": "kvcache.cli", "message": text}
+        typer.echo(json.dumps({"service": name} | entry))
+
+    def changed(self, status: ServiceStatus) -> None:
+        self.line(status.service.name, describe(status))
+
+    def figures(self, figures: ClusterStats | None) -> None:
+        """Nothing: as in `PlainBoard`."""
+
+
 class LiveBoard:
     """A table of all services that stays at the bottom, and the log above it."""
 
@@ -81,9 +105,12 @@ class LiveBoard:
 
 
 @contextmanager
-def open_board() -> Iterator[Board]:
-    """The board that suits stdout."""
+def open_board(log_format: LogFormat) -> Iterator[Board]:
+    """The board that suits what is wanted and, for text, stdout."""
     terminal = console()
+    if log_format is LogFormat.JSON:
+        yield JsonBoard()
+        return
     if not terminal.is_terminal:
         yield PlainBoard()
         return

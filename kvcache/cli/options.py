@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated
 
 import typer
@@ -34,6 +35,16 @@ Home = Annotated[
 ]
 
 # Of the commands that run services here.
+
+
+class LogFormat(enum.StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+Logs = Annotated[
+    LogFormat, typer.Option("--log-format", help="Of all processes; json: an object a line.", metavar="text|json")
+]
 NumWorkers = Annotated[
     int, typer.Option("--workers", "-n", min=1, max=64, help="How many workers to run.", metavar="N")
 ]

@@ -11,7 +11,7 @@ import typer
 
 from bus.endpoints import DEFAULT_URL
 from bus.errors import BadArgument
-from kvcache.cli.options import BrokerPolicy, Home, KvMemory, NumWorkers, Url, WorkerFlags
+from kvcache.cli.options import BrokerPolicy, Home, KvMemory, LogFormat, Logs, NumWorkers, Url, WorkerFlags
 from kvcache.cli.up import cluster_services, run_services
 from kvcache.models import DEFAULT_HOME
 from kvcache.supervisor import Service
@@ -32,6 +32,7 @@ def serve(
     ] = None,
     home: Home = str(DEFAULT_HOME),
     url: Url = None,
+    log_format: Logs = LogFormat.TEXT,
     worker_flags: WorkerFlags = None,
 ) -> None:
     """Serve a model with OpenAI's API.
@@ -42,12 +43,13 @@ def serve(
         raise BadArgument("the gateway is not installed; run: pip install 'kvcache[gateway]'")
     url = url or DEFAULT_URL
     flags = ["--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
-    services = cluster_services(url, [model], workers, policy, home, flags)
-    services.append(_gateway(url, host, port, api_key_file))
-    asyncio.run(run_services(services, url, workers, f"ready: http://{host}:{port}/v1; Ctrl-C stops all of it"))
+    services = cluster_services(url, [model], workers, policy, home, flags, log_format)
+    services.append(_gateway(url, host, port, api_key_file, log_format))
+    ready = f"ready: http://{host}:{port}/v1; Ctrl-C stops all of it"
+    asyncio.run(run_services(services, url, workers, ready, log_format))
 
 
-def _gateway(url: str, host: str, port: int, api_key_file: str | None) -> Service:
-    flags = ["--broker", url, "--host", host, "--port", str(port)]
+def _gateway(url: str, host: str, port: int, api_key_file: str | None, log_format: LogFormat) -> Service:
+    flags = ["--broker", url, "--host", host, "--port", str(port), "--log-format", log_format]
     flags += ["--api-key-file", api_key_file] if api_key_file else []
     return Service(name="gateway", command=[sys.executable, "-m", "kvcache.gateway", *flags], rank=GATEWAY_RANK)

@@ -16,7 +16,7 @@ from bus.endpoints import DEFAULT_URL
 from bus.errors import KVCacheError
 from kvcache.cli.board import Board, open_board
 from kvcache.cli.model_files import fetch
-from kvcache.cli.options import BrokerPolicy, Home, KvMemory, NumWorkers, Url, WorkerFlags
+from kvcache.cli.options import BrokerPolicy, Home, KvMemory, LogFormat, Logs, NumWorkers, Url, WorkerFlags
 from kvcache.cli.output import note
 from kvcache.models import DEFAULT_HOME, ModelRegistry
 from kvcache.supervisor import Service, ServiceFailed, Supervisor
@@ -41,30 +41,39 @@ def up(
     policy: BrokerPolicy = None,
     home: Home = str(DEFAULT_HOME),
     url: Url = None,
+    log_format: Logs = LogFormat.TEXT,
     worker_flags: WorkerFlags = None,
 ) -> None:
     """Run a broker and workers here, with live status."""
     url = url or DEFAULT_URL
     flags = ["--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
-    services = cluster_services(url, models or [DEFAULT_MODEL], workers, policy, home, flags)
-    asyncio.run(run_services(services, url, workers, f"{workers} workers serve at {url}; Ctrl-C stops them"))
+    services = cluster_services(url, models or [DEFAULT_MODEL], workers, policy, home, flags, log_format)
+    ready = f"{workers} workers serve at {url}; Ctrl-C stops them"
+    asyncio.run(run_services(services, url, workers, ready, log_format))
 
 
 def cluster_services(
-    url: str, models: Sequence[str], num_workers: int, policy: str | None, home: str, worker_flags: Sequence[str]
+    url: str,
+    models: Sequence[str],
+    num_workers: int,
+    policy: str | None,
+    home: str,
+    worker_flags: Sequence[str],
+    log_format: LogFormat,
 ) -> list[Service]:
     """A broker and workers, whose models are fetched first if they are not here."""
     registry = ModelRegistry(Path(home), named=models)
     for name in registry.named:
         fetch(registry, name)
-    flags = ["--broker", url, "--threads", str(threads_per_worker(num_workers)), *worker_flags]
+    logs = ["--log-format", log_format]
+    flags = ["--broker", url, "--threads", str(threads_per_worker(num_workers)), *logs, *worker_flags]
     flags += [part for model in models for part in ("--model", model)]
     workers = (_worker(f"worker-{number}", flags, home) for number in range(1, num_workers + 1))
-    return [_broker(url, policy), *workers]
+    return [_broker(url, policy, logs), *workers]
 
 
-def _broker(url: str, policy: str | None) -> Service:
-    flags = ["--bind", url, *(["--policy", policy] if policy else [])]
+def _broker(url: str, policy: str | None, logs: Sequence[str]) -> Service:
+    flags = ["--bind", url, *(["--policy", policy] if policy else []), *logs]
     return Service(name="broker", command=[sys.executable, "-m", "kvcache.broker", *flags])
 
 
@@ -73,14 +82,16 @@ def _worker(name: str, flags: list[str], home: str) -> Service:
     return Service(name=name, command=command, rank=1, env={"KVCACHE_HOME": home})
 
 
-async def run_services(services: Sequence[Service], url: str, num_workers: int, ready: str) -> None:
+async def run_services(
+    services: Sequence[Service], url: str, num_workers: int, ready: str, log_format: LogFormat
+) -> None:
     """Run them until Ctrl-C or SIGTERM; `ready` is said when so many workers serve. Raises ServiceFailed."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     failure: ServiceFailed | None = None
-    with open_board() as board:
+    with open_board(log_format) as board:
         supervisor = Supervisor(services, on_line=board.line, on_change=board.changed)
         async with asyncio.TaskGroup() as group:
             watcher = group.create_task(_watch(url, num_workers, ready, supervisor, board))
@@ -91,7 +102,8 @@ async def run_services(services: Sequence[Service], url: str, num_workers: int, 
             watcher.cancel()
     if failure is not None:
         raise failure
-    note("stopped")
+    if log_format is LogFormat.TEXT:
+        note("stopped")
 
 
 async def _watch(url: str, num_workers: int, ready: str, supervisor: Supervisor, board: Board) -> None:

@@ -18,7 +18,7 @@ from kvcache.client.config import client_config
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV
 from kvcache.client.link import Link, new_id
-from kvcache.client.prompts import ChatMessages, Tools, check_index, make_prompt, optional_name
+from kvcache.client.prompts import ChatMessages, Tools, check_index, check_label, make_prompt, optional_name
 from kvcache.client.results import Encoding
 from kvcache.client.streams import GenerateCall, Wanted
 from kvcache.sampling import SamplingFields, SamplingParams, sampling_params
@@ -76,6 +76,7 @@ class AsyncClient:
         deadline: float | None = None,
         explain: bool = False,
         pull_from: str | None = None,
+        label: str | None = None,
         **sampling: Unpack[SamplingFields],
     ) -> AsyncGeneration:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
@@ -89,6 +90,7 @@ class AsyncClient:
         deadline: seconds for all of it. explain: tell in `Start` why this worker.
         pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
         policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
+        label: what the logs of broker and worker call this request, instead of its id.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -114,6 +116,7 @@ class AsyncClient:
             explain=bool(explain),
             priority=check_index("priority", priority, MAX_PRIORITY, least=-MAX_PRIORITY),
             pull_from=optional_name("pull_from", pull_from),
+            label=check_label(label),
         )
         ends, now = self._link.deadline(deadline), time.monotonic()
         calls = [

@@ -23,6 +23,7 @@ ChatMessages: TypeAlias = Sequence[Mapping[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 
 MAX_NAME_BYTES = 256
+MAX_LABEL_CHARS = 128
 MAX_SECONDS = 7 * 24 * 3600.0
 MAX_LAYER = 2**32 - 1
 MAX_LENGTH = 2**63 - 1
@@ -98,6 +99,15 @@ def check_name(what: str, value: object) -> str:
 def optional_name(what: str, value: object) -> str:
     """A name or, for None, the empty string that means none on the wire. Raises BadArgument."""
     return "" if value is None else check_name(what, value)
+
+
+def check_label(value: object) -> str:
+    """What logs are to call a request: up to 128 printable ASCII characters; None for none. Raises BadArgument."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or len(value) > MAX_LABEL_CHARS:
+        raise BadArgument(f"label must be up to {MAX_LABEL_CHARS} printable ASCII characters, not {value!r:.60}")
+    return value
 
 
 def check_index(what: str, value: object, most: int, least: int = 0) -> int:

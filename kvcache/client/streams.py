@@ -80,6 +80,7 @@ class Wanted:
     index: int = 0
     priority: int = 0
     pull_from: str = ""
+    label: str = ""
 
 
 class GenerateCall:
@@ -202,6 +203,7 @@ class GenerateCall:
             pull_from=wanted.pull_from,
             payload=wire.describe(payload),
             priority=wanted.priority,
+            label=wanted.label,
         )
         return [ToControl(message, payload)]
 

@@ -159,6 +159,7 @@ class Client:
         deadline: float | None = None,
         explain: bool = False,
         pull_from: str | None = None,
+        label: str | None = None,
         **sampling: Unpack[SamplingFields],
     ) -> Generation:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
@@ -172,6 +173,7 @@ class Client:
         it. explain: tell in `Start` why this worker.
         pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
         policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
+        label: what the logs of broker and worker call this request, instead of its id.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -192,6 +194,7 @@ class Client:
                 deadline=deadline,
                 explain=explain,
                 pull_from=pull_from,
+                label=label,
                 **sampling,
             )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from bus.errors import KVCacheError
+from kvcache import logs
 from kvcache.gateway import dashboard
 from kvcache.gateway.access import Keys
 from kvcache.gateway.asks import SESSION_HEADERS, Caller
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 OnAnswer = Callable[[object, int], None]
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"}) | dashboard.OPEN_PATHS
+PROBES = OPEN_PATHS | {"/metrics"}
+"""What is asked all the time, by machines."""
 MAX_REQUEST_ID_CHARS = 128
 
 
@@ -50,12 +54,14 @@ class Gate:
         headers = {name.lower(): value for name, value in reversed(scope["headers"])}
         request_id = _request_id(headers.get(b"x-request-id", b""))
         has_begun = False
+        status, began_at = 0, time.monotonic()
+        logs.current_request.set(request_id)
 
         async def reply(message: Message) -> None:
-            nonlocal has_begun
+            nonlocal has_begun, status
             if message["type"] == "http.response.start":
-                has_begun = True
-                self._on_answer(scope.get("endpoint"), message["status"])
+                has_begun, status = True, message["status"]
+                self._on_answer(scope.get("endpoint"), status)
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -70,6 +76,8 @@ class Gate:
             if has_begun:
                 raise  # the server logs it and closes the connection
             await send_problem(_problem(error, request_id), reply)
+        finally:
+            _log_end(scope, status, time.monotonic() - began_at)
 
     def _caller(self, path: str, headers: dict[bytes, bytes]) -> Caller:
         key = b""
@@ -103,8 +111,15 @@ def _problem(error: Exception, request_id: str) -> Problem:
         case KVCacheError():
             return problem_of(error)
         case _:
-            log.error("request %s failed", request_id, exc_info=error)
+            log.error("a request failed", exc_info=error)
             return Problem(500, f"a fault of the server; its log has request {request_id}", "server_error")
+
+
+def _log_end(scope: Scope, status: int, seconds: float) -> None:
+    """A line for each request, without its query, which may hold anything; probes only in detail."""
+    level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+    outcome = status or "left"
+    log.log(level, "%s %.200s: %s, %.3f s", scope["method"], scope["path"], outcome, seconds)
 
 
 def _request_id(given: bytes) -> str:

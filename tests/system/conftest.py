@@ -18,9 +18,10 @@ __all__ = ["reference", "tiny_model"]
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
     with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        cluster.add_broker()
+        cluster.add_broker("--log-level", "debug", "--log-format", "json")
+        logs = ("--log-level", "debug", "--log-format", "json")
         for name in ("worker-1", "worker-2"):
-            cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS)
+            cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS, *logs)
         cluster.wait_ready()
         yield cluster
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,8 +26,13 @@ GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="session")
-def url(shared_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with gateway(shared_cluster.url, tmp_path_factory.mktemp("gateway") / "log", "--body-timeout-s", "1") as url:
+def gateway_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gateway") / "log"
+
+
+@pytest.fixture(scope="session")
+def url(shared_cluster: Cluster, gateway_log: Path) -> Iterator[str]:
+    with gateway(shared_cluster.url, gateway_log, "--body-timeout-s", "1", "--log-format", "json") as url:
         yield url
 
 
@@ -172,6 +179,30 @@ def test_health_versions_and_information_are_there(web: httpx.Client) -> None:
     info = web.get("/server_info").json()
     assert len(info["cluster"]["workers"]) == 2
     assert info["config"]["api_key"] == "0 keys"
+
+
+async def test_a_request_is_found_in_every_log_by_its_id(
+    api: openai.AsyncOpenAI, gateway_log: Path, shared_cluster: Cluster
+) -> None:
+    named = {"X-Request-ID": "find me"}
+    await api.completions.create(model="tiny", prompt="a secret sentence", max_tokens=2, extra_headers=named)
+
+    def said(log: Path) -> list[str]:
+        """Of whole lines only: the last one may still be being written. Libraries may print what is none of ours."""
+        lines = log.read_text("utf-8").splitlines(keepends=True)
+        entries = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
+        return [entry["message"] for entry in entries if entry.get("request_id") == "find me"]
+
+    workers = [worker.log for worker in shared_cluster.workers.values()]
+    broker = shared_cluster.broker.log
+    await until(lambda: len(said(broker)) == 2 and len(said(gateway_log)) == 1, "broker and gateway tell of it")
+    went, ended = said(broker)
+    assert (went.startswith("Generate goes to worker-"), ended.endswith(": done")) == (True, True)
+    assert said(gateway_log)[0].startswith("POST /v1/completions: 200, ")
+    ((begins, ends),) = [lines for lines in map(said, workers) if lines]
+    assert begins.startswith("Generate begins, ")
+    assert ends.startswith("Generate ends: length, 2 tokens, ")
+    assert not any("secret" in log.read_text("utf-8") for log in (broker, gateway_log, *workers))
 
 
 def test_a_request_id_is_echoed_or_made(web: httpx.Client) -> None:

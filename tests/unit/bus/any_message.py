@@ -27,6 +27,8 @@ def values(kind: types.Type) -> st.SearchStrategy[Any]:
             return st.booleans()
         case types.NoneType():
             return st.none()
+        case types.StrType(pattern=str(pattern), max_length=most):
+            return st.from_regex(pattern).filter(lambda text: most is None or len(text) <= most)
         case types.StrType(max_length=most):
             return st.text(TEXT, max_size=min(most or 40, 40))
         case types.BytesType(min_length=least, max_length=most):

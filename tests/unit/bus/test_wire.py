@@ -93,6 +93,33 @@ def test_one_frame_is_byte_for_byte_what_the_document_shows() -> None:
     assert wire.encode(m.Beat(beat=7)).hex() == "4b5601" + "01" + "00" + "05" + "0000" + "36800ff2" + "9107"
 
 
+def generate(label: str) -> m.Generate:
+    return m.Generate(
+        req_id=bytes(16),
+        attempt=0,
+        deadline_ms=1,
+        stream_id=bytes(16),
+        epoch=0,
+        kind=m.PromptKind.TEXT,
+        sampling=m.Sampling(),
+        label=label,
+    )
+
+
+def test_a_label_that_would_disturb_a_log_is_malformed() -> None:
+    for label in ("", "chat 7", "~" * 128):
+        assert wire.decode_header(wire.encode(generate(label))).label == label
+    for label in ("two\nlines", "end\n", "\x1b[2J", "\u00e9", "~" * 129):
+        with pytest.raises(MalformedMessage, match="Generate"):
+            wire.decode_header(wire.encode(generate(label)))
+
+
+def test_a_failure_is_known_by_its_opcode_alone() -> None:
+    assert wire.is_failure([wire.encode(wire.failed(bytes(16), MalformedMessage("x")))])
+    for frames in ([], [b""], [b"KV\x01\x01\x00"], [wire.encode(m.Beat(beat=m.Failed.opcode))]):
+        assert not wire.is_failure(frames)
+
+
 def test_the_checksum_is_castagnolis() -> None:
     """The check value of CRC-32C (RFC 3720, appendix B.4 uses the same polynomial)."""
     assert wire.describe([b"123456789"])[0].crc == 0xE3069283

@@ -7,9 +7,9 @@ import pytest
 from bus import messages as m
 from bus import wire
 from bus.errors import ErrorCode
+from kvcache.broker.journal import News
 from kvcache.broker.members import GARBAGE_PER_S
 from kvcache.broker.sends import Port
-from kvcache.broker.sessions import News
 from tests.unit.kvcache.broker_driver import (
     PROMPT,
     Driver,

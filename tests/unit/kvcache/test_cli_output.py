@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
+from datetime import datetime
 
 import msgspec
 import pytest
 
 from bus.stats import BrokerStats, ClusterStats, ModelStats, WorkerStats, WorkerView
-from kvcache.cli.board import PlainBoard, describe, status_table
+from kvcache.cli.board import PlainBoard, describe, open_board, status_table
+from kvcache.cli.options import LogFormat
 from kvcache.cli.output import console, human_bytes, human_seconds, print_table, say
 from kvcache.model_words import describe_models
 from kvcache.supervisor import Service, ServiceState, ServiceStatus
@@ -92,6 +95,26 @@ def test_plain_board_writes_one_line_for_each_event(capsys: pytest.CaptureFixtur
     board.changed(status("worker-1", ServiceState.RUNNING, 12))
     board.figures(None)
     assert capsys.readouterr().out.splitlines() == [f"[broker] {'x' * 500}", "[worker-1] started, pid 12"]
+
+
+def test_json_board_writes_one_object_for_each_event_with_the_services_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_board(LogFormat.JSON) as board:
+        board.line("worker-1", '{"time": "t", "level": "info", "message": "ready", "request_id": "r"}')
+        board.line("worker-1", "a library's \x1b[31mcry")
+        board.line("worker-1", "[1, 2]")
+        board.changed(status("broker", ServiceState.RUNNING, 12))
+        board.figures(None)
+    logged, cried, listed, started = map(json.loads, capsys.readouterr().out.splitlines())
+    assert logged == {
+        "service": "worker-1",
+        "time": "t",
+        "level": "info",
+        "message": "ready",
+        "request_id": "r",
+    }
+    assert (cried["service"], cried["level"], cried["message"]) == ("worker-1", "info", "a library's \x1b[31mcry")
+    assert datetime.fromisoformat(cried["time"]).utcoffset() is not None
+    assert (listed["message"], started["service"], started["message"]) == ("[1, 2]", "broker", "started, pid 12")
 
 
 def test_live_table_joins_processes_with_what_the_broker_says() -> None:

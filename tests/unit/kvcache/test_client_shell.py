@@ -536,6 +536,15 @@ async def test_a_bad_salt_or_priority_is_refused_before_anything_is_sent(client:
             client.generate("hello", priority=priority)  # type: ignore[arg-type]  # what a caller may pass
 
 
+async def test_a_label_is_what_logs_call_the_request(broker: ScriptedBroker, client: AsyncClient) -> None:
+    generation, asked = await begin(broker, client, label="chat 7")
+    assert asked.label == "chat 7"
+    await generation.cancel()
+    for label in ("two\nlines", "\u00e9", "~" * 129, 7):
+        with pytest.raises(BadArgument, match="label must be up to 128 printable ASCII characters"):
+            client.generate("hello", label=label)  # type: ignore[arg-type]  # what a caller may pass
+
+
 # --- sampling parameters and several outputs -----------------------------------------------------
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -18,9 +21,12 @@ def _restore() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     root.handlers.clear()
+    hook = sys.excepthook
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
+    logging.captureWarnings(False)
+    sys.excepthook = hook
 
 
 def test_a_line_for_people_says_what_who_and_how_bad(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +45,7 @@ def test_a_line_for_machines_is_one_json_object_however_long_the_message(capsys:
     entry = json.loads(line)
     assert entry["message"] == "two\nlines \ud800é"
     assert (entry["level"], entry["logger"]) == ("warning", "kvcache.x")
-    written = datetime.fromisoformat(entry["ts"])
+    written = datetime.fromisoformat(entry["time"])
     assert abs((written - before).total_seconds()) < 5
     assert written.utcoffset() is not None
 
@@ -52,6 +58,50 @@ def test_an_exception_brings_its_traceback(capsys: pytest.CaptureFixture[str]) -
         logging.getLogger("kvcache.x").exception("it broke")
     entry = json.loads(capsys.readouterr().err)
     assert "RuntimeError: why" in entry["traceback"]
+
+
+def test_a_line_about_a_request_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for style in ("json", "text"):
+        logs.configure("info", style)
+        logging.getLogger("kvcache.x").info("it ends", extra=logs.about("req-7"))
+        logging.getLogger("kvcache.x").info("nobody asked")
+    named, unnamed, *text = capsys.readouterr().err.splitlines()
+    assert json.loads(named)["request_id"] == "req-7"
+    assert "request_id" not in json.loads(unnamed)
+    assert text[0].endswith("INFO    kvcache.x: it ends [req-7]")
+    assert text[1].endswith("nobody asked")
+
+
+def test_what_a_task_logs_is_about_the_request_that_it_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    def serve() -> None:
+        logs.current_request.set("req-8")
+        logging.getLogger("uvicorn.error").warning("odd")
+
+    logs.configure("info", "json")
+    contextvars.copy_context().run(serve)
+    logging.getLogger("uvicorn.error").warning("odd")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["request_id"], "request_id" in second) == ("req-8", False)
+
+
+def test_no_message_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "text")
+    logging.getLogger("kvcache.x").info("left: %s", "bye\n2026-01-01 ERROR forged\x1b[2J\u2028x")
+    (line,) = capsys.readouterr().err.split("\n")[:-1]
+    assert line.endswith(r"left: bye\n2026-01-01 ERROR forged\x1b[2J\u2028x")
+
+
+def test_warnings_and_what_ends_the_process_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning("old", DeprecationWarning, "x.py", 3)
+    error = RuntimeError("why")
+    sys.excepthook(RuntimeError, error, None)
+    warned, ended = map(json.loads, capsys.readouterr().err.splitlines())
+    assert "x.py:3: DeprecationWarning: old" in warned["message"]
+    assert (ended["level"], ended["message"]) == ("critical", "this process ends: RuntimeError")
+    assert "RuntimeError: why" in ended["traceback"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from bus.errors import InternalError
-from bus.messages import Assign, KvDone, Length
+import logging
+
+import msgspec
+import pytest
+
+from bus.errors import BadArgument, InternalError
+from bus.messages import Assign, FinishReason, Generate, KvDone, Length, PromptKind, Sampling, StreamEnd
 from tests.unit.workers.core_bench import answers
 from workers.calls import CallId, Calls
 
 REQUEST = Length(req_id=b"r" * 16, attempt=0, deadline_ms=1000, seq_id="s", layer=0)
 DONE = KvDone(req_id=b"r" * 16)
+
+
+GENERATE = Generate(
+    req_id=b"g" * 16,
+    attempt=0,
+    deadline_ms=1000,
+    stream_id=b"s" * 16,
+    epoch=0,
+    kind=PromptKind.TEXT,
+    sampling=Sampling(),
+)
+END = StreamEnd(
+    req_id=b"g" * 16,
+    epoch=0,
+    num_tokens=3,
+    digest=bytes(32),
+    finish_reason=FinishReason.STOP,
+    prompt_tokens=5,
+    cached_tokens=4,
+    queue_ms=1.0,
+    prefill_ms=2.0,
+    decode_ms=3.0,
+)
 
 
 def opened() -> Calls:
@@ -26,6 +54,42 @@ def test_a_call_knows_who_asked_for_what_until_when_and_why() -> None:
         11.5,
         "why",
     )
+
+
+def test_a_call_is_told_in_detail_under_its_label(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="workers.calls")
+    calls, assign = Calls(), Assign(call=5, tenant="t", client=b"c" * 16, deadline_ms=1500, reason="why")
+    calls.finish(calls.open(0, assign, msgspec.structs.replace(GENERATE, label="chat 7"), 10.0), END)
+    assert [(record.getMessage(), record.__dict__["request_id"]) for record in caplog.records] == [
+        ("Generate begins, why", "chat 7"),
+        (
+            "Generate ends: stop, 3 tokens, 4 of 5 prompt tokens cached, queue 1.0 ms, prefill 2.0 ms, decode 3.0 ms",
+            "chat 7",
+        ),
+    ]
+    caplog.clear()
+    call = calls.open(0, assign, REQUEST, 10.0)
+    calls.fail(call, BadArgument("never seen"))
+    calls.forget(calls.open(0, assign, REQUEST, 10.0))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Length begins, why",
+        "Length ends: BAD_ARG",
+        "Length begins, why",
+        "Length ends: nobody waits for it",
+    ]
+    assert {record.__dict__["request_id"] for record in caplog.records} == {REQUEST.req_id.hex()}
+
+
+def test_without_detail_only_faults_of_ours_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="workers.calls")
+    calls = opened()
+    calls.fail(next(calls.everything()), BadArgument("theirs"))
+    assert caplog.records == []
+    calls = opened()
+    calls.fail(next(calls.everything()), InternalError("ours"))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "Length ends: INTERNAL")
+    ]
 
 
 def test_nothing_is_said_after_the_final_answer() -> None:

@@ -1,0 +1,88 @@
+"""What every request passes first: it has an id, and a line in the log under it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from bus.errors import Overloaded
+from kvcache import logs
+from kvcache.gateway.access import Keys
+from kvcache.gateway.gate import Gate
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Any:  # noqa: ANN401  # a generator fixture
+    token = logs.current_request.set("")
+    yield
+    logs.current_request.reset(token)
+
+
+async def ask(app: Any, path: str = "/v1/completions", **headers: str) -> list[dict[str, Any]]:  # noqa: ANN401  # an ASGI app
+    said: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:  # noqa: ANN401
+        said.append(message)
+
+    async def receive() -> Any:  # noqa: ANN401
+        raise AssertionError
+
+    scope: Any = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "query_string": b"key=secret",
+        "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
+        "state": {},
+    }
+    await Gate(app, Keys(), lambda handler, status: None)(scope, receive, send)
+    return said
+
+
+async def fine(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+    logging.getLogger("app").warning("serving %s", logs.current_request.get())
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def full(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+    raise Overloaded("full")
+
+
+async def broken(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+    raise RuntimeError("why")
+
+
+async def test_a_request_is_told_with_its_status_and_without_its_query(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    await ask(fine, x_request_id="mine-1")
+    await ask(full)
+    serving, first, second = (record.getMessage() for record in caplog.records)
+    assert serving == "serving mine-1"
+    assert first.startswith("POST /v1/completions: 200, 0.")
+    assert second.startswith("POST /v1/completions: 429, 0.")
+
+
+async def test_a_fault_is_told_with_its_traceback_and_answered_with_the_id(caplog: pytest.LogCaptureFixture) -> None:
+    said = await ask(broken, x_request_id="mine-2")
+    assert said[0]["status"] == 500
+    assert b"mine-2" in said[1]["body"]
+    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert record.exc_info is not None
+
+
+async def test_probes_are_told_in_detail_only(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    await ask(fine, "/health")
+    levels = [record.levelno for record in caplog.records if "/health" in record.getMessage()]
+    assert levels == [logging.DEBUG]
+
+
+@pytest.mark.parametrize("given", ["", "x" * 129, "two\nlines", "\u00e9"])
+async def test_an_id_that_no_log_should_hold_is_replaced(given: str) -> None:
+    (start, _) = await ask(fine, x_request_id=given)
+    found = dict(start["headers"])[b"x-request-id"].decode()
+    assert found != given
+    assert len(found) == 32
