@@ -36,6 +36,7 @@ SeqId = Annotated[str, msgspec.Meta(max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=1024)]
 Piece = Annotated[str, msgspec.Meta(max_length=4096)]
 Label = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[ -~]*\Z")]
+TraceParent = Annotated[str, msgspec.Meta(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?\Z")]
 Copies = Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)]
 PayloadBytes = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 
@@ -332,7 +333,7 @@ class Generate(Message, frozen=True):
     the client already has; `epoch` is then higher. Of two that wait the one of lower `priority` is sooner.
 
     pull_from: a worker to copy the prompt's leading KV from, if it lives, whatever the policy thinks; empty: none.
-    label: what logs call this request, printable ASCII; empty: its id in hex.
+    label: what logs call this request, printable ASCII; empty: its id in hex. trace: W3C's traceparent of who asks.
     """
 
     opcode = 34
@@ -354,6 +355,7 @@ class Generate(Message, frozen=True):
     payload: Parts = ()
     priority: I63 = 0
     label: Label = ""
+    trace: TraceParent = ""
 
 
 class Cancel(Message, frozen=True):
@@ -792,6 +794,7 @@ class Assign(Message, frozen=True):
     pull: where to copy the KV of the prompt's beginning from, if that pays.
     newest: the newest version of the sequence that the broker has heard of; an older copy must not answer.
     version: what a write makes it. copies: how many workers are given this write.
+    trace: the broker's own span, if it records one; else that of the request counts.
     """
 
     opcode = 112
@@ -804,6 +807,7 @@ class Assign(Message, frozen=True):
     newest: U63 = 0
     version: U63 = 0
     copies: Copies = 1
+    trace: TraceParent = ""
 
 
 class Forward(Message, frozen=True):

@@ -51,7 +51,7 @@ install() {
         "$python" -m pip install --no-input 'torch>=2.6,<2.14' || fail "pip could not install torch; see its message above"
     fi
     say "Installing kvcache and its development tools"
-    "$python" -m pip install --no-input -e "${root}[gateway,test,dev]" || fail "pip could not install kvcache; see its message above"
+    "$python" -m pip install --no-input -e "${root}[gateway,otel,test,dev]" || fail "pip could not install kvcache; see its message above"
     # Where there is no GPU, models run several times faster on OpenVINO; without it they still run, on torch.
     if "$python" -c 'import sys, torch; sys.exit(torch.cuda.is_available())'; then
         say "Installing OpenVINO"

@@ -17,10 +17,13 @@ from typing import NamedTuple, TypeAlias
 from bus import wire
 from bus.errors import ErrorCode, KVCacheError
 from bus.messages import Assign, Dispatched, Failed, Generate, Message, PullOrder, Reply, StreamEnd
+from bus.traces import Span, TraceContext, sampled
 from bus.wire import Buffer
 from kvcache.logs import about
 from workers.block_changes import BlockChange
 from workers.engine_api import Command
+
+SPAN_NAME = "kvcache.worker"
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Call:
 
     pull: where it says that the beginning of the prompt may be copied from.
     newest, version, copies: see `bus.messages.Assign`. label: how logs call it.
+    opened_at: monotonic seconds. trace: what it is a part of, if that is recorded.
     """
 
     id: CallId
@@ -58,6 +62,8 @@ class Call:
     version: int = 0
     copies: int = 1
     label: str = ""
+    opened_at: float = 0.0
+    trace: TraceContext | None = None
 
 
 class Channel(enum.Enum):
@@ -131,7 +137,14 @@ class Announce:
     changes: Sequence[BlockChange]
 
 
-Action: TypeAlias = Send | Publish | Tell | Forget | ToPeer | HangUp | ToCaller | Announce
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A span that ends now."""
+
+    span: Span
+
+
+Action: TypeAlias = Send | Publish | Tell | Forget | ToPeer | HangUp | ToCaller | Announce | Record
 
 
 class Calls:
@@ -154,6 +167,8 @@ class Calls:
             newest=assign.newest,
             version=assign.version,
             copies=assign.copies,
+            opened_at=now,
+            trace=sampled(assign.trace or message.trace) if isinstance(message, Generate) else None,
             label=(message.label if isinstance(message, Generate) else "") or message.req_id.hex(),
         )
         self._calls[call.id] = call
@@ -193,7 +208,8 @@ class Calls:
         if self._calls.pop(call.id, None) is None:
             return []
         _log_end(call, message)
-        return [_answer(call.id, message, payload, channel, final=True, version=version)]
+        answer = _answer(call.id, message, payload, channel, final=True, version=version)
+        return [answer] if call.trace is None else [answer, Record(_span(call, call.trace, message))]
 
     def fail(self, call: Call, error: KVCacheError) -> list[Action]:
         """The last answer, a bad one."""
@@ -203,10 +219,13 @@ class Calls:
         """The one answer to a request that never became a call."""
         return [_answer(call_id, wire.failed(req_id, error), (), Channel.CONTROL, final=True)]
 
-    def forget(self, call: Call) -> None:
+    def forget(self, call: Call) -> list[Action]:
         """Nobody waits for it any more."""
-        if self._calls.pop(call.id, None) is not None and log.isEnabledFor(logging.DEBUG):
+        if self._calls.pop(call.id, None) is None:
+            return []
+        if log.isEnabledFor(logging.DEBUG):
             log.debug("%s ends: nobody waits for it", type(call.message).__name__, extra=about(call.label))
+        return [] if call.trace is None else [Record(_span(call, call.trace, None))]
 
 
 def _log_end(call: Call, message: Message) -> None:
@@ -221,6 +240,25 @@ def _log_end(call: Call, message: Message) -> None:
         log.log(level, "%s ends: %s", kind, code.name, extra=about(call.label))
     elif log.isEnabledFor(logging.DEBUG):
         log.debug("%s ends: %s", kind, _figures(message), extra=about(call.label))
+
+
+def _span(call: Call, trace: TraceContext, end: Message | None) -> Span:
+    """A generation's, by OpenTelemetry's names where it has some (semantic conventions for generative AI)."""
+    attributes: dict[str, str | int | float] = {"kvcache.request.id": call.label}
+    if isinstance(call.message, Generate) and call.message.model:
+        attributes["gen_ai.request.model"] = call.message.model
+    if not isinstance(end, StreamEnd):
+        error = ErrorCode(end.code).name if isinstance(end, Failed) else "nobody waits for it"
+        return Span(name=SPAN_NAME, parent=trace, started_at=call.opened_at, attributes=attributes, error=error)
+    attributes |= {
+        "gen_ai.usage.input_tokens": end.prompt_tokens,
+        "gen_ai.usage.output_tokens": end.num_tokens,
+        "gen_ai.response.finish_reasons": end.finish_reason.value,
+        "kvcache.cached_tokens": end.cached_tokens,
+    }
+    spent = (("queue", end.queue_ms), ("prefill", end.prefill_ms), ("decode", end.decode_ms))
+    parts = tuple((name, ms / 1000) for name, ms in spent)
+    return Span(name=SPAN_NAME, parent=trace, started_at=call.opened_at, attributes=attributes, parts=parts)
 
 
 def _figures(message: Message) -> str:

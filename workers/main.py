@@ -17,6 +17,7 @@ from bus.errors import BadArgument, KVCacheError
 from bus.messages import WorkerHello
 from kvcache import logs
 from kvcache.allocator import keep_freed_memory
+from kvcache.tracing import Tracer, tracer_for
 from workers.config import WorkerConfig, parse_config, plan_memory
 from workers.kv_event_sockets import KvEventsConfig
 from workers.model_budget import ModelBudget
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     keep_freed_memory()
     try:
-        asyncio.run(_run(config))
+        with tracer_for("kvcache-worker", config.worker_id, os.environ) as tracer:
+            asyncio.run(_run(config, tracer))
     except BadArgument as error:
         sys.stderr.write(f"worker: {error}\n")
         return EXIT_USAGE
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _run(config: WorkerConfig) -> None:
+async def _run(config: WorkerConfig, tracer: Tracer | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,6 +100,7 @@ async def _run(config: WorkerConfig) -> None:
         kv_events=_kv_events(config, models.names()),
         preload=models.names() if config.models and config.preload else (),
         failpoint=config.failpoint,
+        tracer=tracer,
     )
     await worker.run(
         stop, on_ready=lambda: log.info("worker %s ready, brokers %s", config.worker_id, ", ".join(config.brokers))

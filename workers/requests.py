@@ -143,9 +143,7 @@ class Requests:
         call = self._calls.find(call_id)
         if call is None:
             return []
-        actions = self._stop(call)
-        self._calls.forget(call)
-        return actions
+        return [*self._stop(call), *self._calls.forget(call)]
 
     def lose_session(self, link: int, now: float) -> list[Action]:
         """The broker knows nothing of its calls any more: streams wait for their clients, all else stops."""
@@ -155,7 +153,7 @@ class Requests:
                 actions += self._generations.orphan(call, now)
             else:
                 actions += self._stop(call)
-            self._calls.forget(call)
+            actions += self._calls.forget(call)
         return actions
 
     def unsent(self, call_id: CallId) -> list[Action]:

@@ -25,7 +25,8 @@ from bus.errors import InternalError
 from bus.messages import WorkerHello, WorkerState
 from bus.security import SecurityConfig
 from bus.sockets import Context, Dealer, Message, Publisher, Sent
-from workers.calls import Action, Announce, Channel, Forget, HangUp, Publish, Send, Tell, ToCaller, ToPeer
+from kvcache.tracing import Tracer
+from workers.calls import Action, Announce, Channel, Forget, HangUp, Publish, Record, Send, Tell, ToCaller, ToPeer
 from workers.core import WorkerCore
 from workers.engine import EngineThread
 from workers.engine_api import Event, Load
@@ -48,7 +49,7 @@ class Worker:
     """One worker process. `run` returns when `stop` is set and what was in progress has ended.
 
     brokers: their addresses. budget: of the models' memory. preload: names to load before the worker is ready.
-    kv_events: where block events are told. failpoint: for fault tests.
+    kv_events: where block events are told. failpoint: for fault tests. tracer: where spans go, None for nowhere.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Worker:
         kv_events: KvEventsConfig | None = None,
         preload: Sequence[str] = (),
         failpoint: str = "",
+        tracer: Tracer | None = None,
     ) -> None:
         self._brokers = [endpoints(url) for url in brokers]
         self._models = models
@@ -79,6 +81,7 @@ class Worker:
         self._preload = tuple(preload)
         self._security = SecurityConfig()
         self._failpoint = Failpoint(failpoint) if failpoint else None
+        self._tracer = tracer
         self._hello = hello
         self._store = KVStore(HostMemory(kv_plane_bytes))
         self._core: WorkerCore
@@ -204,6 +207,9 @@ class Worker:
                     self._publishers[action.link].send([action.topic, action.frame])
                 case Tell():
                     self._engine.send(action.command)
+                case Record():
+                    if self._tracer is not None:
+                        self._tracer.record(action.span, time.monotonic())
                 case Forget():
                     self._lanes[action.link, Channel.CONTROL].forget_queue()
                 case ToPeer() | ToCaller():

@@ -20,6 +20,7 @@ from bus import wire
 from bus.errors import Draining, InternalError, MalformedMessage, Overloaded, ProtocolError, UnsupportedVersion
 from bus.stats import BrokerStats, ClusterStats, Holdings, WorkerStats, pack, unpack
 from bus.topics import stream_of
+from bus.traces import Span
 from bus.wire import Buffer
 from kvcache.broker.journal import Journal, News
 from kvcache.broker.knowledge import Knowledge
@@ -61,6 +62,7 @@ class BrokerCore:
         incarnation: int,
         now: float,
         new_id: Callable[[], bytes] = lambda: secrets.token_bytes(16),
+        is_tracing: bool = False,
     ) -> None:
         self.gauges = Gauges()
         self._config = config
@@ -70,7 +72,7 @@ class BrokerCore:
         self._workers = Workers(3 * config.heartbeat_ms / 1000, config.max_inflight)
         self._sequences = Sequences(self._workers, wall_ms=incarnation // 1_000_000, now=now)
         self._knowledge = Knowledge(self._workers)
-        self._journal = Journal(is_detailed=config.log_level.lower() == "debug")
+        self._journal = Journal(new_id, is_detailed=config.log_level.lower() == "debug", is_tracing=is_tracing)
         self._requests = Requests(
             config.policy,
             self._workers,
@@ -257,6 +259,10 @@ class BrokerCore:
     def take_news(self) -> list[News]:
         """What there is to log since the last time."""
         return self._journal.take()
+
+    def take_spans(self) -> list[Span]:
+        """What has ended since the last time, of what is traced."""
+        return self._journal.take_spans()
 
     def drain(self) -> None:
         """Take nothing new from now on."""

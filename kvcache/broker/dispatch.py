@@ -58,6 +58,7 @@ class Dispatch:
             newest=self._sequences.use(call.name).version if call.name else 0,
             version=version,
             copies=copies,
+            trace="" if call.span is None else str(call.span.context),
         )
         return [*grants, Send(Port.WORKER, call.worker.link, [wire.encode(envelope), *frames], call)]
 

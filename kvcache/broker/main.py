@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from kvcache import logs
 from kvcache.allocator import keep_freed_memory
 from kvcache.broker.shell import Broker
 from kvcache.config import BrokerConfig, parse_broker_config
+from kvcache.tracing import Tracer, tracer_for
 
 log = logging.getLogger("kvcache.broker")
 
@@ -30,19 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     keep_freed_memory()
     try:
-        asyncio.run(_run(config))
+        with tracer_for("kvcache-broker", config.bind, os.environ) as tracer:
+            asyncio.run(_run(config, tracer))
     except KVCacheError as error:
         log.error("%s", error)
         return EXIT_FAILED
     return 0
 
 
-async def _run(config: BrokerConfig) -> None:
+async def _run(config: BrokerConfig, tracer: Tracer | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await Broker(config).run(
+    await Broker(config, tracer).run(
         stop, on_ready=lambda: log.info("broker ready at %s, policy %s", config.bind, config.policy)
     )
     log.info("broker stopped")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from bus.messages import WorkerBeat, WorkerHello, WorkerState
 from bus.stats import WorkerStats, WorkerView
+from bus.traces import Span
 from kvcache.broker.answers import Answers
 from kvcache.broker.directory import Name
 from kvcache.ring import UNIT_WEIGHT, HashRing
@@ -48,7 +49,7 @@ class Call:
     """One dispatched request, or one worker's part of one. `stream` is None unless it generates.
 
     name: the sequence that it names, if any. writes: whether it changes that by a `Put` or an `Append`.
-    label: how logs call it, if they are to tell of it.
+    label: how logs call it, if they are to tell of it. span: what is recorded of it, if it is.
     """
 
     id: int
@@ -62,6 +63,7 @@ class Call:
     gather: Gather | None = None
     prefill: Prefill | None = None
     label: str = ""
+    span: Span | None = None
 
 
 @dataclass(slots=True)

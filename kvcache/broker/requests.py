@@ -30,7 +30,7 @@ from kvcache.broker.answers import DeleteAnswers, WriteAnswers
 from kvcache.broker.calls import Calls
 from kvcache.broker.directory import Name
 from kvcache.broker.dispatch import Dispatch
-from kvcache.broker.journal import Journal
+from kvcache.broker.journal import DONE, Journal
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Call, Client, Gather, Stream, Worker, Workers
 from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, SPELLED, Place, Placement
@@ -88,6 +88,8 @@ class Requests:
         call = self.calls.begin(client, place.worker, message.req_id, now + message.deadline_ms / 1000, stream, name)
         if stream is not None:
             self.streams.use(stream, call)
+        if isinstance(message, m.Generate) and message.trace:
+            self._journal.began(call, message, place.choice.reason, now)
         if isinstance(message, m.Generate) and place.prompt is not None:
             self._knowledge.dispatched(call, message, place.prompt, place.choice, now)
         version = self._sequences.next_version(now) if name and isinstance(message, m.Generate) else 0
@@ -138,7 +140,7 @@ class Requests:
         if not link:
             return self.fail(call, ConnectionLost("this client has no connection for bulk data"))
         if reply.final:
-            self._end(call, "failed" if wire.is_failure(frames[1:]) else "done")
+            self._end(call, "failed" if wire.is_failure(frames[1:]) else DONE)
         return [Send(port, link, frames[1:], call)]
 
     def prefilled(self, worker: Worker, report: m.Prefilled, now: float) -> None:

@@ -24,6 +24,7 @@ from kvcache.broker.recording import Recording
 from kvcache.broker.sends import Port, Send
 from kvcache.config import BrokerConfig
 from kvcache.logs import about
+from kvcache.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,11 @@ Handler = Callable[[bytes, Message, float, str], list[Send]]
 class Broker:
     """One broker on its six endpoints. `run` returns when `stop` is set and what was in flight has ended."""
 
-    def __init__(self, config: BrokerConfig) -> None:
+    def __init__(self, config: BrokerConfig, tracer: Tracer | None = None) -> None:
         self._config = config
+        self._tracer = tracer
         self._security = SecurityConfig(mode=config.security)
-        self.core = BrokerCore(config, incarnation=time.time_ns(), now=time.monotonic())
+        self.core = BrokerCore(config, incarnation=time.time_ns(), now=time.monotonic(), is_tracing=tracer is not None)
         self.core.gauges.pid = os.getpid()
         self.core.gauges.version = version("kvcache")
         self._routers: dict[Port, Router] = {}
@@ -93,6 +95,7 @@ class Broker:
             self._update_gauges(process, now - due)
             due = now + TICK_S
             self._perform(self.core.tick(now))
+            self._trace()
             if self._recording is not None:
                 self._recording.flush()
             for news in self.core.take_news():
@@ -128,8 +131,16 @@ class Broker:
                     log.exception("a message of a %s could not be handled", port.value)
                     if port is Port.CLIENT:
                         self._perform(self.core.on_fault(bytes(link), frames))
+            self._trace()
 
         return receive
+
+    def _trace(self) -> None:
+        """Export the spans that have just ended."""
+        if self._tracer is not None and (spans := self.core.take_spans()):
+            now = time.monotonic()
+            for span in spans:
+                self._tracer.record(span, now)
 
     def _perform(self, sends: list[Send]) -> None:
         for send in sends:

@@ -18,7 +18,15 @@ from kvcache.client.config import client_config
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV
 from kvcache.client.link import Link, new_id
-from kvcache.client.prompts import ChatMessages, Tools, check_index, check_label, make_prompt, optional_name
+from kvcache.client.prompts import (
+    ChatMessages,
+    Tools,
+    check_index,
+    check_label,
+    check_traceparent,
+    make_prompt,
+    optional_name,
+)
 from kvcache.client.results import Encoding
 from kvcache.client.streams import GenerateCall, Wanted
 from kvcache.sampling import SamplingFields, SamplingParams, sampling_params
@@ -77,6 +85,7 @@ class AsyncClient:
         explain: bool = False,
         pull_from: str | None = None,
         label: str | None = None,
+        traceparent: str | None = None,
         **sampling: Unpack[SamplingFields],
     ) -> AsyncGeneration:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
@@ -91,6 +100,7 @@ class AsyncClient:
         pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
         policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
         label: what the logs of broker and worker call this request, instead of its id.
+        traceparent: W3C's, of the span within which you ask; broker and worker add theirs if they are told to trace.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -117,6 +127,7 @@ class AsyncClient:
             priority=check_index("priority", priority, MAX_PRIORITY, least=-MAX_PRIORITY),
             pull_from=optional_name("pull_from", pull_from),
             label=check_label(label),
+            trace=check_traceparent(traceparent),
         )
         ends, now = self._link.deadline(deadline), time.monotonic()
         calls = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bus.errors import BadArgument, TooLarge
 from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import PromptKind
+from bus.traces import parse_traceparent
 from kvcache.hashing import canonical_chat, encode_token_ids, routing_chain, session_chain
 
 if TYPE_CHECKING:
@@ -108,6 +109,16 @@ def check_label(value: object) -> str:
     if not isinstance(value, str) or not value.isascii() or not value.isprintable() or len(value) > MAX_LABEL_CHARS:
         raise BadArgument(f"label must be up to {MAX_LABEL_CHARS} printable ASCII characters, not {value!r:.60}")
     return value
+
+
+def check_traceparent(value: object) -> str:
+    """A W3C traceparent; None for none. Raises BadArgument."""
+    if value is None:
+        return ""
+    context = parse_traceparent(value) if isinstance(value, str) else None
+    if context is None:
+        raise BadArgument(f"traceparent must be of the form 00-<32 hex digits>-<16>-<2>, not {value!r:.80}")
+    return str(context)
 
 
 def check_index(what: str, value: object, most: int, least: int = 0) -> int:

@@ -81,6 +81,7 @@ class Wanted:
     priority: int = 0
     pull_from: str = ""
     label: str = ""
+    trace: str = ""
 
 
 class GenerateCall:
@@ -204,6 +205,7 @@ class GenerateCall:
             payload=wire.describe(payload),
             priority=wanted.priority,
             label=wanted.label,
+            trace=wanted.trace,
         )
         return [ToControl(message, payload)]
 

@@ -160,6 +160,7 @@ class Client:
         explain: bool = False,
         pull_from: str | None = None,
         label: str | None = None,
+        traceparent: str | None = None,
         **sampling: Unpack[SamplingFields],
     ) -> Generation:
         """Begin to generate from a prompt, token ids or chat messages; iterate over what is returned.
@@ -174,6 +175,7 @@ class Client:
         pull_from: have the worker copy what this other worker holds of the prompt, rather than compute it; the
         policy decides that by itself, so this is for measurements. A copy that fails only costs its time.
         label: what the logs of broker and worker call this request, instead of its id.
+        traceparent: W3C's, of the span within which you ask; broker and worker add theirs if they are told to trace.
         A stream that loses its worker goes on elsewhere; tokens are never repeated or changed.
         Raises BadArgument or TooLarge at once; all other errors come from the iteration.
         """
@@ -195,6 +197,7 @@ class Client:
                 explain=explain,
                 pull_from=pull_from,
                 label=label,
+                traceparent=traceparent,
                 **sampling,
             )
 

@@ -35,13 +35,14 @@ from kvcache.gateway.slowest import Slowest
 from kvcache.gateway.vocabulary import Vocabulary
 from kvcache.gateway.watch import Watch
 from kvcache.metrics.latest import LatestStats
+from kvcache.tracing import Tracer
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import Receive, Scope, Send
 
 METRICS_PATH = "/metrics"
-CORS_HEADERS = ("authorization", "content-type", "x-request-id", "x-session-id", "x-session-affinity")
+CORS_HEADERS = ("authorization", "content-type", "traceparent", "x-request-id", "x-session-id", "x-session-affinity")
 
 
 class Gateway:
@@ -159,7 +160,9 @@ class Counted(Response):
             self._gateway.give_back(self._num_outputs)
 
 
-def make_app(config: GatewayConfig, client: AsyncClient, keys: Keys, stopping: asyncio.Event) -> Starlette:
+def make_app(
+    config: GatewayConfig, client: AsyncClient, keys: Keys, stopping: asyncio.Event, tracer: Tracer | None = None
+) -> Starlette:
     """The application, for a client that is connected within the loop that serves it.
 
     stopping: set when the server begins to stop; what never ends by itself ends then.
@@ -170,7 +173,7 @@ def make_app(config: GatewayConfig, client: AsyncClient, keys: Keys, stopping: a
         routes += Dashboard(config, Watch(client, gateway.slowest), stopping).routes()
     answers.know({route.endpoint: route.path for route in routes})
     open_paths = OPEN_PATHS | ({METRICS_PATH} if config.metrics_public else set())
-    middleware = [Middleware(Gate, keys=keys, on_answer=answers.count, open_paths=open_paths)]
+    middleware = [Middleware(Gate, keys=keys, on_answer=answers.count, open_paths=open_paths, tracer=tracer)]
     if config.cors_origin:
         cors = Middleware(
             CORSMiddleware,

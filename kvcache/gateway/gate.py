@@ -21,6 +21,7 @@ from kvcache.gateway import dashboard
 from kvcache.gateway.access import Keys
 from kvcache.gateway.asks import SESSION_HEADERS, Caller
 from kvcache.gateway.problems import Problem, problem_of
+from kvcache.tracing import OpenSpan, Tracer
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +33,7 @@ OnAnswer = Callable[[object, int], None]
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/openapi.json"}) | dashboard.OPEN_PATHS
 PROBES = OPEN_PATHS | {"/metrics"}
 """What is asked all the time, by machines."""
+TRACED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 MAX_REQUEST_ID_CHARS = 128
 
 
@@ -39,13 +41,22 @@ class Gate:
     """Middleware. Puts `request_id` and `caller` into the scope's state, and X-Request-ID on every answer.
 
     open_paths: that need no key. on_answer: is told the handler of each answer, None if there is none, and its status.
+    tracer: of what generates; None for none.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, on_answer: OnAnswer, open_paths: Collection[str] = OPEN_PATHS) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        on_answer: OnAnswer,
+        open_paths: Collection[str] = OPEN_PATHS,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._on_answer = on_answer
         self._open_paths = open_paths
+        self._tracer = tracer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +67,7 @@ class Gate:
         has_begun = False
         status, began_at = 0, time.monotonic()
         logs.current_request.set(request_id)
+        span = self._begin_span(scope, headers)
 
         async def reply(message: Message) -> None:
             nonlocal has_begun, status
@@ -68,6 +80,7 @@ class Gate:
         try:
             state = scope.setdefault("state", {})
             state["request_id"] = request_id
+            state["traceparent"] = span.traceparent if span is not None else None
             state["caller"] = self._caller(scope["path"], headers)
             await self._app(scope, receive, reply)
         except ClientDisconnect:
@@ -78,6 +91,16 @@ class Gate:
             await send_problem(_problem(error, request_id), reply)
         finally:
             _log_end(scope, status, time.monotonic() - began_at)
+            if span is not None:
+                _end_span(span, status, request_id)
+
+    def _begin_span(self, scope: Scope, headers: dict[bytes, bytes]) -> OpenSpan | None:
+        """Of what generates; None for all else, and where nothing is traced."""
+        if self._tracer is None or scope["path"] not in TRACED_PATHS:
+            return None
+        given = headers.get(b"traceparent", b"").decode("latin-1")
+        attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
+        return self._tracer.begin(f"{scope['method']:.8} {scope['path']}", given, attributes)
 
     def _caller(self, path: str, headers: dict[bytes, bytes]) -> Caller:
         key = b""
@@ -113,6 +136,12 @@ def _problem(error: Exception, request_id: str) -> Problem:
         case _:
             log.error("a request failed", exc_info=error)
             return Problem(500, f"a fault of the server; its log has request {request_id}", "server_error")
+
+
+def _end_span(span: OpenSpan, status: int, request_id: str) -> None:
+    """A status of 0: the caller left before there was one."""
+    error = "the caller left" if not status else f"status {status}" if status >= 500 else ""
+    span.end({"http.response.status_code": status, "kvcache.request.id": request_id}, error)
 
 
 def _log_end(scope: Scope, status: int, seconds: float) -> None:

@@ -74,7 +74,7 @@ class Answer(Response):
         try:
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(until_gone(receive))
-                async with self._generations(request_id) as generations:
+                async with self._generations(request_id, scope["state"].get("traceparent")) as generations:
                     with self._remembered(request_id):
                         await tell(head, echoes, generations, send)
                 watcher.cancel()
@@ -83,7 +83,7 @@ class Answer(Response):
                 raise _first(errors) from None  # else nobody is left to tell
 
     @asynccontextmanager
-    async def _generations(self, request_id: str) -> AsyncIterator[list[Measured]]:
+    async def _generations(self, request_id: str, traceparent: str | None) -> AsyncIterator[list[Measured]]:
         """All of them, begun; those that have not ended are stopped when the block is left, however that is."""
         ask = self._ask
         begun: list[Measured] = []
@@ -99,6 +99,7 @@ class Answer(Response):
                     deadline=self._config.request_timeout_s,
                     explain=self._config.dashboard == "on",
                     label=request_id,
+                    traceparent=traceparent,
                 )
                 # Not a comprehension: those before one that is refused must be stopped.
                 watch = self._traffic.watch(ask.params.n, time.monotonic())

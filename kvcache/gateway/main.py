@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import resource
 import secrets
 import signal
@@ -23,6 +24,7 @@ from kvcache.gateway.access import Keys, hash_key, read_keys
 from kvcache.gateway.app import make_app
 from kvcache.gateway.config import GatewayConfig, add_flags, config_from
 from kvcache.gateway.connections import guarded_protocol
+from kvcache.tracing import Tracer, tracer_for
 
 log = logging.getLogger("kvcache.gateway")
 
@@ -51,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"gateway: {error}\n")
         return EXIT_USAGE
     _allow_many_connections()
-    return asyncio.run(_serve(config, keys))
+    try:
+        with tracer_for("kvcache-gateway", f"{config.host}:{config.port}", os.environ) as tracer:
+            return asyncio.run(_serve(config, keys, tracer))
+    except BadArgument as error:
+        sys.stderr.write(f"gateway: {error}\n")
+        return EXIT_USAGE
 
 
 class Server(uvicorn.Server):
@@ -76,14 +83,14 @@ class Server(uvicorn.Server):
         yield
 
 
-async def _serve(config: GatewayConfig, keys: Keys) -> int:
+async def _serve(config: GatewayConfig, keys: Keys, tracer: Tracer | None) -> int:
     if config.host not in LOOPBACK and not keys:
         log.warning("everybody who reaches %s may use this gateway: no API key is set", config.host)
     async with AsyncClient(config.broker, timeout=config.request_timeout_s) as client:
         stopping = asyncio.Event()
         server = Server(
             uvicorn.Config(
-                make_app(config, client, keys, stopping),
+                make_app(config, client, keys, stopping, tracer),
                 host=config.host,
                 port=config.port,
                 http=guarded_protocol(config.body_timeout_s),

@@ -11,6 +11,7 @@ import pytest_asyncio
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster, running_cluster
 from tests.harness.fixtures import TINY_FLAGS, reference, tiny_model
+from tests.harness.logs import spans_in_logs
 
 __all__ = ["reference", "tiny_model"]
 
@@ -18,10 +19,11 @@ __all__ = ["reference", "tiny_model"]
 @pytest.fixture(scope="session")
 def shared_cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Cluster]:
     with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        cluster.add_broker("--log-level", "debug", "--log-format", "json")
         logs = ("--log-level", "debug", "--log-format", "json")
-        for name in ("worker-1", "worker-2"):
-            cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS, *logs)
+        with spans_in_logs():
+            cluster.add_broker(*logs)
+            for name in ("worker-1", "worker-2"):
+                cluster.add_worker(name, "--model", str(tiny_model), *TINY_FLAGS, *logs)
         cluster.wait_ready()
         yield cluster
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import secrets
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bus.errors import BadArgument, ModelNotFound
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster
 from tests.harness.gateway import gateway
+from tests.harness.logs import said_of, spans_in_logs, spans_of
 from tests.harness.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
@@ -32,7 +34,10 @@ def gateway_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def url(shared_cluster: Cluster, gateway_log: Path) -> Iterator[str]:
-    with gateway(shared_cluster.url, gateway_log, "--body-timeout-s", "1", "--log-format", "json") as url:
+    with ExitStack() as stack:
+        with spans_in_logs():
+            flags = ("--body-timeout-s", "1", "--log-format", "json")
+            url = stack.enter_context(gateway(shared_cluster.url, gateway_log, *flags))
         yield url
 
 
@@ -187,22 +192,46 @@ async def test_a_request_is_found_in_every_log_by_its_id(
     named = {"X-Request-ID": "find me"}
     await api.completions.create(model="tiny", prompt="a secret sentence", max_tokens=2, extra_headers=named)
 
-    def said(log: Path) -> list[str]:
-        """Of whole lines only: the last one may still be being written. Libraries may print what is none of ours."""
-        lines = log.read_text("utf-8").splitlines(keepends=True)
-        entries = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}\n")]
-        return [entry["message"] for entry in entries if entry.get("request_id") == "find me"]
-
     workers = [worker.log for worker in shared_cluster.workers.values()]
     broker = shared_cluster.broker.log
-    await until(lambda: len(said(broker)) == 2 and len(said(gateway_log)) == 1, "broker and gateway tell of it")
-    went, ended = said(broker)
+    await until(lambda: len(said_of(broker, "find me")) == 2, "the broker tells of it")
+    await until(lambda: len(said_of(gateway_log, "find me")) == 1, "the gateway tells of it")
+    went, ended = said_of(broker, "find me")
     assert (went.startswith("Generate goes to worker-"), ended.endswith(": done")) == (True, True)
-    assert said(gateway_log)[0].startswith("POST /v1/completions: 200, ")
-    ((begins, ends),) = [lines for lines in map(said, workers) if lines]
+    assert said_of(gateway_log, "find me")[0].startswith("POST /v1/completions: 200, ")
+    ((begins, ends),) = [lines for lines in (said_of(log, "find me") for log in workers) if lines]
     assert begins.startswith("Generate begins, ")
     assert ends.startswith("Generate ends: length, 2 tokens, ")
     assert not any("secret" in log.read_text("utf-8") for log in (broker, gateway_log, *workers))
+
+
+async def test_a_trace_of_the_callers_goes_through_all_processes(
+    api: openai.AsyncOpenAI, gateway_log: Path, shared_cluster: Cluster
+) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    trace_id, caller = secrets.token_hex(16), secrets.token_hex(8)
+    for flags in ("00", "01"):  # of the first nobody records anything
+        traced = {"traceparent": f"00-{trace_id}-{caller}-{flags}"}
+        await api.completions.create(model="tiny", prompt="hello", max_tokens=2, extra_headers=traced)
+
+    workers = [worker.log for worker in shared_cluster.workers.values()]
+    logs = [gateway_log, shared_cluster.broker.log, *workers]
+
+    def parents() -> dict[str, str]:
+        spans = [span for log in logs for span in spans_of(log, trace_id)]
+        names = {span["context"]["span_id"]: span["name"] for span in spans} | {f"0x{caller}": "the caller"}
+        return {span["name"]: names.get(span["parent_id"], "somebody") for span in spans}
+
+    await until(lambda: len(parents()) == 6, "all spans are exported")
+    assert parents() == {
+        "POST /v1/completions": "the caller",
+        "kvcache.broker": "POST /v1/completions",
+        "kvcache.worker": "kvcache.broker",
+        "queue": "kvcache.worker",
+        "prefill": "kvcache.worker",
+        "decode": "kvcache.worker",
+    }
+    assert sum(len(spans_of(log, trace_id)) for log in logs) == 6
 
 
 def test_a_request_id_is_echoed_or_made(web: httpx.Client) -> None:

@@ -93,7 +93,7 @@ def test_one_frame_is_byte_for_byte_what_the_document_shows() -> None:
     assert wire.encode(m.Beat(beat=7)).hex() == "4b5601" + "01" + "00" + "05" + "0000" + "36800ff2" + "9107"
 
 
-def generate(label: str) -> m.Generate:
+def generate(label: str = "", trace: str = "") -> m.Generate:
     return m.Generate(
         req_id=bytes(16),
         attempt=0,
@@ -103,6 +103,7 @@ def generate(label: str) -> m.Generate:
         kind=m.PromptKind.TEXT,
         sampling=m.Sampling(),
         label=label,
+        trace=trace,
     )
 
 
@@ -112,6 +113,22 @@ def test_a_label_that_would_disturb_a_log_is_malformed() -> None:
     for label in ("two\nlines", "end\n", "\x1b[2J", "\u00e9", "~" * 129):
         with pytest.raises(MalformedMessage, match="Generate"):
             wire.decode_header(wire.encode(generate(label)))
+
+
+def test_a_trace_that_is_none_is_malformed() -> None:
+    whole = f"00-{'a' * 32}-{'b' * 16}-01"
+    for trace in ("", whole):
+        assert wire.decode_header(wire.encode(generate(trace=trace))).trace == trace
+    for trace in (whole.upper(), f"{whole}-more", f"{whole}\n", f"01{whole[2:]}", whole[:-1]):
+        with pytest.raises(MalformedMessage, match="Generate"):
+            wire.decode_header(wire.encode(generate(trace=trace)))
+
+
+def test_what_an_older_peer_sends_lacks_the_newest_fields() -> None:
+    """Fields are only ever added at the end, with a default."""
+    header = msgspec.msgpack.decode(wire.encode(generate("x"))[wire.PREFIX_BYTES :])
+    older = wire.decode_header(framed(msgspec.msgpack.encode(header[:-2]), m.Generate.opcode))
+    assert (older.label, older.trace) == ("", "")
 
 
 def test_a_failure_is_known_by_its_opcode_alone() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bus.errors import Overloaded
+from bus.traces import Attributes, Span
 from kvcache import logs
 from kvcache.gateway.access import Keys
 from kvcache.gateway.gate import Gate
@@ -20,7 +21,31 @@ def _forget() -> Any:  # noqa: ANN401  # a generator fixture
     logs.current_request.reset(token)
 
 
-async def ask(app: Any, path: str = "/v1/completions", **headers: str) -> list[dict[str, Any]]:  # noqa: ANN401  # an ASGI app
+class FakeTracer:
+    """Keeps what it is told, in order."""
+
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-01"
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def begin(self, name: str, traceparent: str, attributes: Attributes) -> FakeTracer:
+        self.told.append((name, traceparent, dict(attributes)))
+        return self
+
+    def end(self, attributes: Attributes, error: str = "") -> None:
+        self.told.append((dict(attributes), error))
+
+    def record(self, span: Span, now: float) -> None:
+        raise AssertionError
+
+
+async def ask(
+    app: Any,  # noqa: ANN401  # an ASGI app
+    path: str = "/v1/completions",
+    tracer: FakeTracer | None = None,
+    **headers: str,
+) -> list[dict[str, Any]]:
     said: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:  # noqa: ANN401
@@ -37,7 +62,7 @@ async def ask(app: Any, path: str = "/v1/completions", **headers: str) -> list[d
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()],
         "state": {},
     }
-    await Gate(app, Keys(), lambda handler, status: None)(scope, receive, send)
+    await Gate(app, Keys(), lambda handler, status: None, tracer=tracer)(scope, receive, send)
     return said
 
 
@@ -78,6 +103,31 @@ async def test_probes_are_told_in_detail_only(caplog: pytest.LogCaptureFixture) 
     await ask(fine, "/health")
     levels = [record.levelno for record in caplog.records if "/health" in record.getMessage()]
     assert levels == [logging.DEBUG]
+
+
+async def test_what_generates_is_traced_from_its_callers_span_to_its_status() -> None:
+    given, tracer = f"00-{'c' * 32}-{'d' * 16}-01", FakeTracer()
+
+    async def generates(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+        assert scope["state"]["traceparent"] == tracer.traceparent
+        await fine(scope, receive, send)
+
+    await ask(generates, tracer=tracer, traceparent=given, x_request_id="mine-3")
+    await ask(broken, tracer=tracer, x_request_id="mine-4")
+    asked = {"http.request.method": "POST", "url.path": "/v1/completions"}
+    assert tracer.told == [
+        ("POST /v1/completions", given, asked),
+        ({"http.response.status_code": 200, "kvcache.request.id": "mine-3"}, ""),
+        ("POST /v1/completions", "", asked),
+        ({"http.response.status_code": 500, "kvcache.request.id": "mine-4"}, "status 500"),
+    ]
+
+
+async def test_what_does_not_generate_is_not_traced() -> None:
+    tracer = FakeTracer()
+    await ask(fine, "/health", tracer)
+    await ask(fine, "/v1/models", tracer)
+    assert tracer.told == []
 
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "two\nlines", "\u00e9"])

@@ -45,15 +45,17 @@ def frames_of(message: m.Message, *payload: bytes) -> list[Buffer]:
 class Driver:
     """One core and its clock. Ids that the core makes count up, so that a test can name them."""
 
-    def __init__(self, **config: Any) -> None:  # noqa: ANN401  # the fields of BrokerConfig
+    def __init__(self, **config: Any) -> None:  # noqa: ANN401  # the fields of BrokerConfig, and is_tracing
         self.now = 1000.0
         ids = itertools.count(1)
+        is_tracing = bool(config.pop("is_tracing", False))
         fields: dict[str, Any] = {"settle_ms": 0, "policy": "round_robin"} | config
         self.core = BrokerCore(
             BrokerConfig(**fields),
             incarnation=42,
             now=self.now,
             new_id=lambda: next(ids).to_bytes(16, "big"),
+            is_tracing=is_tracing,
         )
 
     def client(self, link: bytes, message: m.Message, *payload: bytes, user: str = USER) -> list[Heard]:

@@ -545,6 +545,16 @@ async def test_a_label_is_what_logs_call_the_request(broker: ScriptedBroker, cli
             client.generate("hello", label=label)  # type: ignore[arg-type]  # what a caller may pass
 
 
+async def test_a_traceparent_goes_with_the_request(broker: ScriptedBroker, client: AsyncClient) -> None:
+    given = f"00-{'a' * 32}-{'b' * 16}-01"
+    generation, asked = await begin(broker, client, traceparent=given)
+    assert asked.trace == given
+    await generation.cancel()
+    for traceparent in ("", "00-a-b-01", f"00-{'0' * 32}-{'b' * 16}-01", f"{given}\n", 7):
+        with pytest.raises(BadArgument, match="traceparent must be of the form 00-"):
+            client.generate("hello", traceparent=traceparent)  # type: ignore[arg-type]  # as above
+
+
 # --- sampling parameters and several outputs -----------------------------------------------------
 
 

@@ -9,8 +9,9 @@ import pytest
 
 from bus.errors import BadArgument, InternalError
 from bus.messages import Assign, FinishReason, Generate, KvDone, Length, PromptKind, Sampling, StreamEnd
+from bus.traces import TraceContext
 from tests.unit.workers.core_bench import answers
-from workers.calls import CallId, Calls
+from workers.calls import CallId, Calls, Record
 
 REQUEST = Length(req_id=b"r" * 16, attempt=0, deadline_ms=1000, seq_id="s", layer=0)
 DONE = KvDone(req_id=b"r" * 16)
@@ -78,6 +79,46 @@ def test_a_call_is_told_in_detail_under_its_label(caplog: pytest.LogCaptureFixtu
         "Length ends: nobody waits for it",
     ]
     assert {record.__dict__["request_id"] for record in caplog.records} == {REQUEST.req_id.hex()}
+
+
+def test_a_recorded_generation_ends_with_a_span_of_what_took_its_time() -> None:
+    calls = Calls()
+    told = msgspec.structs.replace(GENERATE, model="m", label="chat 7", trace=f"00-{'a' * 32}-{'b' * 16}-01")
+    assign = Assign(call=5, tenant="t", client=b"c" * 16, deadline_ms=1500, reason="why")
+    of_broker = msgspec.structs.replace(assign, trace=f"00-{'a' * 32}-{'c' * 16}-01")
+    for envelope, parent in ((assign, "b" * 16), (of_broker, "c" * 16)):
+        _, record = calls.finish(calls.open(0, envelope, told, 10.0), END)
+        assert isinstance(record, Record)
+        assert record.span.parent == TraceContext("a" * 32, parent, True)
+        assert (record.span.started_at, record.span.error) == (10.0, "")
+        assert record.span.parts == (("queue", 0.001), ("prefill", 0.002), ("decode", 0.003))
+        assert record.span.attributes == {
+            "kvcache.request.id": "chat 7",
+            "gen_ai.request.model": "m",
+            "gen_ai.usage.input_tokens": 5,
+            "gen_ai.usage.output_tokens": 3,
+            "gen_ai.response.finish_reasons": "stop",
+            "kvcache.cached_tokens": 4,
+        }
+
+
+def test_a_recorded_generation_that_fails_or_is_given_up_says_so() -> None:
+    calls, assign = Calls(), Assign(call=5, tenant="t", client=b"c" * 16, deadline_ms=1500, reason="why")
+    told = msgspec.structs.replace(GENERATE, trace=f"00-{'a' * 32}-{'b' * 16}-01")
+    _, failed = calls.fail(calls.open(0, assign, told, 10.0), BadArgument("a secret"))
+    (given_up,) = calls.forget(calls.open(0, assign, told, 10.0))
+    assert isinstance(failed, Record)
+    assert isinstance(given_up, Record)
+    assert (failed.span.error, given_up.span.error) == ("BAD_ARG", "nobody waits for it")
+
+
+def test_what_nobody_records_has_no_span() -> None:
+    assign = Assign(call=5, tenant="t", client=b"c" * 16, deadline_ms=1500, reason="why")
+    for trace in ("", f"00-{'a' * 32}-{'b' * 16}-00"):
+        calls = Calls()
+        call = calls.open(0, assign, msgspec.structs.replace(GENERATE, trace=trace), 10.0)
+        assert len(calls.finish(call, END)) == 1
+        assert calls.forget(call) == []
 
 
 def test_without_detail_only_faults_of_ours_are_told(caplog: pytest.LogCaptureFixture) -> None:
