@@ -20,9 +20,13 @@ END_S = 15.0
 
 
 class Processes:
-    """Each in a session of its own, so that what it starts stops and ends with it. `close` ends them."""
+    """Each in a session of its own, so that what it starts stops and ends with it. `close` ends them.
 
-    def __init__(self) -> None:
+    end_s: how long they have, all together, to end by themselves.
+    """
+
+    def __init__(self, end_s: float = END_S) -> None:
+        self._end_s = end_s
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._started: list[subprocess.Popen[bytes]] = []
 
@@ -69,7 +73,7 @@ class Processes:
     def close(self) -> None:
         self._signal(signal.SIGTERM)
         self._signal(signal.SIGCONT)
-        until = time.monotonic() + END_S
+        until = time.monotonic() + self._end_s
         for process in self._started:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
