@@ -13,7 +13,7 @@ from typing import ClassVar
 
 
 class ErrorCode(enum.IntEnum):
-    """The numbers on the wire. They are never reused for another meaning."""
+    """The numbers on the wire. They are never reused for another meaning; 10 was one that nothing raised."""
 
     BAD_FRAME = 1
     BAD_VERSION = 2
@@ -24,7 +24,6 @@ class ErrorCode(enum.IntEnum):
     BAD_ARG = 7
     NOT_FOUND = 8
     CONFLICT = 9
-    WRONG_OWNER = 10
     STALE_EPOCH = 11
     OVERLOADED = 12
     NO_SPACE = 13
@@ -101,16 +100,6 @@ class WorkerLost(Unavailable):
     """The worker that had the request died, froze or left."""
 
     code = ErrorCode.WORKER_LOST
-
-
-class WrongOwner(Unavailable):
-    """The sequence belongs to another worker now."""
-
-    code = ErrorCode.WRONG_OWNER
-
-    @property
-    def epoch(self) -> int:
-        return self.detail
 
 
 class StaleEpoch(Unavailable):
@@ -255,7 +244,6 @@ _LEAVES: tuple[type[KVCacheError], ...] = (
     NoWorkers,
     Overloaded,
     WorkerLost,
-    WrongOwner,
     StaleEpoch,
     Draining,
     Corrupt,

@@ -17,7 +17,7 @@ from kvcache.cli.kv_files import read_layers, write_layers
 from kvcache.cli.options import AsJson, Layer, SeqId, Timeout, Url
 from kvcache.cli.output import console, human_bytes, note, print_json, print_table
 
-COMMANDS = ("put", "append", "get", "length", "delete", "list_")
+COMMANDS = ("put", "append", "get", "length", "delete", "pin", "unpin", "list_")
 
 InFile = Annotated[
     Path,
@@ -109,6 +109,28 @@ def delete(seq_id: SeqId, layer: OneLayer = None, url: Url = None, timeout: Time
     with kvcache.Client(url, timeout=timeout) as client:
         count = client.kv.delete(seq_id, layer)
     note(f"deleted {count} {'layer' if count == 1 else 'layers'}")
+
+
+def pin(
+    seq_id: SeqId,
+    ttl: Annotated[
+        float | None,
+        typer.Option("--ttl", min=0.001, help="For so many seconds; default: until unpinned.", metavar="S"),
+    ] = None,
+    url: Url = None,
+    timeout: Timeout = 10.0,
+) -> None:
+    """Keep a sequence from eviction."""
+    with kvcache.Client(url, timeout=timeout) as client:
+        client.kv.pin(seq_id, ttl)
+    note(f"pinned for {ttl:g} s" if ttl is not None else "pinned")
+
+
+def unpin(seq_id: SeqId, url: Url = None, timeout: Timeout = 10.0) -> None:
+    """Let a sequence be evicted again."""
+    with kvcache.Client(url, timeout=timeout) as client:
+        client.kv.unpin(seq_id)
+    note("unpinned")
 
 
 def list_(

@@ -25,6 +25,9 @@ from kvcache.routing.views import IndexState
 
 PATIENCE_S = 1.0
 """Without progress in what is awaited, ask again after this."""
+SNAPSHOTS = 4
+"""That may begin at once; then one each `PATIENCE_S`, which is as often as they are asked for. Each may replace a
+worker's whole share of the index, so one that sends them all the time would have the broker do nothing else."""
 
 
 class Happening(enum.Enum):
@@ -66,6 +69,9 @@ class Feed:
         self._shown: Holder | None = None
         self._filling: Holder | None = None
         self._next_part = 0
+        self._room = float(SNAPSHOTS)  # for snapshots that begin, as of `_room_at`
+        self._room_at = now
+        self._wants_all = False  # a snapshot was passed over, so no changes can tell what is held
         self._known = 0
         self._ask_at = now + PATIENCE_S  # it sends a snapshot by itself
 
@@ -94,14 +100,23 @@ class Feed:
                 self._index.remove(self._shown, fresh)
         self._known = last
         self._move(Happening.REPAIRED)
-        self._ask_at = inf
+        if not self._wants_all:
+            self._ask_at = inf
         self._check_share(self._shown, now)
 
     def held(self, message: NodesHeld, nodes: bytes, now: float) -> None:
-        """A part of a snapshot; the first begins a new one. Raises MalformedMessage as above."""
+        """A part of a snapshot; the first begins a new one, or is passed over if there were too many.
+
+        Raises MalformedMessage as above.
+        """
         changes = self._read(message.runs, nodes)
         if not all(run.is_stored for run in message.runs):
             raise MalformedMessage("a snapshot is of nodes that are held, not of any that were removed")
+        if message.part == 0 and not self._takes_snapshot(now):
+            self._missed(now)
+            self._drop_filling()
+            self._ask_at, self._wants_all = now + PATIENCE_S, True
+            return
         if message.part == 0:
             self._drop_filling()
             self._filling = self._index.open(self._worker_id)
@@ -122,7 +137,7 @@ class Feed:
         holder, self._filling = self._filling, None
         self._show(holder)
         self._known = message.after
-        self._ask_at = inf
+        self._ask_at, self._wants_all = inf, False
         self._move(Happening.WHOLE)
         self._check_share(holder, now)
 
@@ -142,7 +157,7 @@ class Feed:
             return None
         self._ask_at = now + PATIENCE_S
         self._drop_filling()
-        return self._known if self._shown is not None and not self._shown.is_cut else 0
+        return self._known if self._shown is not None and not self._shown.is_cut and not self._wants_all else 0
 
     def close(self) -> None:
         """The worker is gone, and with it all that it held."""
@@ -150,6 +165,14 @@ class Feed:
             assert holder is not None
             self._index.close(holder)
         self._shown = self._filling = None
+
+    def _takes_snapshot(self, now: float) -> bool:
+        self._room = min(float(SNAPSHOTS), self._room + (now - self._room_at) / PATIENCE_S)
+        self._room_at = now
+        if self._room < 1.0:
+            return False
+        self._room -= 1.0
+        return True
 
     def _missed(self, now: float) -> None:
         if self._ask_at == inf:  # else it is asked for, or about to be

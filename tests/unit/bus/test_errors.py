@@ -12,7 +12,7 @@ from bus.messages import Failed
 
 REQ = bytes(16)
 
-RETRYABLE = {"NO_WORKERS", "OVERLOADED", "WORKER_LOST", "WRONG_OWNER", "DRAINING", "CORRUPT", "CONNECTION_LOST"}
+RETRYABLE = {"NO_WORKERS", "OVERLOADED", "WORKER_LOST", "DRAINING", "CORRUPT", "CONNECTION_LOST"}
 
 
 def test_every_code_has_its_class() -> None:
@@ -23,7 +23,7 @@ def test_codes_keep_their_numbers() -> None:
     """The numbers of the published table; a new code gets a new one."""
     assert {code.name: int(code) for code in ErrorCode} == {
         **{"BAD_FRAME": 1, "BAD_VERSION": 2, "UNAUTHENTICATED": 3, "FORBIDDEN": 4, "TOO_LARGE": 5, "BAD_TENSOR": 6},
-        **{"BAD_ARG": 7, "NOT_FOUND": 8, "CONFLICT": 9, "WRONG_OWNER": 10, "STALE_EPOCH": 11, "OVERLOADED": 12},
+        **{"BAD_ARG": 7, "NOT_FOUND": 8, "CONFLICT": 9, "STALE_EPOCH": 11, "OVERLOADED": 12},
         **{"NO_SPACE": 13, "DEADLINE": 14, "CANCELLED": 15, "WORKER_LOST": 16, "REPLAY_EXPIRED": 17},
         **{"MODEL_UNAVAILABLE": 18, "TOKENIZER": 19, "CORRUPT": 20, "DRAINING": 21, "INTERNAL": 22, "NO_WORKERS": 23},
         **{"CONNECTION_LOST": 24, "STREAM_GAP": 25, "MODEL_NOT_FOUND": 26},
@@ -62,5 +62,4 @@ def test_an_error_without_a_request_is_its_message() -> None:
 
 def test_the_number_that_an_error_carries_has_a_name() -> None:
     assert errors.Conflict("x", detail=12).current_len == 12
-    assert errors.WrongOwner("x", detail=3).epoch == 3
     assert errors.StaleEpoch("x", detail=4).epoch == 4

@@ -14,7 +14,7 @@ from bus.errors import BadArgument, ConnectionLost, DeadlineExceeded, KVCacheErr
 from kvcache.cli import main
 
 COMMANDS = ["up", "generate", "chat", "route", "workers", "stats", "models-pull", "models-list"]
-COMMANDS += [f"kv-{verb}" for verb in ("put", "append", "get", "length", "delete", "list")]
+COMMANDS += [f"kv-{verb}" for verb in ("put", "append", "get", "length", "delete", "pin", "unpin", "list")]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -45,6 +45,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
         (["generate", "x", "--temperature", "warm"], "--temperature"),
         (["kv", "get", "s"], "--file"),
         (["kv", "length", "s", "--layer", "-1"], "--layer"),
+        (["kv", "pin", "s", "--ttl", "0"], "--ttl"),
         (["route"], "either a sequence id or --prompt"),
         (["route", "s", "--prompt", "p"], "either a sequence id or --prompt"),
         (["workers", "--timeout", "0"], "--timeout"),

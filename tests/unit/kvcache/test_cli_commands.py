@@ -181,6 +181,12 @@ class FakeClient:
         self._record("delete", *args)
         return 2
 
+    def pin(self, *args: object) -> None:
+        self._record("pin", *args)
+
+    def unpin(self, *args: object) -> None:
+        self._record("unpin", *args)
+
     def list(self, *args: object) -> list[SequenceInfo]:
         self._record("list", *args)
         layers = tuple(
@@ -418,6 +424,17 @@ def test_get_of_an_unknown_sequence_writes_no_file(
     assert main(["kv", "get", "par", "--file", str(file)]) == 1  # a prefix of two ids, but not an id
     assert "no worker holds a sequence 'par'" in capsys.readouterr().err
     assert not file.exists()
+
+
+def test_a_sequence_is_pinned_for_a_while_or_until_it_is_unpinned(
+    clients: list[FakeClient], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["kv", "pin", "paris", "--ttl", "2.5"]) == 0
+    assert main(["kv", "pin", "paris"]) == 0
+    assert calls_named(clients, "pin") == [(("paris", 2.5), {}), (("paris", None), {})]
+    assert main(["kv", "unpin", "paris"]) == 0
+    assert calls_named(clients, "unpin") == [(("paris",), {})]
+    assert capsys.readouterr().err.splitlines() == ["pinned for 2.5 s", "pinned", "unpinned"]
 
 
 def test_length_delete_and_list(clients: list[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:

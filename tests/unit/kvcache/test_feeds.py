@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from bus.errors import MalformedMessage
 from bus.messages import NodeRun, NodesChanged, NodesHeld
-from kvcache.routing.feeds import PATIENCE_S, TRANSITIONS, Feed, Happening
+from kvcache.routing.feeds import PATIENCE_S, SNAPSHOTS, TRANSITIONS, Feed, Happening
 from kvcache.routing.index import NodeIndex
 from kvcache.routing.views import IndexState
 from workers.node_log import NodeLog, Report
@@ -281,6 +281,23 @@ def test_absurd_numbers_harm_the_worker_that_sends_them_and_no_other() -> None:
     bad.feed.held(NodesHeld(after=2**62, part=0, is_last=True, runs=(), payload=()), b"", bad.now)
     assert bad.knows({1}) == set()
     assert good.knows({1}) == {1}
+
+
+def test_a_worker_that_tells_everything_all_the_time_is_heard_now_and_then() -> None:
+    link = Link()
+    link.say(*map(change, range(9)))
+    link.settle()
+    runs = (NodeRun("t", True, 1),)
+    told = set()
+    for number in range(100, 1100):  # a thousand snapshots in ten seconds
+        link.feed.held(NodesHeld(after=number, part=0, is_last=True, runs=runs, payload=()), node(number), link.now)
+        told |= link.knows({number})
+        link.now += 0.01
+    assert SNAPSHOTS + 9 <= len(told) <= SNAPSHOTS + 10
+    link.settle()
+    assert (link.state(), link.knows(set(range(9)) | told)) == (IndexState.EXACT, set(range(9)))
+    link.index.sweep()
+    link.index.check()
 
 
 def test_every_state_knows_what_can_happen_to_it() -> None:
