@@ -9,10 +9,13 @@ with the chains that clients send for them. Costs are measured first, on the sam
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 import msgspec
 import numpy as np
@@ -22,7 +25,9 @@ from rich.table import Table
 from bus.errors import BadArgument, InternalError, KVCacheError
 from bus.stats import PeerStats
 from kvcache.client import AsyncClient, Client
-from kvcache.hashing import ROUTING_BLOCK_TOKENS, ROUTING_DEPTHS, routing_chain
+from kvcache.client.results import Token
+from kvcache.client.sync import Generation
+from kvcache.hashing import ROUTING_BLOCK_TOKENS, ROUTING_DEPTHS, ROUTING_NODE_BYTES, routing_chain
 from kvcache.local import cluster
 from kvcache.routing.policies import DEFAULT_POLICY, POLICIES
 from kvcache.simulate.calibrate import VOCABULARY, calibrate
@@ -38,6 +43,13 @@ LOAD = 0.3
 """Low: on a machine that others use too, what was calibrated in a quiet moment is soon too much."""
 LINK_TOKENS = 1024
 LINK_RUNS = 3
+BESIDE_TOKENS = 512
+BESIDE_RUNS = 3
+NUM_DECODES = 4
+DECODED_TOKENS = 256
+"""By each of those beside which a prefill is timed: they are stopped when it is over."""
+BLOCK_TOKENS = 32
+"""The workers' own: what does not fill a block with its output is not found again."""
 STATUS_S = 2.5
 """Workers report their figures each second."""
 TIMEOUT_S = 600.0
@@ -83,6 +95,9 @@ def check(
     say(f"starting a broker and {num_workers} workers, loading {MODEL}")
     with cluster(num_workers) as url, Client(url, timeout=TIMEOUT_S) as client:
         costs = calibrate(client, say=say)
+        say("prefills beside decodes, and beside other workers")
+        decode_s, crowding = _beside(client, costs)
+        costs = msgspec.structs.replace(costs, decode_s=decode_s, crowding=crowding)
         say("the link between two workers")
         costs = msgspec.structs.replace(costs, pull_s=_link_s(client), pull_start_s=0.0)
         prompts = paced(prompts, costs, seconds, num_workers)
@@ -122,7 +137,21 @@ def divided(arrival: Arrival, divide: int) -> Prompt:
     chain = routing_chain(token_ids)
     ends = tuple(min(len(token_ids), depth * ROUTING_BLOCK_TOKENS) for depth in ROUTING_DEPTHS[: len(chain)])
     output = max(1, round(arrival.output_tokens / divide))
-    return Prompt(Arrival(arrival.at, len(token_ids), output, chain, ends), token_ids)
+    found = min(len(token_ids), (len(token_ids) + output - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
+    fine = token_nodes(token_ids[:found], dict(zip(ends, chain, strict=True)))
+    return Prompt(Arrival(arrival.at, len(token_ids), output, chain, ends, fine), token_ids)
+
+
+def token_nodes(token_ids: Sequence[int], known: Mapping[int, bytes]) -> tuple[bytes, ...]:
+    """A node for each token and all before it, because workers copy the beginnings of blocks too.
+
+    known: the nodes that end at so many tokens and are named already.
+    """
+    digest, nodes = blake2b(digest_size=ROUTING_NODE_BYTES), list[bytes]()
+    for end, token_id in enumerate(token_ids, 1):
+        digest.update(token_id.to_bytes(4, "little"))
+        nodes.append(known.get(end) or digest.digest())
+    return tuple(nodes)
 
 
 def paced(prompts: Sequence[Prompt], costs: Costs, seconds: float, num_workers: int) -> list[Prompt]:
@@ -194,6 +223,36 @@ def _link_s(client: Client) -> float | None:
     if not peers.whole_tokens:
         raise InternalError(f"no pull came whole: {peers.failures}")
     return peers.pulled_s / peers.whole_tokens
+
+
+def _beside(client: Client, costs: Costs) -> tuple[float, float]:
+    """What a prefill's token costs more for each sequence that decodes beside it, in seconds; and the share by which
+    all takes longer for each other worker that is busy.
+    """
+    names = sorted(view.worker_id for view in client.workers())
+    draw, numbers = random.Random(2), itertools.count()
+
+    def begin(worker: str, num_tokens: int, output: int) -> Generation:
+        seq_id = _owned_by(client, worker, f"beside-{next(numbers)}")
+        prompt = draw.choices(VOCABULARY, k=num_tokens)
+        return client.generate(
+            token_ids=prompt, max_tokens=output, seq_id=seq_id, policy="consistent_hash", ignore_eos=True
+        )
+
+    def seconds(*workers: str) -> float:
+        begun = [begin(worker, BESIDE_TOKENS, 1) for worker in workers]
+        return statistics.median(it.result().timings.prefill_ms for it in begun) / 1000
+
+    alone_s = statistics.median(seconds(names[0]) for _ in range(BESIDE_RUNS))
+    together_s = statistics.median(seconds(*names) for _ in range(BESIDE_RUNS))
+    decodes = [begin(names[0], BLOCK_TOKENS, DECODED_TOKENS) for _ in range(NUM_DECODES)]
+    for it in decodes:
+        next(event for event in it if isinstance(event, Token))
+    beside_s = statistics.median(seconds(names[0]) for _ in range(BESIDE_RUNS))
+    for it in decodes:
+        it.cancel()
+    others = max(1, len(names) - 1)
+    return max(0.0, beside_s - alone_s) / NUM_DECODES / BESIDE_TOKENS, max(0.0, together_s / alone_s - 1) / others
 
 
 def _owned_by(client: Client, worker: str, name: str) -> str:

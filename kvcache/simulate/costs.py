@@ -16,7 +16,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     token_s, context_s, decode_s: of a prefill, as in `kvcache.routing.views.Rates`. step_s: between two tokens of a
     sequence that decodes. pull_s: to move one token's KV between two workers; None: they cannot.
-    pull_start_s: before its first byte arrives.
+    pull_start_s: before its first byte arrives. crowding: by which share everything takes longer for each other worker
+    that is busy, as on one machine, where they share memory and processors.
     The defaults are of a 70B model on a node of 8 GPUs: 8,000 tokens a second of prefill at the beginning of a prompt
     and half of that at token 114,000, 30 ms a step, 320 KiB of KV a token over a 100 Gbit/s link.
     """
@@ -27,6 +28,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     step_s: float = 0.03
     pull_s: float | None = 1 / 40_000
     pull_start_s: float = 0.005
+    crowding: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:

@@ -162,10 +162,15 @@ class Simulation:
         self._start(worker, now)
 
     def _start(self, worker: ModelWorker, now: float) -> None:
-        started = worker.start(now) if worker.name in self._workers else None
+        if worker.name not in self._workers:
+            return
+        started = worker.start(now, self._num_beside(worker) if self._setup.costs.crowding else 0)
         if started is not None:
             job, done_at = started
             self._at(done_at, lambda now: self._prefilled(worker, job, now))
+
+    def _num_beside(self, worker: ModelWorker) -> int:
+        return sum(other.is_busy for other in self._workers.values() if other is not worker)
 
     def _prefilled(self, worker: ModelWorker, job: Job, now: float) -> None:
         if worker.name not in self._workers:

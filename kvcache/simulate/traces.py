@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -30,13 +30,22 @@ Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a trace. chain: its prompt's nodes, of which number i covers the first `ends[i]` tokens."""
+    """One request of a trace. chain: its prompt's nodes, of which number i covers the first `ends[i]` tokens.
+
+    fine: a node for each token, where workers' caches are to be modelled to the token; those of `chain` are among them.
+    """
 
     at: float
     num_tokens: int
     output_tokens: int
     chain: tuple[bytes, ...]
     ends: tuple[int, ...]
+    fine: tuple[bytes, ...] = ()
+
+    @property
+    def cached(self) -> tuple[tuple[bytes, ...], Sequence[int]]:
+        """What a worker's cache has of it when it is computed: nodes, and where each ends."""
+        return (self.fine, range(1, len(self.fine) + 1)) if self.fine else (self.chain, self.ends)
 
 
 class MooncakeLine(msgspec.Struct, frozen=True):

@@ -64,19 +64,28 @@ class ModelWorker:
     def pull(self, job: Job, source: ModelWorker, num_tokens: int, now: float) -> None:
         """Begin to fetch what `source` holds of the job's first `num_tokens` tokens and this worker does not."""
         arrival = job.arrival
-        theirs, own = source.cache.held(arrival.chain), self.cache.held(arrival.chain)
-        while theirs and arrival.ends[theirs - 1] > num_tokens:
+        nodes, ends = arrival.cached
+        theirs, own = source.cache.held(nodes), self.cache.held(nodes)
+        while theirs and ends[theirs - 1] > num_tokens:
             theirs -= 1
         if theirs <= own or self._costs.pull_s is None:
             return
         job.pulled = theirs
-        job.pulled_tokens = arrival.ends[theirs - 1] - (arrival.ends[own - 1] if own else 0)
+        job.pulled_tokens = ends[theirs - 1] - (ends[own - 1] if own else 0)
         start = max(now, self._link_free_at)
         job.pull_took_s = self._costs.pull_start_s + job.pulled_tokens * self._costs.pull_s
         job.ready_at = self._link_free_at = start + job.pull_took_s
 
-    def start(self, now: float) -> tuple[Job, float] | None:
-        """Run the next prefill, or a slice of it; the job and until when. None while one runs or none can."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether it computes anything."""
+        return self.running is not None or self.decodes > 0
+
+    def start(self, now: float, num_beside: int = 0) -> tuple[Job, float] | None:
+        """Run the next prefill, or a slice of it; the job and until when. None while one runs or none can.
+
+        num_beside: how many other workers are busy now.
+        """
         if self.running is not None:
             return None
         ready = [job for job in self._queue if job.ready_at <= now]
@@ -87,9 +96,11 @@ class ModelWorker:
             self._begin(job)
         seconds = job.remaining_s if self._order == "fifo" else min(SLICE_S, job.remaining_s)
         job.remaining_s -= seconds
+        longer_s = seconds * self._costs.crowding * num_beside
+        job.prefill_s += longer_s
         if job.remaining_s <= 0.0:
             self._queue.remove(job)
-        self.running, self._slice_until = job, now + seconds
+        self.running, self._slice_until = job, now + seconds + longer_s
         return job, self._slice_until
 
     def pause(self) -> None:
@@ -98,19 +109,18 @@ class ModelWorker:
 
     def _begin(self, job: Job) -> None:
         arrival = job.arrival
-        covered = max(self.cache.held(arrival.chain), job.pulled)
-        job.hit_tokens = min(arrival.ends[covered - 1] if covered else 0, arrival.num_tokens - 1)
+        job.hit_tokens = self._hit(job)
         job.decodes, job.is_begun = self.decodes, True
         job.prefill_s = self.slowness * self._costs.rates.prefill_s(arrival.num_tokens, job.hit_tokens, self.decodes)
         job.remaining_s = job.prefill_s
-        self.cache.touch(arrival.chain)
+        self.cache.touch(arrival.cached[0])
 
     def finish_prefill(self, job: Job, now: float) -> tuple[list[bytes], list[bytes], float]:
         """The first token is there: the nodes newly cached, those evicted for them, and when the last token comes."""
         self.running = None
         self.busy_s += job.prefill_s
         self.decodes += 1
-        stored, evicted = self.cache.store(job.arrival.chain, job.arrival.ends)
+        stored, evicted = self.cache.store(*job.arrival.cached)
         return stored, evicted, now + self.slowness * self._costs.step_s * job.arrival.output_tokens
 
     def finish(self, job: Job) -> None:
@@ -129,7 +139,10 @@ class ModelWorker:
     def _remaining_s(self, job: Job) -> float:
         if job.is_begun:
             return job.remaining_s
-        arrival = job.arrival
-        covered = max(self.cache.held(arrival.chain), job.pulled)
-        hit = min(arrival.ends[covered - 1] if covered else 0, arrival.num_tokens - 1)
-        return self.slowness * self._costs.rates.prefill_s(arrival.num_tokens, hit)
+        return self.slowness * self._costs.rates.prefill_s(job.arrival.num_tokens, self._hit(job))
+
+    def _hit(self, job: Job) -> int:
+        """Tokens of its prompt that need no computing; one does."""
+        nodes, ends = job.arrival.cached
+        covered = max(self.cache.held(nodes), job.pulled)
+        return min(ends[covered - 1] if covered else 0, job.arrival.num_tokens - 1)

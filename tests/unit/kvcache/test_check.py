@@ -9,9 +9,11 @@ import pytest
 from rich.console import Console
 
 from bus.errors import BadArgument
+from kvcache.routing.prefix import prefix
 from kvcache.simulate.check import LOAD, Figures, Prompt, Report, divided, paced, show
 from kvcache.simulate.costs import Costs
-from kvcache.simulate.simulation import Setup
+from kvcache.simulate.routers import PolicyRouter
+from kvcache.simulate.simulation import Setup, Simulation
 from kvcache.simulate.synthetic import chain_of
 from kvcache.simulate.traces import Arrival, block_ends
 
@@ -37,6 +39,22 @@ def test_what_prompts_share_they_share_when_their_lengths_are_divided() -> None:
     assert one.arrival.ends[len(common) - 1] == 4096 // 16
     assert one.arrival.ends[-1] == one.arrival.num_tokens
     assert one == divided(ask(0.0, (1, 4096), (2, 1000)), 16)
+
+
+def test_what_a_worker_finds_again_is_modelled_to_the_token_of_whole_blocks() -> None:
+    """As a worker has it: all that is alike, also within a block, of prompts that filled it."""
+    one, two = divided(ask(0.0, (1, 5120), (2, 4000)), 100), divided(ask(1.0, (1, 5120), (3, 6000)), 100)
+    assert shared(one, two) == 51
+    alike = [node for node, other in zip(one.arrival.fine, two.arrival.fine, strict=False) if node == other]
+    assert alike == list(one.arrival.fine[:51])
+    assert (len(one.token_ids), len(one.arrival.fine)) == (91, 64)
+    named = {end: node for end, node in zip(one.arrival.ends, one.arrival.chain, strict=True) if end <= 64}
+    assert named
+    assert {end: one.arrival.fine[end - 1] for end in named} == named
+
+    trace = [one.arrival, two.arrival]
+    outcomes = Simulation(trace, Setup(num_workers=1, costs=COSTS), lambda: PolicyRouter(prefix)).run().outcomes
+    assert [outcome.hit_tokens for outcome in outcomes] == [0, 51]
 
 
 def test_very_short_prompts_have_a_token_left() -> None:

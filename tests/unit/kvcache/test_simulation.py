@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping
 from math import inf
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,6 +65,14 @@ def test_at_least_one_token_is_computed() -> None:
 def test_prefills_of_one_worker_follow_each_other() -> None:
     trace = [ask(0.0, (1, 2000)), ask(0.0, (2, 1000)), ask(0.5, (3, 500))]
     assert ttft(run(trace, num_workers=1, order="fifo")) == [2.0, 3.0, 3.0]
+
+
+def test_workers_on_one_machine_are_slower_while_others_are_busy() -> None:
+    crowded = msgspec.structs.replace(COSTS, crowding=0.5)
+    trace = [ask(0.0, (1, 1000), output=100), ask(0.0, (2, 1000)), ask(9.0, (3, 1000))]
+    result = run(trace, "round_robin", costs=crowded, order="fifo")
+    assert ttft(result) == [1.0, 1.5, 1.0]  # who begins first finds the other idle, and nothing runs at the end
+    assert ttft(run(trace[:2], "round_robin", order="fifo")) == [1.0, 1.0]
 
 
 def test_shorter_prefills_overtake_longer_ones_as_in_our_own_workers() -> None:
