@@ -702,7 +702,8 @@ class PullOrder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
 class Grant(Message, frozen=True):
     """Broker to a holder of KV: whoever shows this ticket is `target` and may copy once, within `ttl_ms`.
 
-    Of this tenant's blocks, at most those of the first `num_tokens` tokens of a prompt.
+    Of this tenant's blocks, at most those of the first `num_tokens` tokens of a prompt; or this tenant's sequence
+    `seq_id` and nothing else, if it is not empty.
     """
 
     opcode = 80
@@ -711,6 +712,7 @@ class Grant(Message, frozen=True):
     tenant: Name
     num_tokens: U63
     ttl_ms: Millis
+    seq_id: SeqId = ""
 
 
 class PullBlocks(Message, frozen=True):
@@ -747,6 +749,69 @@ class BlocksFound(Message, frozen=True):
     num_blocks: U32
     digest: Digest
     block_bytes: U63
+
+
+# --- sequences that are copied ---------------------------------------------------------------------
+
+
+class CopySequence(Message, frozen=True):
+    """Broker to a worker: have this sequence too, by copying it from that worker, in this version or a later one.
+
+    ticket: what the holder was told of by a `Grant`; it also names the copy in `SequenceCopied`.
+    """
+
+    opcode = 83
+    ticket: Id16
+    worker_id: Name
+    url: Name
+    tenant: Name
+    seq_id: SeqId
+    version: U63
+    budget_ms: Millis
+
+
+class PullSequence(Message, frozen=True):
+    """Copy me the sequence that this ticket is for. credit: chunks that may come at once."""
+
+    opcode = 84
+    req_id: Id16
+    ticket: Id16
+    worker_id: Name
+    credit: U32
+
+
+class SequenceFound(Message, frozen=True):
+    """The sequence as it is now; chunks follow: layer by layer in the order told, of each K's bytes, then V's.
+
+    version: that which the copy will be. rf: how many workers are to have it. copies: how many may have this version,
+    this copy included. pin_ms: how long it stays pinned, if it is; 0: until it is unpinned. Payload:
+    `bus.stats.SequenceInfo`.
+    """
+
+    opcode = 85
+    payloads = (1, 1)
+    req_id: Id16
+    version: U63
+    rf: Copies
+    copies: U32
+    pin_ms: Millis
+    payload: Parts
+
+
+class SequenceCopied(Message, frozen=True):
+    """What became of a `CopySequence`: it is here in this version, or (`code` not 0) why it is not."""
+
+    opcode = 86
+    ticket: Id16
+    version: U63 = 0
+    code: U32 = 0
+
+
+class HandedOver(Message, frozen=True):
+    """To a worker that drains: nothing more is to be copied from it. num_left: sequences that nobody else has now."""
+
+    opcode = 87
+    num_left: U63
 
 
 # --- where named sequences are --------------------------------------------------------------------
@@ -877,15 +942,29 @@ WorkerToBroker = (
     | NodesChanged
     | NodesHeld
     | WorkerSequences
+    | SequenceCopied
     | Goodbye
     | Reply
     | Prefilled
 )
-ToWorker = Welcome | BrokerBeat | AskNodes | Goodbye | DropSequences | Assign | Forward | Release | Grant | Failed
-ToHolder = PullBlocks | Credit | Cancel
+ToWorker = (
+    Welcome
+    | BrokerBeat
+    | AskNodes
+    | Goodbye
+    | DropSequences
+    | CopySequence
+    | HandedOver
+    | Assign
+    | Forward
+    | Release
+    | Grant
+    | Failed
+)
+ToHolder = PullBlocks | PullSequence | Credit | Cancel
 """What a worker hears from another that copies from it."""
 
-ToPuller = BlocksFound | Chunk | Failed
+ToPuller = BlocksFound | SequenceFound | Chunk | Failed
 """What a worker hears from another that it copies from."""
 
 ToClient = (

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from bus.errors import MalformedMessage
+from bus.limits import MAX_COPIES
 from bus.wire import Buffer
 
 
@@ -127,7 +128,8 @@ class PeerStats(Figures, frozen=True):
 
     pulls: that came whole, `whole_tokens` in `pulled_s`; failures: the others, by the name of their error's code.
     pulled_tokens, pulled_bytes: that are in the pool, of both. bytes_per_s: of pulls that came whole, lately; links:
-    the same by the worker they came from. served: copies that others took.
+    the same by the worker they came from. served: copies of blocks that others took. sequences_given, sequences_taken:
+    copies of whole named sequences, to others and from them.
     """
 
     pulls: int = 0
@@ -140,6 +142,8 @@ class PeerStats(Figures, frozen=True):
     links: dict[str, int] = {}
     served: int = 0
     served_bytes: int = 0
+    sequences_given: int = 0
+    sequences_taken: int = 0
 
 
 class WorkerStats(Figures, frozen=True):
@@ -196,7 +200,9 @@ class BrokerStats(Figures, frozen=True):
     reasons: how often each policy decided for what reason, by the reason's first word.
     Of `prompt_tokens` that workers have prefilled, `foreseen_tokens` were in the index where they were sent, and
     `cached_tokens` were not computed.
-    `sequences`: named ones of which it knows who holds them. version: of its program.
+    `sequences`: named ones of which it knows who holds them. `copied_sequences`: had another worker copy;
+    `failed_copies`: by the name of the code of why not. `waiting_copies`: to be made, or under way. version: of its
+    program.
     """
 
     incarnation: int
@@ -227,6 +233,9 @@ class BrokerStats(Figures, frozen=True):
     foreseen_tokens: int = 0
     cached_tokens: int = 0
     sequences: int = 0
+    copied_sequences: int = 0
+    failed_copies: dict[str, int] = {}
+    waiting_copies: int = 0
 
 
 class ClusterStats(Figures, frozen=True):
@@ -305,12 +314,16 @@ class SequencePage(Figures, frozen=True):
 
 
 class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """A named sequence: its version, and whether the worker that tells of it has that or once had it."""
+    """A named sequence: its version, and whether the worker that tells of it has that or once had it.
+
+    rf: how many workers are to have it.
+    """
 
     tenant: Annotated[str, msgspec.Meta(max_length=256)]
     seq_id: Annotated[str, msgspec.Meta(max_length=256)]
     version: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     is_held: bool = True
+    rf: Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)] = 1
 
 
 class Holdings(Figures, frozen=True):

@@ -5,7 +5,8 @@ order. There is no socket, thread or clock here. This file joins the parts and o
 
     LOADING   models named at start are loading; requests wait for them
     READY     serving
-    DRAINING  nothing new; what runs has 10 s, then fails as retryable. `is_drained` says when to leave
+    DRAINING  nothing new; what runs has 10 s, then fails as retryable, and so long each broker may have others copy the
+              named sequences that are here. `is_drained` says when to leave
 
 What becomes of a request stands in `requests`, what a broker may ask of us in `links`, what other workers may in
 `peers`.
@@ -26,11 +27,13 @@ from bus.messages import (
     AskNodes,
     Assign,
     BrokerBeat,
+    CopySequence,
     DropSequences,
     Failed,
     Forward,
     Goodbye,
     Grant,
+    HandedOver,
     ModelState,
     Release,
     Welcome,
@@ -49,6 +52,8 @@ from workers.links import Link, Load
 from workers.node_log import NodeLog
 from workers.peers import Peers
 from workers.requests import Requests
+from workers.sequence_giver import Giver
+from workers.sequence_taker import Taker
 from workers.store import KVStore
 
 log = logging.getLogger(__name__)
@@ -73,7 +78,9 @@ class WorkerCore:
         self._held = HeldSequences(num_links)
         self._requests = Requests(hello.worker_id, store, self._held, self._may_act)
         self._nodes = NodeLog()
-        self._peers = Peers(hello.worker_id)
+        taker = Taker(hello.worker_id, store, self._held, self._requests.is_written, self._requests.outdate)
+        self._peers = Peers(hello.worker_id, Giver(store, self._held), taker)
+        self._waits_for: set[int] = set()  # while draining: brokers that may still have sequences copied from here
         self._malformed = 0
         self._state = WorkerState.LOADING if preloading else WorkerState.READY
         self._preloading = set(preloading)
@@ -121,6 +128,10 @@ class WorkerCore:
                 return self._requests.released(CallId(number, message.call))
             case Grant():
                 return self._peers.granted(message, now)
+            case CopySequence():
+                return self._peers.ordered(number, message, now, is_closed=self._requests.is_closed)
+            case HandedOver():
+                return self._handed_over(number, message)
             case DropSequences():
                 return self._drop_sequences(number, frames)
             case Welcome():
@@ -194,6 +205,9 @@ class WorkerCore:
         actions += self._peers.tick(now)
         actions += self._tell_sequences()
         if now >= self._drain_until:
+            if self._waits_for:
+                log.warning("this worker leaves before all of its named sequences were copied")
+            self._waits_for.clear()
             actions += self._requests.fail_all(WorkerLost("the worker was told to drain and its time is up"))
         if now >= self._status_due:
             self._status_due = now + STATUS_S
@@ -209,11 +223,14 @@ class WorkerCore:
         self._state = WorkerState.DRAINING
         self._drain_until = now + DRAIN_S
         self._requests.close()
+        self._waits_for = (
+            {link.number for link in self._links if link.welcome is not None} if len(self._held) else set()
+        )
         return [action for link in self._links for action in link.beat(self._state, self._load(link, now), now)]
 
     @property
     def is_drained(self) -> bool:
-        return self._state is WorkerState.DRAINING and not self.inflight
+        return self._state is WorkerState.DRAINING and not self.inflight and not self._waits_for
 
     def farewell(self) -> list[Action]:
         """The last words."""
@@ -298,13 +315,19 @@ class WorkerCore:
             return self._unreadable(number, error)
         return self._requests.drop_sequences(holdings)
 
+    def _handed_over(self, number: int, message: HandedOver) -> list[Action]:
+        self._waits_for.discard(number)
+        if message.num_left:
+            log.warning("%d named sequences are lost with this worker: no other could take them", message.num_left)
+        return []
+
     # --- sessions ---
 
     def _welcomed(self, link: Link, welcome: Welcome, now: float) -> list[Action]:
         if not link.welcomed(welcome, now):
             return []
         log.info("broker %d welcomes this worker", link.number)
-        lost = self._requests.lose_session(link.number, now)
+        lost = [*self._peers.lose_session(link.number), *self._requests.lose_session(link.number, now)]
         self._nodes.joined(link.number)
         self._held.joined(link.number)
         told = [*link.attach(), *link.beat(self._state, self._load(link, now), now)]
@@ -314,7 +337,8 @@ class WorkerCore:
         link.left(now)
         self._nodes.left(link.number)
         self._held.left(link.number)
-        return self._requests.lose_session(link.number, now)
+        self._waits_for.discard(link.number)
+        return [*self._peers.lose_session(link.number), *self._requests.lose_session(link.number, now)]
 
     def _may_act(self, number: int, now: float) -> bool:
         return self._links[number].lease.is_held(now)

@@ -23,7 +23,8 @@ class HeldSequences:
     def __init__(self, num_links: int, *, max_marks: int = MAX_MARKS) -> None:
         self._max_marks = max_marks
         self._held: OrderedDict[SequenceKey, int] = OrderedDict()  # least recently written first
-        self._copies: dict[SequenceKey, int] = {}  # of those whose last write had more than one
+        self._copies: dict[SequenceKey, int] = {}  # of those whose last write had more than one, or that were copied
+        self._rf: dict[SequenceKey, int] = {}  # of those that more than one worker is to have
         self._marks: OrderedDict[SequenceKey, int] = OrderedDict()  # oldest first
         self._untold: list[dict[SequenceKey, None] | None] = [None] * num_links  # None: it has not welcomed us
 
@@ -34,13 +35,34 @@ class HeldSequences:
         """The version that is held; 0 if none is."""
         return self._held.get(key, 0)
 
-    def wrote(self, key: SequenceKey, version: int, copies: int = 1) -> int:
+    def newest(self, key: SequenceKey) -> int:
+        """The newest version that is known of here, held or not."""
+        return max(self._held.get(key, 0), self._marks.get(key, 0))
+
+    def rf(self, key: SequenceKey) -> int:
+        """How many workers are to have it."""
+        return self._rf.get(key, 1)
+
+    def copied(self, key: SequenceKey) -> int:
+        """Another worker takes a copy of what is held; returns how many may have this version then."""
+        self._copies[key] = self._copies.get(key, 1) + 1
+        return self._copies[key]
+
+    def took(self, key: SequenceKey, version: int, copies: int, rf: int) -> None:
+        """What is held now is a copy of another worker's, one of so many. Newer than all that is known of here."""
+        self._copies.pop(key, None)
+        self.wrote(key, version, copies, rf)
+
+    def wrote(self, key: SequenceKey, version: int, copies: int = 1, rf: int = 1) -> int:
         """A write took effect, with which the sequence has this version, or a later one that it has already.
 
         copies: how many workers were given the write. If that is fewer than had the last one, its broker does not know
-        of one that has a copy: that must not count as equal to ours, so our version is greater then.
+        of one that has a copy: that must not count as equal to ours, so our version is greater then. rf: how many
+        workers are to have it, which is remembered.
         Returns the version.
         """
+        if rf > 1:
+            self._rf[key] = max(rf, self.rf(key))
         seen = max(self._held.pop(key, 0), self._marks.pop(key, 0))
         self._held[key] = max(version, seen + (copies < self._copies.pop(key, 1)))
         if copies > 1:
@@ -65,6 +87,7 @@ class HeldSequences:
         """It is not held any more: evicted, or deleted by a write of this version."""
         held = self._held.pop(key, 0)
         self._copies.pop(key, None)
+        self._rf.pop(key, None)
         if held or version:
             self._mark(key, max(held, version))
             self._changed(key)
@@ -92,7 +115,7 @@ class HeldSequences:
     def _holding(self, key: SequenceKey) -> Holding:
         held = self._held.get(key)
         version = self._marks.get(key, 0) if held is None else held
-        return Holding(key.tenant, key.seq_id, version, held is not None)
+        return Holding(key.tenant, key.seq_id, version, held is not None, self.rf(key))
 
     def _mark(self, key: SequenceKey, version: int) -> None:
         self._marks[key] = max(version, self._marks.pop(key, 0))

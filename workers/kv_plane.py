@@ -188,6 +188,11 @@ class KVPlane:
         """Whether a client has put this sequence here, or is about to."""
         return self._store.has(key) or any(isinstance(work, Upload) and work.key == key for work in self._work.values())
 
+    def is_written(self, key: SequenceKey) -> bool:
+        """Whether a generation or an upload goes on under this name."""
+        uploads = (work for work in self._work.values() if isinstance(work, Upload))
+        return self._is_writing(key) or any(upload.key == key for upload in uploads)
+
     # --- what the engine says ---
 
     def on_event(self, event: Answered | Retained | Forgotten) -> list[Action]:
@@ -249,7 +254,8 @@ class KVPlane:
 
     def _commit(self, call: Call, done: Committed) -> list[Action]:
         assert isinstance(call.message, Put | Append)
-        version = self._held.wrote(SequenceKey(call.request.tenant, call.message.seq_id), call.version, call.copies)
+        key = SequenceKey(call.request.tenant, call.message.seq_id)
+        version = self._held.wrote(key, call.version, call.copies, call.message.rf)
         return self._finish(
             call, self._done(call, length=done.length, count=1, duplicate=done.duplicate), version=version
         )

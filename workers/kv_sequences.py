@@ -113,14 +113,14 @@ class KVSequences:
                 self._free(layer)
         self._forget_if_empty(key)
 
-    def reserve(self, layer: Layer, num_tokens: int, now: float) -> None:
-        """Have pages for `num_tokens` tokens in a held layer, evicting as far as needed.
+    def reserve(self, layer: Layer, num_tokens: int, now: float, *, may_evict: bool = True) -> None:
+        """Have pages for `num_tokens` tokens in a held layer, evicting as far as needed, if anything may be.
 
         Raises NoSpace, with nothing changed, if there is no room to be had.
         """
         k_bytes, v_bytes = num_tokens * row_bytes(layer.k), num_tokens * row_bytes(layer.v)
         k_pages, v_pages = layer.k_run.pages_to_hold(k_bytes), layer.v_run.pages_to_hold(v_bytes)
-        self._make_room(k_pages + v_pages, now)
+        self._make_room(k_pages + v_pages, now, may_evict=may_evict)
         for run, num_pages in ((layer.k_run, k_pages), (layer.v_run, v_pages)):
             extents = self.pages.allocate(num_pages, after=run.next_page)
             assert extents is not None, "room was made that is not there"
@@ -164,13 +164,13 @@ class KVSequences:
 
     # --- room ---
 
-    def _make_room(self, num_pages: int, now: float) -> None:
+    def _make_room(self, num_pages: int, now: float, *, may_evict: bool) -> None:
         if num_pages <= self.pages.num_free:
             return
         capacity = self.pages.num_pages * self.page_bytes
         if num_pages > self.pages.num_pages:
             raise NoSpace(f"{num_pages * self.page_bytes} bytes can never fit the store's {capacity}", detail=capacity)
-        evictable = [key for key, sequence in self._sequences.items() if _may_go(sequence, now)]
+        evictable = [key for key, sequence in self._sequences.items() if may_evict and _may_go(sequence, now)]
         obtainable = self.pages.num_free + sum(self._sequences[key].num_pages for key in evictable)
         if num_pages > obtainable:
             free = obtainable * self.page_bytes

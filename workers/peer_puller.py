@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bus import wire
@@ -89,10 +90,11 @@ class Pull:
 
 
 class Puller:
-    """All pulls of one worker."""
+    """All pulls of one worker. is_used(url): whether something else is on its way over that connection."""
 
-    def __init__(self, worker_id: str) -> None:
+    def __init__(self, worker_id: str, is_used: Callable[[str], bool] = lambda url: False) -> None:
         self._worker_id = worker_id
+        self._is_used = is_used
         self._pulls: dict[bytes, Pull] = {}
         self._by_run: dict[RunId, Pull] = {}
         self._links: dict[str, float] = {}  # by address: when it was last of use
@@ -121,6 +123,10 @@ class Puller:
             bytes_per_s=round(self._rate),
             links={worker: round(rate) for worker, rate in self._rates.items()},
         )
+
+    def use(self, url: str, now: float) -> None:
+        """The connection to this address is of use, also to others than us."""
+        self._links[url] = now
 
     # --- what the engine says ---
 
@@ -290,7 +296,7 @@ class Puller:
 
     def _hang_up(self, url: str) -> list[Action]:
         """Unless somebody still copies over it."""
-        if self._of(url) or self._links.pop(url, None) is None:
+        if self._of(url) or self._is_used(url) or self._links.pop(url, None) is None:
             return []
         return [HangUp(url)]
 

@@ -1,4 +1,8 @@
-"""What this worker has to do with other workers: those that copy from it, and those that it copies from."""
+"""What this worker has to do with other workers: those that copy from it, and those that it copies from.
+
+Blocks of prompts and whole named sequences are copied by parts of their own, over the same connections. The id of a
+copy says which: those of sequences begin with `workers.sequence_taker.ID`.
+"""
 
 from __future__ import annotations
 
@@ -6,48 +10,69 @@ from typing import assert_never
 
 import msgspec
 
-from bus.messages import Grant
+from bus import wire
+from bus.messages import CopySequence, Grant
 from bus.stats import PeerStats
 from bus.wire import Frames
 from workers.calls import Action
 from workers.copy_api import BlocksRead, CopyBroke, CopyEvent, Filled, Lent, Wanted
 from workers.peer_holder import Holder
 from workers.peer_puller import Puller
+from workers.sequence_giver import Giver
+from workers.sequence_taker import ID, Taker
 
 
 class Peers:
     """Both sides of copying. Only what the broker ordered or granted is ever copied."""
 
-    def __init__(self, worker_id: str) -> None:
+    def __init__(self, worker_id: str, giver: Giver, taker: Taker) -> None:
         self._holder = Holder()
-        self._puller = Puller(worker_id)
+        self._puller = Puller(worker_id, taker.uses)
+        self._giver = giver
+        self._taker = taker
 
     @property
     def malformed(self) -> int:
         """Unreadable messages at our own endpoint."""
-        return self._holder.malformed
+        return self._holder.malformed + self._giver.malformed
 
     def stats(self) -> PeerStats:
         return msgspec.structs.replace(
-            self._puller.stats(), served=self._holder.num_served, served_bytes=self._holder.served_bytes
+            self._puller.stats(),
+            served=self._holder.num_served,
+            served_bytes=self._holder.served_bytes,
+            sequences_given=self._giver.num_given,
+            sequences_taken=self._taker.num_taken,
         )
 
     def granted(self, grant: Grant, now: float) -> list[Action]:
-        return self._holder.granted(grant, now)
+        return self._giver.granted(grant, now) if grant.seq_id else self._holder.granted(grant, now)
+
+    def ordered(self, link: int, order: CopySequence, now: float, *, is_closed: bool) -> list[Action]:
+        """A broker has us copy a sequence. is_closed: nothing new is taken any more."""
+        self._puller.use(order.url, now)
+        return self._taker.ordered(link, order, now, is_closed=is_closed)
+
+    def lose_session(self, link: int) -> list[Action]:
+        return self._taker.lose_session(link)
 
     def on_request(self, peer: bytes, frames: Frames, now: float) -> list[Action]:
         """A message at our own endpoint, from whoever can reach it."""
-        return self._holder.on_message(peer, frames, now)
+        party = self._giver if _is_of_sequence(frames) else self._holder
+        return party.on_message(peer, frames, now)
 
     def on_answer(self, url: str, frames: Frames, now: float) -> list[Action]:
         """A message of a worker that we copy from."""
-        return self._puller.on_message(url, frames, now)
+        if not _is_of_sequence(frames):
+            return self._puller.on_message(url, frames, now)
+        self._puller.use(url, now)
+        return self._taker.on_message(url, frames, now)
 
     def lose_caller(self, peer: bytes) -> list[Action]:
-        return self._holder.lose(peer)
+        return [*self._holder.lose(peer), *self._giver.lose(peer)]
 
     def lose_peer(self, url: str) -> list[Action]:
-        return self._puller.lose(url)
+        return [*self._puller.lose(url), *self._taker.lose(url)]
 
     def on_engine(self, event: CopyEvent, now: float) -> list[Action]:
         match event:
@@ -63,4 +88,9 @@ class Peers:
                 assert_never(event)
 
     def tick(self, now: float) -> list[Action]:
-        return [*self._holder.tick(now), *self._puller.tick(now)]
+        parts = (self._holder, self._puller, self._giver, self._taker)
+        return [action for part in parts for action in part.tick(now)]
+
+
+def _is_of_sequence(frames: Frames) -> bool:
+    return bool(frames) and wire.request_id_of(frames[0]).startswith(ID)

@@ -138,6 +138,14 @@ class Requests:
             for action in self._kv.outdate(SequenceKey(newer.tenant, newer.seq_id), newer.version)
         ]
 
+    def is_written(self, key: SequenceKey) -> bool:
+        """Whether a client or a generation writes under this name just now."""
+        return self._kv.is_written(key)
+
+    def outdate(self, key: SequenceKey, newest: int) -> list[Action]:
+        """Drop what is here of a sequence if it is older than this version."""
+        return self._kv.outdate(key, newest)
+
     def released(self, call_id: CallId) -> list[Action]:
         """Nobody waits for it any more."""
         call = self._calls.find(call_id)

@@ -68,17 +68,19 @@ class KVStore:
 
     # --- writing ---
 
-    def begin_put(self, key: SequenceKey, layer: int, k: TensorMeta, v: TensorMeta, *, now: float) -> Transfer:
+    def begin_put(
+        self, key: SequenceKey, layer: int, k: TensorMeta, v: TensorMeta, *, now: float, may_evict: bool = True
+    ) -> Transfer:
         """Take room for a new value of a layer, which replaces the old one when it is committed.
 
         k, v: `[seq_len, num_kv_heads, head_dim]`, of one dtype; only their head_dim may differ.
         Raises BadTensor for other shapes, BadArgument for an empty name or a layer that is no u32, NoSpace if there
-        is no room for it.
+        is no room for it, or none without evicting if nothing may be evicted.
         """
         _check_target(key, layer)
         check_kv_pair(k, v)
         transfer = Transfer(Kind.PUT, key, layer, self._sequences.new_layer(k, v), 0, k.shape[0])
-        return self._begin(transfer, now)
+        return self._begin(transfer, now, may_evict=may_evict)
 
     def begin_append(
         self,
@@ -201,6 +203,15 @@ class KVStore:
 
     # --- sequences ---
 
+    def describe(self, key: SequenceKey, now: float) -> SequenceInfo:
+        """What is stored of a sequence; its version is not known here. Raises NotFound."""
+        return self._sequences.describe(key, now)
+
+    def pinned_s(self, key: SequenceKey, now: float) -> float | None:
+        """For how long it is still pinned, which may be for ever; None if it is not. Raises NotFound."""
+        until = self._sequences.sequence(key).pinned_until
+        return until - now if until > now else None
+
     def has(self, key: SequenceKey) -> bool:
         """Whether any layer of it is stored."""
         return self._sequences.has(key)
@@ -265,14 +276,14 @@ class KVStore:
 
     # --- helpers ---
 
-    def _begin(self, transfer: Transfer, now: float) -> Transfer:
+    def _begin(self, transfer: Transfer, now: float, *, may_evict: bool = True) -> Transfer:
         self._sequences.hold(transfer.key, transfer.layer)
         self._transfers[transfer] = None
         if transfer.kind is Kind.VERIFY:
             return transfer
         transfer.layer.appender = transfer
         try:
-            self._sequences.reserve(transfer.layer, transfer.start + transfer.num_tokens, now)
+            self._sequences.reserve(transfer.layer, transfer.start + transfer.num_tokens, now, may_evict=may_evict)
         except NoSpace:
             self._end(transfer)
             raise

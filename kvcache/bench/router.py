@@ -8,6 +8,7 @@ beliefs (one worker has changed since the last time), the policy. Accounting is 
 from __future__ import annotations
 
 import random
+import secrets
 import statistics
 import time
 import tracemalloc
@@ -19,6 +20,7 @@ from kvcache.bench.report import Report, report, row
 from kvcache.broker.calls import Calls
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Client, Worker, Workers
+from kvcache.broker.moves import Moves
 from kvcache.broker.placement import Placement
 from kvcache.broker.sequences import Sequences
 from kvcache.hashing import ROUTING_BLOCK_TOKENS, ROUTING_DEPTHS, ROUTING_NODE_BYTES, TOKEN_BYTES
@@ -44,9 +46,9 @@ class Bench:
             self._workers.by_id[worker.id] = self._workers.by_link[worker.link] = worker
         self._workers.rebuild()
         self.knowledge = Knowledge(self._workers)
-        self.placement = Placement(
-            DEFAULT_POLICY, self._workers, self.knowledge, Sequences(self._workers, wall_ms=0, now=NOW)
-        )
+        sequences = Sequences(self._workers, wall_ms=0, now=NOW)
+        moves = Moves(self._workers, sequences, lambda: secrets.token_bytes(16))
+        self.placement = Placement(DEFAULT_POLICY, self._workers, self.knowledge, sequences, moves)
         self._chains = [self._chain() for _ in range(num_workers * CHAINS_PER_WORKER // 4)]
         held: dict[str, list[bytes]] = {worker.id: [] for worker in members}
         for chain in self._chains:

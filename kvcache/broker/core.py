@@ -25,6 +25,7 @@ from bus.wire import Buffer
 from kvcache.broker.journal import Journal, News
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import GARBAGE_PER_S, Client, Worker, Workers
+from kvcache.broker.moves import Moves
 from kvcache.broker.placement import RETRY_AFTER_MS
 from kvcache.broker.requests import Requests
 from kvcache.broker.sends import Port, Send, to_client, to_worker
@@ -73,12 +74,14 @@ class BrokerCore:
         self._sequences = Sequences(self._workers, wall_ms=incarnation // 1_000_000, now=now)
         self._knowledge = Knowledge(self._workers)
         self._journal = Journal(new_id, is_detailed=config.log_level.lower() == "debug", is_tracing=is_tracing)
+        self._moves = Moves(self._workers, self._sequences, self._journal, new_id)
         self._requests = Requests(
             config.policy,
             self._workers,
             self._knowledge,
             self._sequences,
             self._journal,
+            self._moves,
             serves_from=now + config.settle_ms / 1000,
             new_id=new_id,
         )
@@ -151,7 +154,7 @@ class BrokerCore:
             message = wire.decode_envelope(frames)
             if worker is None:
                 if isinstance(message, m.WorkerHello):
-                    return self._sessions.welcome_worker(link, message, now, user_id)
+                    return self._welcome(link, message, now, user_id)
                 self._unwelcome += 1
                 return []
             worker.heard_at = now
@@ -162,7 +165,10 @@ class BrokerCore:
                     self._requests.prefilled(worker, message, now)
                     return []
                 case m.WorkerBeat():
-                    return [*self._sessions.renew(worker, message, now), *self._ask(worker, now)]
+                    was = worker.state
+                    sends = self._sessions.renew(worker, message, now)
+                    moves = self._moves.changed(worker, now) if worker.state is not was else []
+                    return [*sends, *moves, *self._ask(worker, now)]
                 case m.NodesChanged() | m.NodesHeld():
                     self._knowledge.reported(worker, message, bytes(wire.decode(frames).payload[0]), now)
                     return self._ask(worker, now)
@@ -173,8 +179,10 @@ class BrokerCore:
                     holdings = unpack(wire.decode(frames).payload[0], Holdings)
                     self._sequences.told(worker, holdings, now, is_complete=message.is_complete)
                     return self._sequences.take_late()
+                case m.SequenceCopied():
+                    return self._moves.copied(worker, message, now)
                 case m.WorkerHello():
-                    return self._sessions.welcome_worker(link, message, now, user_id)
+                    return self._welcome(link, message, now, user_id)
                 case m.Goodbye():
                     return self._sessions.release_worker(worker, message.reason)
                 case _:
@@ -254,7 +262,7 @@ class BrokerCore:
         self._knowledge.tick(now)
         sends = [*self._requests.end_overdue(now), *self._sessions.end_silent(now)]
         asks = [send for worker in self._workers.by_id.values() for send in self._ask(worker, now)]
-        return [*sends, *asks, *self._sequences.take_late()]
+        return [*sends, *asks, *self._moves.tick(now), *self._sequences.take_late()]
 
     def take_news(self) -> list[News]:
         """What there is to log since the last time."""
@@ -285,6 +293,14 @@ class BrokerCore:
         self._sessions.check()
         self._knowledge.check()
         self._sequences.check()
+        self._moves.check()
+
+    def _welcome(self, link: bytes, hello: m.WorkerHello, now: float, user_id: str) -> list[Send]:
+        """Take a worker in; what it is to copy, or others from it, follows when it has told what it has."""
+        before = self._workers.by_link.get(link)
+        sends = self._sessions.welcome_worker(link, hello, now, user_id)
+        worker = self._workers.by_link.get(link)
+        return [*sends, *self._moves.changed(worker, now)] if worker is not None and worker is not before else sends
 
     def _ask(self, worker: Worker, now: float) -> list[Send]:
         """Ask a worker for what is missing of its reports."""
@@ -361,6 +377,9 @@ class BrokerCore:
             foreseen_tokens=self._knowledge.hits.foreseen_tokens,
             cached_tokens=self._knowledge.hits.cached_tokens,
             sequences=len(self._sequences),
+            copied_sequences=self._moves.num_done,
+            failed_copies=dict(self._moves.failed),
+            waiting_copies=len(self._moves),
             pid=self.gauges.pid,
             version=self.gauges.version,
             rss_bytes=self.gauges.rss_bytes,

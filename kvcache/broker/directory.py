@@ -44,6 +44,7 @@ class Directory:
         self._held: OrderedDict[Name, Place] = OrderedDict()  # least recently used first
         self._marks: OrderedDict[Name, int] = OrderedDict()  # oldest first
         self._names_of: dict[str, set[Name]] = {}
+        self._rf: dict[Name, int] = {}  # of those that more than one worker is to have
 
     def __len__(self) -> int:
         """How many sequences somebody holds."""
@@ -58,6 +59,28 @@ class Directory:
         if name in self._held:
             self._held.move_to_end(name)
         return self.find(name)
+
+    def rf(self, name: Name) -> int:
+        """How many workers are to have it."""
+        return self._rf.get(name, 1)
+
+    def want(self, name: Name, rf: int) -> None:
+        """At least so many workers are to have it, until nobody does."""
+        if name in self._held and rf > self.rf(name):
+            self._rf[name] = rf
+
+    def replicated(self) -> list[Name]:
+        """Those that more than one worker is to have."""
+        return list(self._rf)
+
+    def names_of(self, worker_id: str) -> list[Name]:
+        """What a worker holds the newest version of, most recently used first."""
+        names = self._names_of.get(worker_id, set())
+        return [name for name in reversed(self._held) if name in names] if names else []
+
+    def holds(self, worker_id: str) -> frozenset[Name] | set[Name]:
+        """As `names_of`, in no order; not to be changed or kept."""
+        return self._names_of.get(worker_id, frozenset())
 
     def told(self, worker_id: str, name: Name, version: int) -> tuple[str, ...]:
         """A worker holds this version. Returns the workers that are to drop theirs, maybe this one itself."""
@@ -99,6 +122,7 @@ class Directory:
         assert len(self._held) <= self._max_held
         assert len(self._marks) <= self._max_marks
         assert all(self._names_of.values())
+        assert self._rf.keys() <= self._held.keys()
 
     # --- details ---------------------------------------------------------------------------------
 
@@ -111,12 +135,15 @@ class Directory:
         self._remove(name)
         if not place.holders:
             self._marks[name] = place.version
+            self._rf.pop(name, None)
         else:
             self._held[name] = place
             for holder in place.holders:
                 self._names_of.setdefault(holder, set()).add(name)
         while len(self._held) > self._max_held:
-            self._remove(next(iter(self._held)))
+            oldest = next(iter(self._held))
+            self._remove(oldest)
+            self._rf.pop(oldest, None)
         while len(self._marks) > self._max_marks:
             self._marks.popitem(last=False)
 

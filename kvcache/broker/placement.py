@@ -15,6 +15,7 @@ from bus.stats import Candidate, Explanation
 from kvcache.broker.directory import Name
 from kvcache.broker.knowledge import Knowledge, Prompt
 from kvcache.broker.members import Worker, Workers
+from kvcache.broker.moves import Moves
 from kvcache.broker.pulls import MAX_PULL_TOKENS
 from kvcache.broker.sequences import Sequences
 from kvcache.hashing import ROUTING_FINE_NODES
@@ -51,13 +52,14 @@ class Place(NamedTuple):
 class Placement:
     """Chooses; counts what it chose: `routed` by policy, `reasons` also by the first word of why."""
 
-    def __init__(self, policy: str, workers: Workers, knowledge: Knowledge, sequences: Sequences) -> None:
+    def __init__(self, policy: str, workers: Workers, knowledge: Knowledge, sequences: Sequences, moves: Moves) -> None:
         self.routed: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self._policy = policy
         self._workers = workers
         self._knowledge = knowledge
         self._sequences = sequences
+        self._moves = moves
         self._prefixes = PrefixKeys()
 
     def place(self, tenant: str, message: Placed, now: float) -> Place:
@@ -87,6 +89,7 @@ class Placement:
         if not message.seq_id:
             raise BadArgument(NAMELESS)
         key = sequence_key(tenant, message.seq_id)
+        self._holders(Name(tenant, message.seq_id), key)  # of one that is just handed over a copy might be missed
         workers = [self._workers.by_id[name] for name in self._workers.ring.preference(key.key)]
         for worker in workers:
             self._check_room(worker, key)
@@ -186,10 +189,13 @@ class Placement:
             raise BadArgument(NAMELESS)
         self._check_learned(now)
         name, key = Name(tenant, seq_id), sequence_key(tenant, seq_id)
-        targets = list(self._sequences.targets(name)) or self._holders(name, key)
+        holders = self._holders(name, key)[: max(rf, self._sequences.rf(name))]  # the others' copies are stale then
+        targets = list(self._sequences.targets(name)) or holders
         choice = Choice(self._workers.ring.owner(key.key), f"consistent_hash: owner of {key.text}")
         if not targets:
             targets = self._first(key, rf, now)
+        elif len(targets) < rf and self._moves.is_due(name):
+            raise NoWorkers(f"another copy of {key.text} is being made", retry_after_ms=LEARN_AFTER_MS)
         elif len(targets) < rf:
             raise Conflict(
                 f"{key.text} has a copy on worker {targets[0]} only; delete it and put it anew, or write with rf=1"
@@ -205,9 +211,15 @@ class Placement:
         return choice, workers
 
     def _holders(self, name: Name, key: RoutingKey) -> list[str]:
-        """The workers on the ring that have the newest version, in the order of the ring's preference."""
+        """The workers on the ring that have the newest version, in the order of the ring's preference.
+
+        Raises NoWorkers if a worker that leaves has it, and another one will.
+        """
         ring = self._workers.ring
         holders = ring.weights.keys() & self._sequences.use(name).holders
+        if not holders and self._moves.is_due(name):
+            self._moves.asked(name)
+            raise NoWorkers(f"{key.text} is being handed over by a worker that leaves", retry_after_ms=LEARN_AFTER_MS)
         return list(islice((worker for worker in ring.preference(key.key) if worker in holders), len(holders)))
 
     def _first(self, key: RoutingKey, rf: int, now: float) -> list[str]:

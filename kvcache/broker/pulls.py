@@ -2,12 +2,13 @@
 
 A ticket is made for one copy, and told only to the two workers concerned: the one that copies with its assignment,
 the one that holds by a `Grant`, which is sent first. Who shows it there may copy this tenant's blocks and nobody
-else's, of no more tokens than the order says, once.
+else's, of no more tokens than the order says, once; or one sequence of this tenant's.
 """
 
 from __future__ import annotations
 
 from bus import messages as m
+from kvcache.broker.directory import Name
 from kvcache.broker.members import Worker
 from kvcache.broker.sends import Send, to_worker
 from kvcache.routing.views import Pull
@@ -37,6 +38,26 @@ def order_pull(
         ttl_ms=min(MAX_TICKET_MS, message.deadline_ms),
     )
     return order, to_worker(source, grant)
+
+
+def order_copy(
+    name: Name, version: int, source: Worker, target: Worker, ticket: bytes, budget_s: float
+) -> tuple[Send, Send]:
+    """What `source` and `target` are told, in this order, so that the latter copies a whole sequence."""
+    ttl_ms = int(1000 * budget_s)
+    grant = m.Grant(
+        ticket=ticket, target=target.id, tenant=name.tenant, num_tokens=0, ttl_ms=ttl_ms, seq_id=name.seq_id
+    )
+    order = m.CopySequence(
+        ticket=ticket,
+        worker_id=source.id,
+        url=source.hello.peer_url,
+        tenant=name.tenant,
+        seq_id=name.seq_id,
+        version=version,
+        budget_ms=ttl_ms,
+    )
+    return to_worker(source, grant), to_worker(target, order)
 
 
 def can_pull(source: Worker, target: Worker) -> bool:

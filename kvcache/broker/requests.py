@@ -33,6 +33,7 @@ from kvcache.broker.dispatch import Dispatch
 from kvcache.broker.journal import DONE, Journal
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Call, Client, Gather, Stream, Worker, Workers
+from kvcache.broker.moves import Moves
 from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, SPELLED, Place, Placement
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.sequences import Sequences
@@ -51,13 +52,14 @@ class Requests:
         knowledge: Knowledge,
         sequences: Sequences,
         journal: Journal,
+        moves: Moves,
         *,
         serves_from: float,
         new_id: Callable[[], bytes],
     ) -> None:
         self.calls = Calls()
         self.streams = Streams(new_id)
-        self.placement = Placement(policy, workers, knowledge, sequences)
+        self.placement = Placement(policy, workers, knowledge, sequences, moves)
         self.dispatch = Dispatch(workers, knowledge, sequences, journal, new_id)
         self.is_draining = False
         self.arrived = 0
@@ -65,6 +67,7 @@ class Requests:
         self._journal = journal
         self._knowledge = knowledge
         self._sequences = sequences
+        self._moves = moves
         self._serves_from = serves_from
 
     # --- from clients ----------------------------------------------------------------------------
@@ -181,6 +184,7 @@ class Requests:
     def drop_worker(self, worker: Worker, why: str) -> list[Send]:
         """The worker is gone: whoever waited for it alone hears that another may serve them."""
         error = WorkerLost(f"worker {worker.id} was lost: {why}")
+        self._moves.losing(worker)
         self._sequences.forget(worker)
         sends: list[Send] = []
         for call in list(worker.calls.values()):
@@ -223,7 +227,7 @@ class Requests:
         else:
             gather = Gather(client, message.req_id, WriteAnswers(message.req_id))
             calls = self.calls.begin_all(gather, workers, deadline, name, writes=True)
-        self._sequences.begin_write(name, tuple(worker.id for worker in workers))
+        self._sequences.begin_write(name, tuple(worker.id for worker in workers), rf)
         return [
             send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, len(calls))
         ]

@@ -24,9 +24,13 @@ LEARN_S = 2.0
 
 @dataclass(slots=True)
 class _Flux:
-    """Writes of one sequence that are in flight: how many, to which workers, and the versions those told meanwhile."""
+    """Writes of one sequence that are in flight: how many, to which workers, and the versions those told meanwhile.
+
+    rf: how many workers are to have it, by the writes.
+    """
 
     num_writes: int = 0
+    rf: int = 1
     targets: tuple[str, ...] = ()
     told: dict[str, int] = field(default_factory=dict)
 
@@ -48,6 +52,26 @@ class Sequences:
         """Where the newest version is, for a request that is about to go there."""
         return self._directory.use(name)
 
+    def find(self, name: Name) -> Place:
+        """As `use`, for whoever only wants to know."""
+        return self._directory.find(name)
+
+    def rf(self, name: Name) -> int:
+        """How many workers are to have it."""
+        return self._directory.rf(name)
+
+    def replicated(self) -> list[Name]:
+        """Those that more than one worker is to have."""
+        return self._directory.replicated()
+
+    def names_of(self, worker_id: str) -> list[Name]:
+        """What a worker holds, most recently used first."""
+        return self._directory.names_of(worker_id)
+
+    def holds(self, worker_id: str) -> frozenset[Name] | set[Name]:
+        """As `names_of`, in no order; not to be changed or kept."""
+        return self._directory.holds(worker_id)
+
     def is_learning(self, now: float) -> bool:
         """Whether a worker that joined just now may still tell of copies that nobody else has, or of newer ones."""
         workers = self._workers.by_id.values()
@@ -63,12 +87,17 @@ class Sequences:
         flux = self._in_flux.get(name)
         return () if flux is None else flux.targets
 
-    def begin_write(self, name: Name, targets: tuple[str, ...] = ()) -> None:
+    def is_in_flux(self, name: Name) -> bool:
+        """Whether writes of it are in flight."""
+        return name in self._in_flux
+
+    def begin_write(self, name: Name, targets: tuple[str, ...] = (), rf: int = 1) -> None:
         """A write goes out. Until the last one has ended, nothing that is told of the sequence takes effect here:
         workers that get the same writes have them at different times, and neither's copy is stale for that."""
         flux = self._in_flux.setdefault(name, _Flux())
         flux.num_writes += 1
         flux.targets = flux.targets or targets
+        flux.rf = max(flux.rf, rf)
 
     def end_write(self, name: Name) -> None:
         """A write has ended, however it did."""
@@ -80,6 +109,7 @@ class Sequences:
         stale: set[str] = set()
         for worker_id, version in flux.told.items():
             stale.update(self._directory.told(worker_id, name, version))
+        self._directory.want(name, flux.rf)
         self._drop(stale.difference(self._directory.find(name).holders), name)
 
     def wrote(self, worker: Worker, name: Name, version: int, now: float) -> None:
@@ -101,6 +131,7 @@ class Sequences:
             name = Name(one.tenant, one.seq_id)
             if one.is_held:
                 self._told(worker, name, one.version)
+                self._directory.want(name, one.rf)
             else:
                 self._untold(worker, name)
                 self._directory.gone(worker.id, name, one.version)

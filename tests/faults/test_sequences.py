@@ -124,15 +124,32 @@ async def test_a_kill_between_the_two_writes_loses_nothing_that_was_acknowledged
         (name,) = await owned_by(client, "doomed", 1)
         await client.kv.put(name, 0, rows(10), rows(10), rf=2)
         await client.kv.append(name, 0, rows(10, 1), rows(10, 1), at=10, rf=2)
-        # The third is written by both, and one of them dies before it can say so: it is not acknowledged.
-        with pytest.raises(Conflict, match="only"):
-            await client.kv.append(name, 0, rows(10, 2), rows(10, 2), at=20, rf=2)
+        # The third is written by both, and one of them dies before it can say so. Tried again, it waits for another
+        # copy of what is left, and is the same write whether or not it had taken effect there.
+        ack = await client.kv.append(name, 0, rows(10, 2), rows(10, 2), at=20, rf=2)
+        assert (ack.length, ack.durability) == (30, "mem2")
         assert not cluster.workers["doomed"].is_running
-        acknowledged = rows(10).tobytes() + rows(10, 1).tobytes()
-        assert (await client.kv.get(name, 0, 0, 20)).k.tobytes() == acknowledged
-        # Sent again it is the same write, whether or not it had taken effect where it is now.
-        assert (await client.kv.append(name, 0, rows(10, 2), rows(10, 2), at=20)).length == 30
-        assert (await client.kv.get(name, 0)).k.tobytes() == acknowledged + rows(10, 2).tobytes()
+        everything = rows(10).tobytes() + rows(10, 1).tobytes() + rows(10, 2).tobytes()
+        assert (await client.kv.get(name, 0)).k.tobytes() == everything
         await client.kv.delete(name)
     finally:
         cluster.drop_worker("doomed")
+
+
+async def test_a_worker_that_drains_hands_its_sequences_over_before_it_leaves(
+    cluster: Cluster, client: AsyncClient
+) -> None:
+    small, large = await owned_by(client, "worker-1", 2)
+    await client.kv.put(small, 0, rows(10), rows(10, 1))
+    for layer in range(2):
+        await client.kv.put(large, layer, rows(100_000, layer), rows(100_000, 9))  # 6.4 MB each of K and V: in chunks
+    await client.kv.append(large, 1, rows(5, 7), rows(5, 8), at=100_000)
+    cluster.workers["worker-1"].term()
+    assert (await client.kv.get(small, 0)).v.tobytes() == rows(10, 1).tobytes()
+    assert await asyncio.to_thread(cluster.workers["worker-1"].wait) == 0
+    for layer in range(2):
+        assert (await client.kv.get(large, layer, 0, 100_000)).k.tobytes() == rows(100_000, layer).tobytes()
+    assert (await client.kv.get(large, 1)).v.tobytes() == rows(100_000, 9).tobytes() + rows(5, 8).tobytes()
+    assert (await client.stats()).broker.failed_copies == {}
+    for name in (small, large):
+        await client.kv.delete(name)

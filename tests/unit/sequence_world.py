@@ -19,7 +19,7 @@ from bus.wire import Buffer
 from kvcache.broker.core import BrokerCore
 from kvcache.broker.sends import Port, Send
 from kvcache.config import BrokerConfig
-from workers.calls import Action, Channel
+from workers.calls import Action, Channel, ToCaller, ToPeer
 from workers.calls import Send as WorkerSend
 from workers.core import WorkerCore
 from workers.engine_api import EngineFigures
@@ -49,13 +49,14 @@ class Asked:
 
 
 class Peer:
-    """One worker process. `frozen`: it does not run, and what is sent to it waits."""
+    """One worker process. `frozen`: it does not run, and what is sent to it waits. Its name is its address."""
 
     def __init__(self, name: str, now: float, incarnation: int, num_pages: int) -> None:
-        hello = m.WorkerHello(worker_id=name, incarnation=incarnation, major=wire.MAJOR, minor=0)
+        hello = m.WorkerHello(worker_id=name, incarnation=incarnation, major=wire.MAJOR, minor=0, peer_url=name)
         self.store = KVStore(HostMemory(num_pages * PAGE), PAGE)
         self.core = WorkerCore(hello, self.store, num_links=1, preloading=(), now=now)
         self.inbox: list[list[Buffer]] = []
+        self.letters: list[tuple[str, bool, list[Buffer]]] = []  # of other workers: from whom, whether it is a request
         self.frozen = False
 
 
@@ -109,6 +110,14 @@ class World:
         self.workers[name] = self._new_worker(name)
         self._perform(self.broker.on_unsent(Send(Port.WORKER, name.encode(), [b""]), is_gone=True))
 
+    def drain(self, name: str) -> None:
+        """The worker is told to leave, and does when it has nothing more to do."""
+        self._from_worker(name, self.workers[name].core.drain(self.now))
+
+    def cut(self, name: str) -> None:
+        """What other workers have sent to this one is lost."""
+        self.workers[name].letters.clear()
+
     def freeze(self, name: str) -> None:
         self.workers[name].frozen = True
 
@@ -159,15 +168,21 @@ class World:
 
     def settle(self) -> None:
         """Deliver what is on its way, without letting time pass."""
-        while any(peer.inbox and not peer.frozen for peer in self.workers.values()):
-            for name in self.workers:
+        while any((peer.inbox or peer.letters) and not peer.frozen for peer in self.workers.values()):
+            for name in list(self.workers):
                 self.deliver(name, 100)
 
     def deliver(self, name: str, count: int) -> None:
         """Let a worker read so many of its messages."""
-        peer = self.workers[name]
-        if peer.frozen:
+        peer = self.workers.get(name)
+        if peer is None or peer.frozen:
             return
+        letters, peer.letters = peer.letters[:count], peer.letters[count:]
+        for other, is_request, frames in letters:
+            if is_request:
+                self._from_worker(name, peer.core.on_peer_request(other.encode(), frames, self.now))
+            else:
+                self._from_worker(name, peer.core.on_peer_answer(other, frames, self.now))
         taken, peer.inbox = peer.inbox[:count], peer.inbox[count:]
         for frames in taken:
             self._from_worker(name, peer.core.on_control(0, frames, self.now))
@@ -178,8 +193,11 @@ class World:
             self.now += TICK_S
             self._perform(self.broker.tick(self.now))
             self._perform(self.broker.on_client(b"client", [wire.encode(m.Beat(beat=1))], self.now, USER))
-            for name, peer in self.workers.items():
-                if not peer.frozen:
+            for name, peer in list(self.workers.items()):
+                if peer.core.is_drained and not peer.frozen:
+                    self._from_worker(name, peer.core.farewell())
+                    del self.workers[name]
+                elif not peer.frozen:
                     self._from_worker(name, peer.core.tick(EngineFigures(), self.now, rss_bytes=0, lag_s=0.0))
             self.settle()
 
@@ -204,10 +222,18 @@ class World:
         for action in actions:
             if isinstance(action, WorkerSend) and action.channel is Channel.CONTROL:
                 self._perform(self.broker.on_worker(name.encode(), list(action.frames), self.now, USER))
+            elif isinstance(action, ToPeer):
+                self._post(name, action.url, list(action.frames), is_request=True)
+            elif isinstance(action, ToCaller):
+                self._post(name, action.peer.decode(), list(action.frames), is_request=False)
+
+    def _post(self, name: str, to: str, frames: list[Buffer], *, is_request: bool) -> None:
+        if to in self.workers:
+            self.workers[to].letters.append((name, is_request, frames))
 
     def _perform(self, sends: list[Send]) -> None:
         for send in sends:
-            if send.port is Port.WORKER:
+            if send.port is Port.WORKER and send.link.decode() in self.workers:
                 self.workers[send.link.decode()].inbox.append([bytes(frame) for frame in send.frames])
             elif send.port is Port.CLIENT:
                 self._answered(wire.decode([bytes(frame) for frame in send.frames]))

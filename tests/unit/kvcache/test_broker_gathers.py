@@ -261,6 +261,8 @@ def test_a_sequence_of_one_copy_cannot_be_made_two_by_writing_to_it(driver: Driv
     write(driver, "other")
     (reader,) = driver.client(b"c1", length(3, "other"))
     driver.worker(reader.link, m.Goodbye(reason=""))
+    assert the_end(driver.client(b"c1", put(1, "other"))) is ErrorCode.NO_WORKERS, "another copy may be made"
+    driver.tick()  # it cannot: these workers do not listen for each other
     assert the_end(driver.client(b"c1", put(1, "other"))) is ErrorCode.CONFLICT
     assert len(driver.client(b"c1", put(4, "other", rf=1))) == 1
 
