@@ -17,7 +17,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from bus import messages as m
-from bus.errors import ErrorCode
+from bus.errors import ErrorCode, error_from_wire
 from kvcache.broker.directory import Name
 from kvcache.broker.members import Worker, Workers
 from kvcache.broker.pulls import can_pull, order_copy
@@ -182,10 +182,7 @@ class Moves:
         holders = self._sequences.find(name).holders
         others = (other for other in self._workers.ring.preference(sequence_key(*name).key) if other not in holders)
         found = next((other for other in others if other not in wait.refused), None)
-        if found is None:
-            self.news.append(f"no worker can take a copy of sequence {name.seq_id!r}")
-            return None
-        return self._workers.by_id[found]
+        return None if found is None else self._workers.by_id[found]
 
     def _order(self, name: Name, wait: Wait, target: Worker, now: float) -> list[Send]:
         """Have it copied there, rather from who stays than from who leaves. Nothing, if there is no link to spare."""
@@ -212,8 +209,7 @@ class Moves:
 
     def _failed(self, move: Move, code: int) -> None:
         """Try again there, or with another worker, or not at all: its holder may not have it any more."""
-        is_known = any(code == known for known in ErrorCode)
-        self.failed[ErrorCode(code).name if is_known else str(code)] += 1
+        self.failed[error_from_wire(code, "").code.name] += 1
         if code == ErrorCode.NOT_FOUND:
             return
         wait = move.wait._replace(tries=move.wait.tries + 1)

@@ -59,6 +59,10 @@ class Peer:
         self.letters: list[tuple[str, bool, list[Buffer]]] = []  # of other workers: from whom, whether it is a request
         self.frozen = False
 
+    @property
+    def is_draining(self) -> bool:
+        return self.core.state is m.WorkerState.DRAINING
+
 
 class World:
     """`num_pages`: of each worker's store; a sequence takes two."""

@@ -1,4 +1,4 @@
-"""Named sequences under every order of writes, reads, freezes, kills and restarts: no read is ever stale."""
+"""Named sequences under every order of writes, reads, freezes, kills, drains and restarts: no read is ever stale."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class SequenceMachine(RuleBasedStateMachine):
     def begin(self, num_pages: int, *, kills: bool) -> None:
         """Either workers are killed or the broker is: who loses both loses what they knew."""
         self.world = World(NAMES, num_pages)
+        self.has_room = num_pages > 4
         self.kills = kills
         self.calm_until = 0.0
         self.values = 0
@@ -38,6 +39,7 @@ class SequenceMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.kills and not any(peer.frozen for peer in self.world.workers.values()))
     @rule(name=st.sampled_from(NAMES), gap=st.sampled_from([0.0, 0.05, 1.0]))
     def what_two_workers_have_survives_one(self, name: str, gap: float) -> None:
+        self.all_join()
         self.world.run(4.0)
         self.values += 1
         seq_id = f"durable{self.values}"
@@ -45,6 +47,39 @@ class SequenceMachine(RuleBasedStateMachine):
         self.world.run(gap)
         self.world.kill(name)
         assert self.world.tell("get", seq_id) == self.values
+
+    @precondition(lambda self: self.has_room and not any(peer.frozen for peer in self.world.workers.values()))
+    @rule(name=st.sampled_from(NAMES), rf=st.integers(1, 2))
+    def what_a_worker_has_is_there_when_it_has_left(self, name: str, rf: int) -> None:
+        self.all_join()
+        self.values += 1
+        assert self.world.tell("put", f"kept{self.values}", self.values, rf=rf) == DONE
+        self.world.drain(name)
+        assert self.world.tell("get", f"kept{self.values}") == self.values
+        self.leave()
+        assert self.world.tell("get", f"kept{self.values}") == self.values
+
+    def leave(self) -> None:
+        """Those that drain do so, in time or when their time is up."""
+        for _ in range(240):
+            if not any(peer.is_draining for peer in self.world.workers.values()):
+                return
+            self.world.run(0.05)
+        raise AssertionError("a worker that drains does not leave")
+
+    @rule(name=st.sampled_from(NAMES))
+    def worker_drains(self, name: str) -> None:
+        if name in self.world.workers:
+            self.world.drain(name)
+
+    @precondition(lambda self: not any(peer.frozen for peer in self.world.workers.values()))
+    @rule()
+    def all_join(self) -> None:
+        """Those that leave have left, and are started anew."""
+        self.leave()
+        for name in NAMES:
+            if name not in self.world.workers:
+                self.world.join(name)
 
     @rule(name=st.sampled_from(NAMES), count=st.integers(1, 3))
     def deliver(self, name: str, count: int) -> None:
@@ -56,6 +91,8 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), thaw=st.booleans())
     def worker_freezes_or_thaws(self, name: str, *, thaw: bool) -> None:
+        if name not in self.world.workers:
+            return
         if thaw:
             self.world.thaw(name)
         elif self.world.now >= self.calm_until:
@@ -70,20 +107,21 @@ class SequenceMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES), seq_id=st.sampled_from(SEQUENCES))
     def worker_comes_back_under_reads(self, name: str, seq_id: str) -> None:
-        self.world.thaw(name)
+        self.worker_freezes_or_thaws(name, thaw=True)
         self.world.watch(seq_id, 1.2)
 
     @precondition(lambda self: self.kills)
     @rule(name=st.sampled_from(NAMES))
     def worker_is_killed(self, name: str) -> None:
-        self.world.kill(name)
+        if name in self.world.workers:
+            self.world.kill(name)
 
     @precondition(lambda self: not self.kills)
     @rule()
     def broker_restarts(self) -> None:
         """While all can tell it what they know: of a worker that it never meets it knows nothing."""
         for name in NAMES:
-            self.world.thaw(name)
+            self.worker_freezes_or_thaws(name, thaw=True)
         self.world.restart_broker()
         self.calm_until = self.world.now + 2.0
 
@@ -101,7 +139,8 @@ class SequenceMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         for name in NAMES:
-            self.world.thaw(name)
+            self.worker_freezes_or_thaws(name, thaw=True)
+        self.all_join()
         self.world.run(4.0)
         for number, seq_id in enumerate(SEQUENCES[:2]):
             assert self.world.tell("put", seq_id, 10_000 + number) == DONE
@@ -110,5 +149,5 @@ class SequenceMachine(RuleBasedStateMachine):
             assert self.world.tell("get", seq_id) is ErrorCode.NOT_FOUND
 
 
-SequenceMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+SequenceMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
 TestSequenceMachine = SequenceMachine.TestCase
