@@ -87,6 +87,7 @@ class Answer(Response):
         """All of them, begun; those that have not ended are stopped when the block is left, however that is."""
         ask = self._ask
         begun: list[Measured] = []
+        is_watched = self._slowest.is_watched(time.time())
         try:
             for prompt in ask.prompts:
                 raw = self._client.generate(
@@ -97,7 +98,7 @@ class Answer(Response):
                     cache_salt=ask.cache_salt,
                     priority=ask.priority,
                     deadline=self._config.request_timeout_s,
-                    explain=self._config.dashboard == "on",
+                    explain=is_watched,
                     label=request_id,
                     traceparent=traceparent,
                 )

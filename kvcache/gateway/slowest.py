@@ -14,21 +14,26 @@ from operator import attrgetter
 import msgspec
 
 from bus.errors import KVCacheError
-from bus.stats import Candidate, Explanation
+from bus.stats import Candidate
 from kvcache.client.results import Done, Event, Start, Token
 
 NUM_SHOWN = 10
 NUM_MINUTES = 10
 MINUTE_S = 60.0
 MAX_CANDIDATES = 8
+WATCHED_S = 3600.0
+"""How long after somebody looked requests are explained in full, which costs the broker something for each worker."""
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
-    """What a placement rested on. num_candidates: of all of which `candidates` are the first."""
+    """What a placement rested on. num_candidates: of all of which `candidates` are the first.
 
-    policy: str
+    Without an explanation in full only the first two are known.
+    """
+
     worker_id: str
     reason: str
+    policy: str = ""
     num_tokens: int = 0
     pull_from: str = ""
     num_candidates: int = 0
@@ -64,7 +69,12 @@ class Slowest:
 
     def __init__(self) -> None:
         self._minutes: deque[tuple[int, list[Slow]]] = deque()
+        self._looked_at = float("-inf")
         self.version = 0
+
+    def is_watched(self, at: float) -> bool:
+        """Whether somebody looked lately."""
+        return at - self._looked_at < WATCHED_S
 
     def add(self, request: Slow) -> None:
         minute = int(request.at // MINUTE_S)
@@ -79,7 +89,8 @@ class Slowest:
             self.version += 1
 
     def shown(self, at: float) -> tuple[Slow, ...]:
-        """The slowest of the last minutes, the slowest first."""
+        """The slowest of the last minutes, the slowest first, for somebody who looks."""
+        self._looked_at = at
         self._drop_old(int(at // MINUTE_S))
         every = (request for _, kept in self._minutes for request in kept)
         return tuple(nlargest(NUM_SHOWN, every, key=attrgetter("ttft_s")))
@@ -140,11 +151,14 @@ class Progress:
             prefill_ms=round(done.timings.prefill_ms, 1) if done else 0.0,
             resumes=done.timings.resumes if done else 0,
             num_outputs=num_outputs,
-            routing=_routing(start.explanation) if start and start.explanation else None,
+            routing=_routing(start) if start else None,
         )
 
 
-def _routing(explanation: Explanation) -> Routing:
+def _routing(start: Start) -> Routing:
+    explanation = start.explanation
+    if explanation is None:
+        return Routing(worker_id=start.worker_id, reason=start.reason)
     return Routing(
         policy=explanation.policy,
         worker_id=explanation.worker_id,

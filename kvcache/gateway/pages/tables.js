@@ -108,7 +108,9 @@ function explain(request) {
   ];
   if (!routing) return facts;
   const pulled = routing.pull_from ? `; the beginning is copied from ${routing.pull_from}` : "";
-  return [make("p", { class: "reason" }, `${routing.reason} (policy ${routing.policy})${pulled}`), ...facts, candidates(request)];
+  const policy = routing.policy ? ` (policy ${routing.policy})` : "";
+  const table = routing.candidates.length ? [candidates(request)] : [];
+  return [make("p", { class: "reason" }, `${routing.reason}${policy}${pulled}`), ...facts, ...table];
 }
 
 function candidates({ routing }) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bus.errors import Overloaded
 from bus.stats import Candidate, Explanation
 from kvcache.client.results import Done, Start, Timings, Token, Usage
-from kvcache.gateway.slowest import MAX_CANDIDATES, NUM_MINUTES, NUM_SHOWN, Progress, Slow, Slowest
+from kvcache.gateway.slowest import MAX_CANDIDATES, NUM_MINUTES, NUM_SHOWN, WATCHED_S, Progress, Slow, Slowest
 
 AT = 60_000.0
 EXPLANATION = Explanation(
@@ -69,6 +69,22 @@ def test_a_request_is_summed_up_by_its_slowest_output() -> None:
     assert found.routing is not None
     assert (found.routing.worker_id, found.routing.reason) == ("w1", "prefix: 4 of 10 tokens")
     assert (found.routing.num_candidates, len(found.routing.candidates)) == (20, MAX_CANDIDATES)
+
+
+def test_without_an_explanation_the_reason_is_still_told() -> None:
+    progress = Progress(100.0)
+    progress.fold([Start("w1", "prefix", "m", 10, 4)], 100.1)
+    routing = progress.sum_up("r", 1, 101.0, AT).routing
+    assert routing is not None
+    assert (routing.worker_id, routing.reason, routing.candidates) == ("w1", "prefix", ())
+
+
+def test_explanations_are_wanted_only_after_somebody_looked() -> None:
+    slowest = Slowest()
+    assert not slowest.is_watched(AT)
+    slowest.shown(AT)
+    assert slowest.is_watched(AT + WATCHED_S - 1)
+    assert not slowest.is_watched(AT + WATCHED_S)
 
 
 def test_a_failure_has_the_name_of_its_error_and_the_time_of_its_first_token() -> None:
