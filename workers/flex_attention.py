@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch._dynamo import config as dynamo_config
 from torch._dynamo import maybe_mark_dynamic
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -40,6 +41,8 @@ LEAST_TILE = 16
 """Rows and keys of the smallest tile that a GPU multiplies (Triton, `tl.dot`)."""
 LARGEST_TILE = 64
 
+# One for each model, window, and decodes or not, all counted together; torch gives up at 8.
+dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 64)
 # As a whole or not at all: a graph break would run the plain form, which wants memory for the whole pool's scores.
 _compiled: Any = torch.compile(flex_attention, fullgraph=True)
 

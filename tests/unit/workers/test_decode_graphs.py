@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
 
+from workers.attention import Step
 from workers.batch import Batch, BlockId
-from workers.decode_graphs import SIZES, Again
+from workers.decode_graphs import SIZES, Again, DecodeGraphs
 from workers.flex_attention import plan_flex
 from workers.loader import LoadedModel, load_model
 from workers.runner import TorchRunner
@@ -94,6 +96,27 @@ def test_replayed_decodes_give_the_logits_of_plain_ones_as_contexts_grow_and_seq
         ours, plain = (runner.run(decodes(step, num_seqs)) for runner in runners)
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
     assert (recorder.num_recordings, recorder.num_replays) == (3, 8), "for 8, 4 and 2 sequences"
+
+
+def test_masks_are_made_anew_within_each_recording(loaded: LoadedModel) -> None:
+    """Those that a former run of the same step made would be recorded as they were, and never change again."""
+    steps: list[Step] = []
+
+    def forward(token_ids: torch.Tensor, _positions: torch.Tensor, _wanted: torch.Tensor, step: Step) -> torch.Tensor:
+        steps.append(step)
+        return token_ids[0].float()[:, None]
+
+    def record(forward: Again) -> Again:
+        forward()
+        return forward
+
+    plan = partial(plan_flex, group=GROUP, max_blocks=9)
+    graphs = DecodeGraphs(make_pool(loaded), plan, forward, record)
+    for step in range(2):
+        logits = graphs.run(decodes(step, 2))
+        assert logits is not None
+        assert logits.flatten().tolist() == [5 * step, 5 * step + 1]
+    assert all(one is not other for one, other in combinations(steps, 2))
 
 
 def test_logits_of_a_step_stay_as_they_are_when_the_next_is_replayed(loaded: LoadedModel, recorder: Recorder) -> None:
