@@ -23,7 +23,7 @@ from kvcache.hashing import HashSeed, block_digests, encode_token_ids
 from tests.harness.waiting import until
 from workers.batch import BlockId
 from workers.block_changes import AllDropped, BlockAdded, BlockChange, BlockDropped
-from workers.kv_event_sockets import KvEventsConfig, KvEventSockets
+from workers.kv_event_sockets import SLICE_BATCHES, KvEventsConfig, KvEventSockets
 from workers.kv_events import KvEventLog
 from workers.prefix_cache import PrefixCache
 
@@ -256,6 +256,27 @@ async def test_a_subscriber_gets_three_frames_and_asks_again_for_what_it_missed(
         assert len(follower.prefixes) == int.from_bytes(seq, "big")
         ts, *_ = msgspec.msgpack.decode(payload)
         assert abs(ts - time.time()) < 3600
+
+
+async def test_long_replays_are_told_side_by_side_and_one_who_leaves_is_forgotten(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        events, config = stack.enter_context(told(tmp_path))
+        num_batches = 5 * SLICE_BATCHES
+        for at in range(1, num_batches):
+            events.publish(chain([at, at]))
+        gone = stack.enter_context(plain(zmq.DEALER, config.replay_url))
+        askers = [stack.enter_context(plain(zmq.DEALER, config.replay_url)) for _ in range(2)]
+        for asker in (gone, *askers):
+            asker.send(bytes(8))
+        gone.close()
+        for asker in askers:
+            follower = Follower()
+            while True:
+                seq, payload = await asyncio.to_thread(asker.recv_multipart)
+                if seq == END:
+                    break
+                follower.take(seq, payload)
+            assert follower.next_seq == num_batches
 
 
 async def test_a_req_socket_is_answered_in_its_way_and_a_wrong_request_harms_nobody(tmp_path: Path) -> None:
