@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEPT = 4
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the graph that `workers.openvino_export` makes of the same model changes."""
 
 _BIG = 1 << 16
 _ALIGNMENT = 64
+_WRITTEN = (ov.Type.f32, ov.Type.f16, ov.Type.bf16, ov.Type.i8)
+"""Types whose bytes numpy sees as they are; bfloat16 comes as float16, which is as wide."""
 _GRAPH, _WEIGHTS, _SUMS = "graph.xml", "graph.bin", "sums.json"
 
 
@@ -128,7 +130,7 @@ def _cut_weights(graph: ov.Model) -> dict[str, tuple[Any, Any]]:
     for node in graph.get_ops():
         if node.get_type_name() != "Constant" or node.get_byte_size() < _BIG:
             continue
-        if node.get_element_type() in (ov.Type.f32, ov.Type.f16, ov.Type.i8):  # those that numpy has too
+        if node.get_element_type() in _WRITTEN:
             parameter = opset13.parameter(ov.PartialShape(list(node.get_output_shape(0))), node.get_element_type())
             name = f"kvcache.weight/{len(cut)}"
             parameter.set_friendly_name(name)

@@ -124,12 +124,16 @@ class _Step(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         self._wanted = wanted
         output = self._model(input_ids=input_ids.unsqueeze(1), position_ids=position_ids.unsqueeze(1), use_cache=False)
-        return cast("torch.Tensor", output.logits[:, 0]).float()
+        return cast("torch.Tensor", output.logits).float()
 
     def keep_wanted(self, _projection: torch.nn.Module, states: tuple[torch.Tensor]) -> torch.Tensor:
         """The rows to project, of [num_tokens, 1, hidden_size]: a forward hook, because models take one set of
-        rows for all sequences of a batch."""
-        return states[0][self._wanted]
+        rows for all sequences of a batch.
+
+        As a matrix, so that the projection is the graph's last operator and writes its output. What comes after it
+        copies all logits, in one thread: 3 ms of a step with 32 rows of 49,152.
+        """
+        return states[0][self._wanted].squeeze(1)
 
 
 @torch.library.custom_op(_OPERATOR, mutates_args=())

@@ -40,7 +40,9 @@ class Runner(Protocol):
         """Whether it computes with the loaded model's weights, or else has its own."""
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """One forward pass: logits `[num_wanting_logits, vocab_size]` float32. See `TorchRunner.run`."""
+        """One forward pass: logits `[num_wanting_logits, vocab_size]` float32, which hold until the next one.
+
+        See `TorchRunner.run`."""
 
     def close(self) -> None:
         """Give the memory of weights and pool back. It runs nothing any more."""

@@ -72,8 +72,10 @@ def _is_plain(draw: Draw) -> bool:
 
 def _on_host(logits: torch.Tensor, rows: list[int]) -> Floats:
     """Those rows, to be read only."""
-    chosen = logits if len(rows) == len(logits) else logits[rows]
-    return chosen.cpu().numpy()
+    if logits.device.type != "cpu":
+        return logits[rows].cpu().numpy()
+    every = logits.numpy()  # and its copy, not torch's, whose threads would spin while the next step computes
+    return every if len(rows) == len(every) else every[rows]
 
 
 def _draw(own: Floats, tokens: Ints, draws: Sequence[Draw]) -> Ints:

@@ -164,13 +164,29 @@ def test_bfloat16_weights_become_float16_and_big_ones_stay(tmp_path: Path) -> No
         ov.op.Constant(ov.Type.bf16, ov.Shape([2, 2]), [value, -0.5, 0.25, 3.0]) for value in (2.0**-14, 1e30)
     )
     inner = opset13.matmul(opset13.convert(states, "bf16"), small, False, True)
-    graph = ov.Model([opset13.matmul(inner, big, False, True)], [states])
+    graph = ov.Model([opset13.relu(opset13.matmul(inner, big, False, True))], [states])
     openvino_graph.widen(graph)
     constants = {node.get_element_type() for node in graph.get_ops() if node.get_type_name() == "Constant"}
     assert constants == {ov.Type.f16, ov.Type.bf16}
     kept = [node for node in graph.get_ops() if node.get_type_name() == "Constant"]
     values = {float(node.get_data(dtype=np.float32).flat[0]) for node in kept}
     assert values == {2.0**-14, float(torch.tensor(1e30, dtype=torch.bfloat16))}
+
+
+def test_bfloat16_logits_come_from_the_projection_as_float32_and_from_disk_as_well(
+    model_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither rounded to bfloat16 nor copied; with every constant one of those that we write ourselves."""
+    from workers import openvino_cache, openvino_export
+
+    monkeypatch.setattr(openvino_cache, "_BIG", 0)
+    loaded = load_model(source_of(model_dirs["llama"]), dtype="bfloat16")
+    [result] = openvino_export.export(loaded).get_results()
+    assert result.input_value(0).get_node().get_type_name() == "MatMul"
+    logits = logits_of(make_runner(loaded))
+    assert not torch.equal(logits, logits.bfloat16().float())
+    for _ in range(2):
+        assert torch.equal(logits_of(make_runner(loaded, graphs=tmp_path / "graphs")), logits)
 
 
 @pytest.mark.parametrize("gate", ["swish", "gelu"])
