@@ -18,6 +18,7 @@ from bus import messages as m
 from bus import wire
 from kvcache.bench.report import Report, report, row
 from kvcache.broker.calls import Calls
+from kvcache.broker.journal import Journal
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Client, Worker, Workers
 from kvcache.broker.moves import Moves
@@ -47,7 +48,8 @@ class Bench:
         self._workers.rebuild()
         self.knowledge = Knowledge(self._workers)
         sequences = Sequences(self._workers, wall_ms=0, now=NOW)
-        moves = Moves(self._workers, sequences, lambda: secrets.token_bytes(16))
+        journal = Journal(_new_id, is_detailed=False, is_tracing=False)
+        moves = Moves(self._workers, sequences, journal, _new_id)
         self.placement = Placement(DEFAULT_POLICY, self._workers, self.knowledge, sequences, moves)
         self._chains = [self._chain() for _ in range(num_workers * CHAINS_PER_WORKER // 4)]
         held: dict[str, list[bytes]] = {worker.id: [] for worker in members}
@@ -157,6 +159,10 @@ def _bytes_per_node(num_nodes: int, num_workers: int) -> float:
         return (tracemalloc.get_traced_memory()[0] - before) / index.num_nodes
     finally:
         tracemalloc.stop()
+
+
+def _new_id() -> bytes:
+    return secrets.token_bytes(16)
 
 
 def _member(number: int) -> Worker:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from bus import messages as m
 from bus.errors import ErrorCode, error_from_wire
 from kvcache.broker.directory import Name
+from kvcache.broker.journal import Journal, News
 from kvcache.broker.members import Worker, Workers
 from kvcache.broker.pulls import can_pull, order_copy
 from kvcache.broker.sends import Send, to_worker
@@ -58,12 +59,12 @@ class Move(NamedTuple):
 class Moves:
     """All copies of sequences that are to be made. `new_id` makes 16 secret random bytes."""
 
-    def __init__(self, workers: Workers, sequences: Sequences, new_id: Callable[[], bytes]) -> None:
+    def __init__(self, workers: Workers, sequences: Sequences, journal: Journal, new_id: Callable[[], bytes]) -> None:
         self.num_done = 0
         self.failed: Counter[str] = Counter()
-        self.news: list[str] = []
         self._workers = workers
         self._sequences = sequences
+        self._journal = journal
         self._new_id = new_id
         self._waiting: OrderedDict[Name, Wait] = OrderedDict()
         self._again: dict[Name, Wait] = {}  # they wait from the next tick on
@@ -229,7 +230,7 @@ class Moves:
             num_left = sum(ring.isdisjoint(self._sequences.find(name).holders) for name in held)
             sends.append(to_worker(self._workers.by_id[worker_id], m.HandedOver(num_left=num_left)))
             if held:
-                self.news.append(
-                    f"worker {worker_id} drains: {len(held) - num_left} of its sequences are elsewhere too"
-                )
+                there = len(held) - num_left
+                text = f"worker {worker_id} drains: {there} of its {len(held)} sequences are elsewhere too"
+                self._journal.news.append(News(text, is_bad=num_left > 0))
         return sends
