@@ -8,7 +8,14 @@ from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 34, 46
+DASHES = ("", "7 3", "2 3")
+"""So that of lines that lie on each other both are seen; the first line is drawn whole, last and wider."""
+FEW_DECADES = 2.5
+"""On an axis of no more, 2 and 5 are marked beside the powers of ten."""
 COLOURS = ("#0b6e4f", "#c1121f", "#1d4e89", "#e09f3e", "#6a4c93", "#5f6368", "#2a9d8f", "#b5651d", "#d81b60", "#000000")
+
+MOST, LEAST = 0.95, 0.001
+"""Of a distribution's shares: below and above there are single values, which would take half of the axis."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -21,7 +28,8 @@ class _Axis:
         seen = [value for value in values if value > 0] if is_log else list(values)
         low, high = (min(seen), max(seen)) if seen else (1.0, 10.0)
         if is_log:
-            self._low, self._high = float(floor(log10(low))), float(ceil(log10(high)))
+            room = 0.03 * log10(high / low) or 0.3
+            self._low, self._high = log10(low) - room, log10(high) + room
         else:
             room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
             self._low, self._high = low - room, high + room
@@ -29,12 +37,15 @@ class _Axis:
             self._high += 1.0
 
     def at(self, value: float) -> float:
-        place = log10(max(value, 10**self._low)) if self.is_log else value
+        place = max(log10(value), self._low) if self.is_log and value > 0 else self._low if self.is_log else value
         return self._start + (place - self._low) / (self._high - self._low) * (self._end - self._start)
 
     def ticks(self) -> list[float]:
         if self.is_log:
-            return [10.0**power for power in range(int(self._low), int(self._high) + 1)]
+            steps = (1, 2, 5) if self._high - self._low <= FEW_DECADES else (1,)
+            powers = range(floor(self._low), ceil(self._high) + 1)
+            marks = [step * 10.0**power for power in powers for step in steps]
+            return [mark for mark in marks if self._low <= log10(mark) <= self._high]
         step = 10 ** floor(log10((self._high - self._low) / 2))
         while (self._high - self._low) / step > 8:
             step *= 2
@@ -62,23 +73,26 @@ def plot(
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, anchor="middle"),
         f'<g transform="rotate(-90 14 {HEIGHT / 2})">{_text(14, HEIGHT / 2, y_name, anchor="middle")}</g>',
     ]
-    for index, (name, points) in enumerate(series.items()):
+    for index, (name, points) in reversed(list(enumerate(series.items()))):
         colour, row = COLOURS[index % len(COLOURS)], TOP + 8 + 16 * index
         places = [(round(x.at(a), 1), round(y.at(b), 1)) for a, b in points]
         if as_points:
-            parts += [f'<circle cx="{a}" cy="{b}" r="4" fill="{colour}"/>' for a, b in places]
+            look = f'r="5" fill="{colour}" fill-opacity="0.5" stroke="{colour}"'
+            parts += [f'<circle cx="{a}" cy="{b}" {look}/>' for a, b in places]
         else:
             path = " ".join(f"{a},{b}" for a, b in places)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+            dash = DASHES[index % len(DASHES)]
+            look = f'stroke-width="{1.6 if index else 2.6}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" {look}/>')
         parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{row - 8}" width="10" height="10" fill="{colour}"/>')
         parts.append(_text(WIDTH - RIGHT + 28, row + 1, name))
     return "\n".join([*parts, "</svg>", ""])
 
 
 def distribution(values: Sequence[float], steps: int = 120) -> list[tuple[float, float]]:
-    """(value, share of values above it), thinned so that the tail keeps its detail."""
+    """(value, share of values above it), from the twentieth quickest on, thinned so that the tail keeps its detail."""
     ordered = sorted(values)
-    shares = [10 ** (-3.0 * step / steps) for step in range(steps + 1)]
+    shares = [MOST * (LEAST / MOST) ** (step / steps) for step in range(steps + 1)]
     return [(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered)))], share) for share in shares]
 
 

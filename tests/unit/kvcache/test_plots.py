@@ -6,15 +6,16 @@ import re
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcache.plots import HEIGHT, WIDTH, plot
+from kvcache.plots import HEIGHT, LEFT, RIGHT, WIDTH, plot
 
 SVG = "{http://www.w3.org/2000/svg}"
 VALUES = st.floats(1e-3, 1e6)
 
 
+@settings(max_examples=40)
 @given(
     lines=st.dictionaries(st.text(max_size=8), st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=5), min_size=1),
     logarithmic=st.booleans(),
@@ -29,6 +30,23 @@ def test_whatever_is_drawn_stays_inside_and_is_well_formed(
     for circle in circles:
         assert 0 <= float(circle.attrib["cx"]) <= WIDTH
         assert 0 <= float(circle.attrib["cy"]) <= HEIGHT
+
+
+def test_a_logarithmic_axis_is_no_longer_than_what_it_shows_and_has_marks() -> None:
+    root = ET.fromstring(plot("t", "x", "y", {"a": [(3.0, 0.5), (40.0, 0.9)]}, log_x=True, log_y=True))
+    (line,) = root.findall(f"{SVG}polyline")
+    places = [float(pair.split(",")[0]) for pair in line.attrib["points"].split()]
+    assert places[1] - places[0] > 0.9 * (WIDTH - LEFT - RIGHT)
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"5", "10", "20"} <= set(texts)
+
+
+def test_lines_that_lie_on_each_other_differ_and_the_first_is_on_top() -> None:
+    same = [(1.0, 1.0), (2.0, 2.0)]
+    root = ET.fromstring(plot("t", "x", "y", {"first": same, "second": same}))
+    below, above = root.findall(f"{SVG}polyline")
+    assert "stroke-dasharray" in below.attrib
+    assert "stroke-dasharray" not in above.attrib
 
 
 def test_larger_values_lie_further_right_and_higher() -> None:

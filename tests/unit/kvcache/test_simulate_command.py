@@ -140,10 +140,10 @@ def test_costs_come_back_from_their_file(tmp_path: Path) -> None:
 
 def test_a_distribution_says_how_many_are_above() -> None:
     points = distribution([float(value) for value in range(1, 1001)])
-    assert points[0] == (1.0, 1.0)
+    assert points[0] == (51.0, 0.95)
     assert points[-1][0] == 1000.0
     assert points[-1][1] == pytest.approx(0.001)
-    assert any(value == pytest.approx(901.0, abs=15) and share == pytest.approx(0.1) for value, share in points)
+    assert all(share == pytest.approx((1001.0 - value) / 1000.0, abs=0.002) for value, share in points)
 
 
 def test_a_plot_of_nothing_or_of_one_point_is_still_a_plot() -> None:
