@@ -9,7 +9,7 @@ from math import ceil, floor, log10
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 34, 46
 DASHES = ("", "7 3", "2 3")
-"""So that of lines that lie on each other both are seen; the first line is drawn whole, last and wider."""
+"""So that of lines that lie on each other all are seen: the first is whole and wide, and below the others."""
 FEW_DECADES = 2.5
 """On an axis of no more, 2 and 5 are marked beside the powers of ten."""
 COLOURS = ("#0b6e4f", "#c1121f", "#1d4e89", "#e09f3e", "#6a4c93", "#5f6368", "#2a9d8f", "#b5651d", "#d81b60", "#000000")
@@ -73,7 +73,7 @@ def plot(
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x_name, anchor="middle"),
         f'<g transform="rotate(-90 14 {HEIGHT / 2})">{_text(14, HEIGHT / 2, y_name, anchor="middle")}</g>',
     ]
-    for index, (name, points) in reversed(list(enumerate(series.items()))):
+    for index, (name, points) in enumerate(series.items()):
         colour, row = COLOURS[index % len(COLOURS)], TOP + 8 + 16 * index
         places = [(round(x.at(a), 1), round(y.at(b), 1)) for a, b in points]
         if as_points:
@@ -82,7 +82,7 @@ def plot(
         else:
             path = " ".join(f"{a},{b}" for a, b in places)
             dash = DASHES[index % len(DASHES)]
-            look = f'stroke-width="{1.6 if index else 2.6}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+            look = f'stroke-width="{1.6 if index else 3.6}"' + (f' stroke-dasharray="{dash}"' if dash else "")
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" {look}/>')
         parts.append(f'<rect x="{WIDTH - RIGHT + 12}" y="{row - 8}" width="10" height="10" fill="{colour}"/>')
         parts.append(_text(WIDTH - RIGHT + 28, row + 1, name))

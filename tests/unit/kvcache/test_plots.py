@@ -41,12 +41,13 @@ def test_a_logarithmic_axis_is_no_longer_than_what_it_shows_and_has_marks() -> N
     assert {"5", "10", "20"} <= set(texts)
 
 
-def test_lines_that_lie_on_each_other_differ_and_the_first_is_on_top() -> None:
+def test_lines_that_lie_on_each_other_are_all_seen() -> None:
     same = [(1.0, 1.0), (2.0, 2.0)]
     root = ET.fromstring(plot("t", "x", "y", {"first": same, "second": same}))
     below, above = root.findall(f"{SVG}polyline")
-    assert "stroke-dasharray" in below.attrib
-    assert "stroke-dasharray" not in above.attrib
+    assert "stroke-dasharray" not in below.attrib
+    assert "stroke-dasharray" in above.attrib
+    assert float(below.attrib["stroke-width"]) > float(above.attrib["stroke-width"])
 
 
 def test_larger_values_lie_further_right_and_higher() -> None:
