@@ -3,7 +3,7 @@ nothing from other hosts.
 
 A page that is made holds a line `<!-- made: KIND -->` and, for those who read it in the repository, where the same is
 to be had there; on the site the result stands in its place. Kinds: `commands`, every command's --help; `modules`, the
-first words of every module; the name of a file, that file.
+first words of every module; `alerts`, those of Prometheus; the name of a file, that file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import typer
+import yaml
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))  # MkDocs may run where another checkout is instal
 from kvcache.cli.app import app  # noqa: E402
 from kvcache.cli.processes import FORWARDED  # noqa: E402
 
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yml"
 WIDTH = 110
 PACKAGES = ("bus", "kvcache", "workers")
 
@@ -56,6 +58,8 @@ def made(kind: str) -> str:
             return "\n".join(_section(name, text) for name, text in helps())
         case "modules":
             return "\n".join(modules())
+        case "alerts":
+            return "\n".join(alerts())
         case _:
             return (ROOT / kind).read_text("utf-8").replace("](docs/", "](")
 
@@ -92,6 +96,22 @@ def modules() -> Iterator[str]:
             for path in sorted(folder.glob("*.py")):
                 if words := _first_words(path):
                     yield f"| `{path.name}` | {words} |"
+
+
+def alerts() -> Iterator[str]:
+    """A heading for each group of Prometheus' rules, and a row for each alert in it."""
+    for group in yaml.safe_load(ALERTS.read_text("utf-8"))["groups"]:
+        yield f"\n## {group['name']}\n\n| alert | severity | means | do |\n|---|---|---|---|"
+        for rule in group["rules"]:
+            severity, notes = rule["labels"]["severity"], rule["annotations"]
+            cells = (rule["alert"], severity, notes["summary"], notes["description"])
+            yield f"| {' | '.join(_without_values(cell) for cell in cells)} |"
+
+
+def _without_values(text: str) -> str:
+    """What Prometheus puts in, `{{ $labels.worker }}` or `{{ $value | humanize }}`, as `<worker>` and `<value>`."""
+    named = re.sub(r"\{\{ \$(?:labels\.)?(\w+)[^}]*\}\}", r"`<\1>`", text)
+    return " ".join(named.split()).replace("|", "\\|")
 
 
 def _section(name: str, text: str) -> str:

@@ -98,6 +98,14 @@ def test_commands_are_told_with_their_groups_and_options(hooks: ModuleType, monk
     assert helps["kvcache kv put"].startswith("Usage: kvcache kv put ")
 
 
+def test_every_alert_has_a_row_that_says_what_to_do(hooks: ModuleType) -> None:
+    rows = "\n".join(hooks.alerts())
+    for alert in re.findall(r"- alert: (\w+)", hooks.ALERTS.read_text("utf-8")):
+        assert re.search(rf"^\| {alert} \| (critical|warning|info) \| [^|]+ \| [^|]+ \|$", rows, re.MULTILINE), alert
+    assert "The broker does not answer `<instance>`." in rows
+    assert "{{" not in rows
+
+
 def test_links_of_the_repositorys_own_pages_lead_to_pages_of_the_site(hooks: ModuleType) -> None:
     page = hooks.on_page_markdown("<!-- made: CHANGELOG.md -->\nSee [CHANGELOG.md](../CHANGELOG.md).\n")
     assert "](GATEWAY.md)" in page
