@@ -279,6 +279,17 @@ async def test_long_replays_are_told_side_by_side_and_one_who_leaves_is_forgotte
             assert follower.next_seq == num_batches
 
 
+async def test_a_replay_that_has_ended_makes_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.kv_event_sockets.MAX_REPLAYS", 1)
+    with told(tmp_path) as (_, config):
+        for _ in range(3):
+            with plain(zmq.DEALER, config.replay_url) as asker:
+                asker.send(bytes(8))
+                Follower().take(*await asyncio.to_thread(asker.recv_multipart))
+                seq, _ = await asyncio.to_thread(asker.recv_multipart)
+                assert seq == END
+
+
 async def test_a_req_socket_is_answered_in_its_way_and_a_wrong_request_harms_nobody(tmp_path: Path) -> None:
     with ExitStack() as stack:
         _, config = stack.enter_context(told(tmp_path))
