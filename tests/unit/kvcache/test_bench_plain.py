@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,34 @@ async def test_the_benchmarks_client_reads_it_also_many_at_once(gateway: str) ->
 
 async def test_what_is_no_request_is_refused(gateway: str) -> None:
     assert "HTTP/1.1 400" in await complete(gateway, b'{"max_tokens": 3}')
+
+
+def test_a_connection_that_was_closed_meanwhile_is_not_used_again(gateway: str) -> None:
+    """As after five idle seconds, or when all of a system has been stopped for a while."""
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        connections = importlib.import_module("plain_wire").Connections()
+
+        answered, closed = threading.Event(), threading.Event()
+
+        def serve() -> None:
+            for _ in range(2):
+                accepted, _ = server.accept()
+                with accepted:
+                    accepted.recv(1 << 16)
+                    accepted.sendall(reply)
+                    answered.wait(20)
+                closed.set()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert connections.call(place, "GET", "/") == (200, b"ok")
+        answered.set()
+        assert closed.wait(20)
+        assert connections.call(place, "GET", "/") == (200, b"ok")
+        thread.join()
+        connections.close()
 
 
 def test_tensors_come_back_as_they_were_put_and_appended(gateway: str) -> None:

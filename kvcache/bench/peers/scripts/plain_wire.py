@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import select
 import socket
 import threading
 from typing import Any
@@ -37,10 +38,7 @@ class Connections:
 
     def call(self, place: str, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """One request to another service, at `HOST:PORT`: (status, body). Raises OSError, HTTPException."""
-        with self._turn:
-            idle = self._idle.setdefault(place, [])
-            connection = idle.pop() if idle else None
-        connection = connection or connect(place)
+        connection = self._kept(place) or connect(place)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -49,8 +47,18 @@ class Connections:
             connection.close()
             raise
         with self._turn:
-            idle.append(connection)
+            self._idle.setdefault(place, []).append(connection)
         return told
+
+    def _kept(self, place: str) -> http.client.HTTPConnection | None:
+        """One that the other end has not closed meanwhile, as servers do after some seconds: that can be read."""
+        with self._turn:
+            while idle := self._idle.get(place):
+                connection = idle.pop()
+                if not select.select([connection.sock], [], [], 0)[0]:
+                    return connection
+                connection.close()
+        return None
 
     def close(self) -> None:
         with self._turn:
