@@ -89,6 +89,11 @@ class NoWorkers(Unavailable):
 
     code = ErrorCode.NO_WORKERS
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether what is needed is on its way to a worker (`detail` is 1), so that waiting helps."""
+        return self.detail == 1
+
 
 class Overloaded(Unavailable):
     """Refused at once because there is too much to do; try again after `retry_after_ms`."""

@@ -7,6 +7,7 @@ an id that others were asked within already; the SDK is told that id by its own 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 from opentelemetry import trace
@@ -20,7 +21,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 
 from bus.traces import Attributes, Span, TraceContext, parse_traceparent
 
-FLUSH_MS = 3000
+FLUSH_S = 3.0
 
 
 class OtelTracer:
@@ -60,9 +61,10 @@ class OtelTracer:
         whole.end(ended_ns)
 
     def close(self) -> None:
-        """Export what is left, for at most FLUSH_MS."""
-        self._provider.force_flush(FLUSH_MS)
-        self._provider.shutdown()
+        """Export what is left, for at most FLUSH_S: the SDK takes a limit, and its exporters do not keep it."""
+        closing = threading.Thread(target=self._provider.shutdown, daemon=True)
+        closing.start()
+        closing.join(FLUSH_S)
 
 
 class OtelSpan:

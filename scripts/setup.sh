@@ -74,8 +74,8 @@ install_browser() {
     fi
     say "Installing a browser for the dashboard's tests"
     export DEBIAN_FRONTEND=noninteractive
-    if ! { timeout 120 "${apt[@]}" update &&
-        timeout 300 "${apt[@]}" install -y --no-install-recommends chromium-headless-shell; } >&2; then
+    if ! { timeout 60 "${apt[@]}" update &&
+        timeout 150 "${apt[@]}" install -y --no-install-recommends chromium-headless-shell; } >&2; then
         say "apt could not install chromium-headless-shell, see its message above; the browser tests will be skipped"
     fi
 }

@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eviction-policy", metavar="NAME", help="which cached block goes first: lru (default), lfu or cost")
     add("--audit", metavar="SHARE", help="compute this part of found blocks again and compare, 0 to 1 (default 0)")
     kv_events = (
-        "tell block events here in vLLM's schema, for other routers: tcp://127.0.0.1:5557, say (default: nowhere)"
+        "tell block events here in vLLM's schema, for other routers: tcp://127.0.0.1:5657, say (default: nowhere)"
     )
     add("--kv-events", metavar="URL", help=kv_events)
     add("--kv-events-replay", metavar="URL", help="where they ask for what they missed (default: nowhere)")

@@ -62,8 +62,8 @@ def _openvino() -> tuple[str, tuple[str, ...], str]:
     if importlib.util.find_spec("openvino") is None:
         return "", (), ""
     try:
-        module: Any = importlib.import_module("openvino")
-        return module.__version__, tuple(module.Core().available_devices), ""
+        ov: Any = importlib.import_module("workers.openvino_api").ov
+        return ov.__version__, tuple(ov.Core().available_devices), ""
     except Exception as error:  # noqa: BLE001  # an optional package may be broken in any way, which is what is asked
         return "", (), f"{type(error).__name__}: {error}"
 

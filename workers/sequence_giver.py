@@ -32,6 +32,8 @@ from workers.tickets import Tickets
 GRACE_S = 0.25
 IDLE_S = 2.0
 MAX_GIVEN = 8
+MAX_CREDIT = 64
+"""Chunks that a taker can have on their way, whatever it asks for."""
 MAX_PARKED = 16
 
 CopyKey: TypeAlias = tuple[bytes, bytes]
@@ -138,7 +140,7 @@ class Giver:
         pinned_s = self._store.pinned_s(sequence, now)
         pin_ms = 0 if pinned_s is None or math.isinf(pinned_s) else max(1, int(pinned_s * 1000))
         reads = [self._store.open_read(sequence, layer.layer) for layer in info.layers]
-        self._gifts[key] = Gift(reads, self._pieces(reads), info.nbytes, request.credit, now)
+        self._gifts[key] = Gift(reads, self._pieces(reads), info.nbytes, min(request.credit, MAX_CREDIT), now)
         payload = pack(info)
         found = SequenceFound(
             req_id=key[1],
@@ -158,7 +160,7 @@ class Giver:
         gift = self._gifts.get(key)
         if gift is None:
             return []
-        gift.credit += chunks
+        gift.credit = min(gift.credit + chunks, MAX_CREDIT)
         gift.moved_at = now
         return self._go_on(key)
 

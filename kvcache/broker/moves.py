@@ -33,8 +33,9 @@ BUDGET_S = 10.0
 SETTLE_S = 1.0
 """After a worker came, before it is asked what lacks a copy: with a broker that restarts they come one by one."""
 MAX_TRIES = 5
-"""Of a copy to one worker: writes overtake it, or one end has too many."""
-TRANSIENT = (ErrorCode.CONFLICT, ErrorCode.OVERLOADED)
+"""Of a copy to one worker: writes overtake it, or one end has too many, or stalls."""
+TRANSIENT = (ErrorCode.CONFLICT, ErrorCode.OVERLOADED, ErrorCode.CONNECTION_LOST)
+MAX_HOPELESS = 65_536
 LOOK_AHEAD = 64
 """Of those that wait, how many are looked at for one that can begin."""
 
@@ -72,6 +73,7 @@ class Moves:
         self._by_name: dict[Name, bytes] = {}
         self._load: Counter[str] = Counter()  # copies under way, by the worker at either end
         self._draining: set[str] = set()
+        self._hopeless: set[Name] = set()  # nobody was found who could take them, or give them
         self._looks_at: float | None = None
 
     def __len__(self) -> int:
@@ -81,6 +83,13 @@ class Moves:
     def is_due(self, name: Name) -> bool:
         """Whether it is to be copied, or just is."""
         return name in self._waiting or name in self._by_name or name in self._again
+
+    def wants(self, name: Name) -> bool:
+        """Whether another copy of it can still be hoped for, now that a write waits for one. A worker's death may have
+        cut the write short that was to make it."""
+        if name not in self._hopeless:
+            self._consider(name)
+        return self.is_due(name)
 
     def asked(self, name: Name) -> None:
         """A request waits for this one."""
@@ -92,6 +101,7 @@ class Moves:
     def changed(self, worker: Worker, now: float) -> list[Send]:
         """A worker has joined, or is in another state than before."""
         self._looks_at = now + SETTLE_S
+        self._hopeless.clear()
         for name, wait in self._waiting.items():
             self._waiting[name] = wait._replace(refused=())
         if worker.state is not m.WorkerState.DRAINING:
@@ -137,6 +147,8 @@ class Moves:
             if now >= move.until:
                 self._stop(ticket)
                 self._failed(move, ErrorCode.DEADLINE)
+        if len(self._hopeless) > MAX_HOPELESS:  # some have been deleted since; they are tried once more, if asked for
+            self._hopeless.clear()
         self._waiting.update(self._again)
         self._again.clear()
         if self._looks_at is not None and now >= self._looks_at:
@@ -173,7 +185,7 @@ class Moves:
             wait = self._waiting[name]
             target = self._target(name, wait) if self._lacks(name) else None
             if target is None:
-                del self._waiting[name]
+                self._give_up(name)
             elif not self._sequences.is_in_flux(name):
                 sends += self._order(name, wait, target, now)
         return sends
@@ -191,7 +203,7 @@ class Moves:
         holders = [self._workers.by_id[holder] for holder in place.holders]
         sources = [source for source in holders if can_pull(source, target)]
         if not sources:
-            del self._waiting[name]
+            self._give_up(name)
             return []
         source = min(sources, key=lambda worker: (worker.id not in ring.weights, self._load[worker.id]))
         if max(self._load[source.id], self._load[target.id]) >= MAX_PER_WORKER:
@@ -203,6 +215,11 @@ class Moves:
         self._load.update((source.id, target.id))
         return list(order_copy(name, place.version, source, target, ticket, BUDGET_S))
 
+    def _give_up(self, name: Name) -> None:
+        del self._waiting[name]
+        if self._lacks(name):
+            self._hopeless.add(name)
+
     def _stop(self, ticket: bytes) -> None:
         move = self._copying.pop(ticket)
         del self._by_name[move.name]
@@ -212,6 +229,7 @@ class Moves:
         """Try again there, or with another worker, or not at all: its holder may not have it any more."""
         self.failed[error_from_wire(code, "").code.name] += 1
         if code == ErrorCode.NOT_FOUND:
+            self._hopeless.add(move.name)
             return
         wait = move.wait._replace(tries=move.wait.tries + 1)
         if code not in TRANSIENT or wait.tries >= MAX_TRIES:

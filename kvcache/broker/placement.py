@@ -27,6 +27,8 @@ from kvcache.routing.views import Choice, Pull, Refusal
 RETRY_AFTER_MS = 200
 MAX_RETRY_S = 3600.0
 LEARN_AFTER_MS = 50
+COMING = 1
+"""`NoWorkers.detail`: wait for it."""
 NAMELESS = "seq_id must not be empty"
 
 SPELLED = (m.Tokenize, m.Detokenize)
@@ -194,8 +196,8 @@ class Placement:
         choice = Choice(self._workers.ring.owner(key.key), f"consistent_hash: owner of {key.text}")
         if not targets:
             targets = self._first(key, rf, now)
-        elif len(targets) < rf and self._moves.is_due(name):
-            raise NoWorkers(f"another copy of {key.text} is being made", retry_after_ms=LEARN_AFTER_MS)
+        elif len(targets) < rf and self._moves.wants(name):
+            raise NoWorkers(f"another copy of {key.text} is being made", retry_after_ms=LEARN_AFTER_MS, detail=COMING)
         elif len(targets) < rf:
             raise Conflict(
                 f"{key.text} has a copy on worker {targets[0]} only; delete it and put it anew, or write with rf=1"
@@ -219,7 +221,8 @@ class Placement:
         holders = ring.weights.keys() & self._sequences.use(name).holders
         if not holders and self._moves.is_due(name):
             self._moves.asked(name)
-            raise NoWorkers(f"{key.text} is being handed over by a worker that leaves", retry_after_ms=LEARN_AFTER_MS)
+            text = f"{key.text} is being handed over by a worker that leaves"
+            raise NoWorkers(text, retry_after_ms=LEARN_AFTER_MS, detail=COMING)
         return list(islice((worker for worker in ring.preference(key.key) if worker in holders), len(holders)))
 
     def _first(self, key: RoutingKey, rf: int, now: float) -> list[str]:
@@ -234,7 +237,8 @@ class Placement:
 
     def _check_learned(self, now: float) -> None:
         if self._sequences.is_learning(now):
-            raise NoWorkers("a worker that has just joined still tells what it holds", retry_after_ms=LEARN_AFTER_MS)
+            text = "a worker that has just joined still tells what it holds"
+            raise NoWorkers(text, retry_after_ms=LEARN_AFTER_MS, detail=COMING)
 
     def _by_policy(self, tenant: str, message: m.Generate | m.Route, prompt: Prompt, now: float) -> Choice:
         policy = policy_by_name(message.policy or self._policy)

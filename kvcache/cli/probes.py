@@ -50,15 +50,25 @@ def free_memory() -> int:
     """Bytes that could be had now, within the limit of our control group."""
     free = int(psutil.virtual_memory().available)
     try:
-        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return min(free, max(0, int(limit) - int(used)))
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):  # no control group, or one without a limit ("max")
         return free
+    return min(free, max(0, limit - used + _reclaimable()))
+
+
+def _reclaimable() -> int:
+    """Bytes of files that our control group counts as used, and gives up as soon as memory is wanted."""
+    try:
+        counts = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return int(counts["active_file"]) + int(counts["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 def free_disk(home: Path) -> int:
     """Bytes free where models are, or will be, kept; 0 if we may not write there."""
-    folder = next(path for path in (home, *home.parents) if path.exists())
+    # Not `Path.exists`, which raises below a folder that we may not enter.
+    folder = next(path for path in (home, *home.parents) if os.path.exists(path))
     return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
 
 

@@ -50,7 +50,7 @@ def top(
     Ends with q or Ctrl-C. Into a pipe it prints one frame, as with --once.
     """
     terminal = console()
-    if once or not terminal.is_terminal:
+    if once or not sys.stdout.isatty():  # rich takes a pipe for a terminal where FORCE_COLOR is set
         terminal.print(asyncio.run(_one_frame(url, timeout)))
     else:
         asyncio.run(_watch(url, terminal))

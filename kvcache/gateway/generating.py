@@ -244,9 +244,11 @@ class EventStream:
                 due = self._writing_since + self._write_timeout_s
                 if now >= due:
                     raise ClientDisconnect
+            elif not self.has_begun:  # the status is not sent before the first event, so nothing can be kept open
+                due = now + self._ping_s
             else:
                 due = self._written_at + self._ping_s
-                if self.has_begun and now >= due:
+                if now >= due:
                     await self._put(b": ping\n\n", is_last=False)
                     continue
             await asyncio.sleep(min(max(0.01, due - now), self._write_timeout_s / LOOKS))

@@ -109,8 +109,9 @@ class Page:
         """Until the expression is true. Raises AssertionError, with the page's text, if it does not become so."""
         end = time.monotonic() + LIVENESS_S
         while not self.evaluate(expression):
-            text = self.evaluate("document.body.innerText")
-            assert time.monotonic() < end, f"not within {LIVENESS_S:.0f} s: {expression}\n{self.complaints}\n{text}"
+            if time.monotonic() >= end:
+                text = self.evaluate("document.body?.innerText")
+                raise AssertionError(f"not within {LIVENESS_S:.0f} s: {expression}\n{self.complaints}\n{text}")
             time.sleep(POLL_S)
 
     def screenshot(self, path: Path, *, is_whole: bool = True) -> None:

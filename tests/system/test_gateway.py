@@ -189,17 +189,18 @@ def test_health_versions_and_information_are_there(web: httpx.Client) -> None:
 async def test_a_request_is_found_in_every_log_by_its_id(
     api: openai.AsyncOpenAI, gateway_log: Path, shared_cluster: Cluster
 ) -> None:
-    named = {"X-Request-ID": "find me"}
+    request_id = f"find me {secrets.token_hex(4)}"
+    named = {"X-Request-ID": request_id}
     await api.completions.create(model="tiny", prompt="a secret sentence", max_tokens=2, extra_headers=named)
 
     workers = [worker.log for worker in shared_cluster.workers.values()]
     broker = shared_cluster.broker.log
-    await until(lambda: len(said_of(broker, "find me")) == 2, "the broker tells of it")
-    await until(lambda: len(said_of(gateway_log, "find me")) == 1, "the gateway tells of it")
-    went, ended = said_of(broker, "find me")
+    await until(lambda: len(said_of(broker, request_id)) == 2, "the broker tells of it")
+    await until(lambda: len(said_of(gateway_log, request_id)) == 1, "the gateway tells of it")
+    went, ended = said_of(broker, request_id)
     assert (went.startswith("Generate goes to worker-"), ended.endswith(": done")) == (True, True)
-    assert said_of(gateway_log, "find me")[0].startswith("POST /v1/completions: 200, ")
-    ((begins, ends),) = [lines for lines in (said_of(log, "find me") for log in workers) if lines]
+    assert said_of(gateway_log, request_id)[0].startswith("POST /v1/completions: 200, ")
+    ((begins, ends),) = [lines for lines in (said_of(log, request_id) for log in workers) if lines]
     assert begins.startswith("Generate begins, ")
     assert ends.startswith("Generate ends: length, 2 tokens, ")
     assert not any("secret" in log.read_text("utf-8") for log in (broker, gateway_log, *workers))

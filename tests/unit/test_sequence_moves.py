@@ -183,3 +183,27 @@ def test_what_is_deleted_while_it_is_copied_does_not_come_back(world: World) -> 
     world.run(2.0)
     assert world.tell("get", "s") is ErrorCode.NOT_FOUND
     assert world.copies("s") == set()
+
+
+def test_a_write_of_which_one_worker_died_is_told_again_and_gets_another_copy(world: World) -> None:
+    owner = world.owner("s")
+    world.freeze(owner)
+    pending = world.ask("put", "s", 1, rf=2)
+    (other,) = [name for name in world.workers if name != owner and world.workers[name].inbox]
+    world.deliver(other, 10)
+    world.kill(owner)
+    world.run(0.1)
+    assert pending.answer is ErrorCode.WORKER_LOST
+    assert world.tell("put", "s", 1, rf=2) == DONE
+    assert len(world.copies("s")) == 2
+
+
+def test_a_write_to_two_where_nobody_is_left_to_have_the_second_is_refused_and_not_kept_waiting() -> None:
+    world = World(("a", "b"))
+    assert world.tell("put", "s", 1, rf=2) == DONE
+    gone = world.owner("s")
+    world.kill(gone)
+    del world.workers[gone]  # nor does it come back
+    assert world.tell("put", "s", 2, rf=2, seconds=0.5) is ErrorCode.CONFLICT
+    world.join("c")
+    assert world.tell("put", "s", 2, rf=2) == DONE

@@ -8,8 +8,10 @@ workload itself repeats. A system that fails is ended, left out of the rounds th
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from bus.errors import KVCacheError
 from kvcache.bench.engine import DType
 from kvcache.bench.engine_goals import Figures
 from kvcache.bench.peers.contract import measure_store
@@ -40,6 +43,8 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES, QUICK_SIZES = (64 * KIB, MIB, 4 * MIB, 16 * MIB), (64 * KIB, MIB, 4 * MIB)
 KV_REPEATS = 5
 STORES = {"valkey": ("Valkey", "run_valkey.py"), "lmcache": ("LMCache server", "run_lmcache.py")}
+FAILURES = (KVCacheError, RuntimeError, OSError, subprocess.SubprocessError, http.client.HTTPException)
+"""Whatever a system may do wrong: it is left out, and the others go on. A TimeoutError is an OSError."""
 NAMES = (*PEERS, *STORES)
 """The peers, as they are named on the command line."""
 
@@ -109,7 +114,7 @@ class _Bench:
                 system = start(setup, processes)
                 with processes.awake():
                     asyncio.run(system.ready())
-            except (PeerUnavailable, RuntimeError) as error:
+            except FAILURES as error:
                 self.failures[name] = str(error)
                 processes.close()
                 continue
@@ -124,6 +129,8 @@ class _Bench:
     def round(self, number: int, num_rounds: int) -> None:
         """Every workload on every system, then the stores. Who begins is another one in each round."""
         for workload_of in self._workloads():
+            if not self._systems:
+                return
             turns = self._systems[number % len(self._systems) :] + self._systems[: number % len(self._systems)]
             for system in turns:
                 self._progress(f"round {number} of {num_rounds}: {workload_of('').name}, {system.doors[0].name}")
@@ -161,7 +168,7 @@ class _Bench:
                 asyncio.run(system.ready())
                 for door in system.doors:
                     asyncio.run(self._measure(door, workload_of(f"{number} {door.name}")))
-        except (PeerUnavailable, TimeoutError, RuntimeError) as error:
+        except FAILURES as error:
             self._leave_out(system, str(error) or f"a workload took more than {WORKLOAD_S:.0f} s")
 
     async def _measure(self, door: Door, workload: Workload) -> None:
@@ -195,8 +202,8 @@ class _Bench:
             stack.callback(process.close)
             with process.awake():
                 process.ask(do="load", model=str(folder), threads=self._options.threads, dtype=self._options.dtype)
-        except PeerUnavailable as error:
-            self.failures[IN_PROCESS] = error.message
+        except FAILURES as error:
+            self.failures[IN_PROCESS] = str(error)
             return
         self._engine = process
 
@@ -210,8 +217,8 @@ class _Bench:
                 prompts = [prompt for (prompt,) in workload.conversations]
                 told = self._engine.ask(do="run", prompts=prompts, max_tokens=workload.max_tokens)
             self.figures.add(f"no sharing, {RATE}", IN_PROCESS, told["tokens"] / told["seconds"])
-        except PeerUnavailable as error:
-            self.failures[IN_PROCESS], self._engine = error.message, None
+        except FAILURES as error:
+            self.failures[IN_PROCESS], self._engine = str(error), None
 
     def _start_store(self, stack: ExitStack, name: str) -> None:
         title, script = STORES[name]
@@ -222,8 +229,8 @@ class _Bench:
             stack.callback(process.close)
             with process.awake():
                 self.notes.append(f"{title}: {process.ask(do='open')['store']}")
-        except PeerUnavailable as error:
-            self.failures[title] = error.message
+        except FAILURES as error:
+            self.failures[title] = str(error)
             return
         self._stores[title] = process
 
@@ -232,8 +239,8 @@ class _Bench:
             try:
                 with process.awake():
                     self._add_kv(title, size, process.ask(do="measure", num_bytes=size, repeats=KV_REPEATS))
-            except PeerUnavailable as error:
-                self.failures[title] = error.message
+            except FAILURES as error:
+                self.failures[title] = str(error)
                 del self._stores[title]
         for system in list(self._systems):
             door = system.doors[0]
@@ -244,7 +251,7 @@ class _Bench:
                     asyncio.run(system.ready())
                     measured = _own_store(door.address, size) if door.name == ONE else _plain_store(door.address, size)
                 self._add_kv("ours" if door.name == ONE else PLAIN, size, measured)
-            except (PeerUnavailable, RuntimeError, OSError) as error:
+            except FAILURES as error:
                 self._leave_out(system, f"KV of {_text(size)}: {error}")
 
     def _add_kv(self, name: str, size: int, seconds: dict[str, float]) -> None:

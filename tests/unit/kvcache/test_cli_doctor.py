@@ -30,6 +30,8 @@ def facts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "free_memory", lambda: 1 << 36)
     monkeypatch.setattr(probes, "free_disk", lambda home: 1 << 40)
     monkeypatch.setattr(probes, "load", lambda: 0.5)
+    for name in ("KVCACHE_URL", "KVCACHE_BROKER"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -103,6 +105,8 @@ class TestProbes:
         (tmp_path / "memory.max").write_text("5000\n")
         (tmp_path / "memory.current").write_text("3000\n")
         assert probes.free_memory() == 2000
+        (tmp_path / "memory.stat").write_text("anon 1\nactive_file 200\ninactive_file 300\n")
+        assert probes.free_memory() == 2500
         (tmp_path / "memory.max").write_text("max\n")
         assert probes.free_memory() > 5000
 
@@ -114,7 +118,8 @@ class TestProbes:
         assert isinstance(finding, Finding)
         assert finding.verdict is Verdict.FAIL
 
-    def test_a_round_trip_over_real_sockets_is_timed(self) -> None:
+    def test_a_round_trip_over_real_sockets_is_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(probes, "BROKER_S", 50.0)
         finding = probes.loopback()
         assert finding.verdict is Verdict.OK, finding
         assert finding.found.endswith(" ms")

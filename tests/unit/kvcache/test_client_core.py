@@ -250,6 +250,20 @@ def test_a_restarting_broker_without_workers_is_waited_for_beyond_max_retries() 
     assert isinstance(fail.error, NoWorkers)
 
 
+def test_what_is_on_its_way_to_a_worker_is_waited_for_beyond_max_retries() -> None:
+    client = core(max_retries=0)
+    call = length_call()
+    client.submit(call, 0.0)
+    now = 0.0
+    for _ in range(4):
+        coming = failed(call.key, NoWorkers("another copy is being made", detail=1, retry_after_ms=50))
+        assert client.on_message(coming, (), now) == []
+        now += 0.7
+        client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), now)
+        assert sent(client.tick(now), m.Length)
+    assert isinstance(client.on_message(failed(call.key, NoWorkers("none")), (), now)[0], Fail)
+
+
 def test_the_budget_stops_a_storm_of_retries() -> None:
     client = core(max_retries=100)
     retried = 0
