@@ -2,7 +2,8 @@
 
 A call is known by its link and the broker's number for it; who asked is a `RequestKey`, whose tenant and
 client are the broker's word. The table makes every answer, so that it can promise: exactly one final
-answer per call, none after it, and none over a session that is gone. What the work of a call is stands
+answer per call, none after it, and none over a session that is gone. It remembers the calls of a session that
+this worker gave up by itself, as long as the broker may still wait for them. What the work of a call is stands
 in `generations` and `kv_plane`.
 """
 
@@ -152,6 +153,7 @@ class Calls:
 
     def __init__(self) -> None:
         self._calls: dict[CallId, Call] = {}
+        self._disowned: dict[CallId, bytes] = {}  # with their request ids
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -216,7 +218,7 @@ class Calls:
         return self.finish(call, wire.failed(call.request.req_id, error))
 
     def refuse(self, call_id: CallId, req_id: bytes, error: KVCacheError) -> list[Action]:
-        """The one answer to a request that never became a call."""
+        """The one answer to a request that is no call here: it never became one, or was disowned."""
         return [_answer(call_id, wire.failed(req_id, error), (), Channel.CONTROL, final=True)]
 
     def forget(self, call: Call) -> list[Action]:
@@ -226,6 +228,20 @@ class Calls:
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s ends: nobody waits for it", type(call.message).__name__, extra=about(call.label))
         return [] if call.trace is None else [Record(_span(call, call.trace, None))]
+
+    def disown(self, call: Call) -> list[Action]:
+        """We give its session up. Its broker may not have, and then waits for an answer."""
+        self._disowned[call.id] = call.request.req_id
+        return self.forget(call)
+
+    def settle(self, call_id: CallId) -> None:
+        """If it was disowned: nobody waits for it any more."""
+        self._disowned.pop(call_id, None)
+
+    def take_disowned(self, link: int) -> list[tuple[CallId, bytes]]:
+        """The calls of that link that were disowned, with their request ids. They are forgotten now."""
+        ids = [call_id for call_id in self._disowned if call_id.link == link]
+        return [(call_id, self._disowned.pop(call_id)) for call_id in ids]
 
 
 def _log_end(call: Call, message: Message) -> None:

@@ -324,10 +324,14 @@ class WorkerCore:
     # --- sessions ---
 
     def _welcomed(self, link: Link, welcome: Welcome, now: float) -> list[Action]:
-        if not link.welcomed(welcome, now):
+        was_away = link.welcome is None
+        if link.welcomed(welcome, now):
+            lost = [*self._peers.lose_session(link.number), *self._requests.replace_session(link.number, now)]
+        elif was_away:
+            lost = self._requests.regain_session(link.number)
+        else:
             return []
         log.info("broker %d welcomes this worker", link.number)
-        lost = [*self._peers.lose_session(link.number), *self._requests.lose_session(link.number, now)]
         self._nodes.joined(link.number)
         self._held.joined(link.number)
         told = [*link.attach(), *link.beat(self._state, self._load(link, now), now)]

@@ -4,8 +4,9 @@
     JOINED   a beat each heartbeat, each asking for the lease to be renewed; after 750 ms of silence hello
              goes out too: the broker may have restarted and not know us. Silent for a whole lease: JOINING
 
-A welcome with the session we have is an echo; another session means that the broker forgot the calls of
-the old one. Whether we may publish and acknowledge writes is the lease's business, not the session's.
+A welcome with the session we have is an echo. One with the session that we had given up means that the broker,
+which did not run for a while perhaps, has kept it with all its calls. Another session means that it forgot the calls
+of the old one. Whether we may publish and acknowledge writes is the lease's business, not the session's.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Link:
         self.number = number
         self.welcome: Welcome | None = None
         self.lease = WorkerLease(now)
+        self._session: bytes | None = None  # the last one, which may have been given up
         self._hello = hello
         self._heard_at = now
         self._hello_due = now
@@ -67,10 +69,10 @@ class Link:
         self._heard_at = now
 
     def welcomed(self, welcome: Welcome, now: float) -> bool:
-        """The broker accepts us. True if this is another session than before: the old one's calls are void."""
-        is_new = self.welcome is None or self.welcome.session != welcome.session
-        self.welcome = welcome
-        if is_new:
+        """The broker accepts us. True if this is another session than the last one, whose calls are void then."""
+        is_new, was_away = welcome.session != self._session, self.welcome is None
+        self.welcome, self._session = welcome, welcome.session
+        if is_new or was_away:
             self.lease.void()
             self._beat_due = now + welcome.heartbeat_ms / 1000  # the first one goes out at once
         return is_new

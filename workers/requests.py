@@ -118,10 +118,10 @@ class Requests:
             return self._fault(call)
 
     def forwarded(self, link: int, forward: Forward, frames: Frames, now: float) -> list[Action]:
-        """More of a request; of one that has ended meanwhile, nothing."""
+        """More of a request; of one that has ended meanwhile, nothing but what `_unknown` says."""
         call = self._calls.find(CallId(link, forward.call))
         if call is None:
-            return []
+            return self._unknown(CallId(link, forward.call), frames)
         try:
             message, payload = wire.decode_intact(frames)
             return self._continue(call, message, payload, now)
@@ -150,19 +150,32 @@ class Requests:
         """Nobody waits for it any more."""
         call = self._calls.find(call_id)
         if call is None:
+            self._calls.settle(call_id)
             return []
         return [*self._stop(call), *self._calls.forget(call)]
 
     def lose_session(self, link: int, now: float) -> list[Action]:
-        """The broker knows nothing of its calls any more: streams wait for their clients, all else stops."""
+        """The broker seems to be gone, with its calls: streams wait for their clients, all else stops."""
         actions: list[Action] = []
         for call in self._calls.of_link(link):
             if isinstance(call.message, Generate):
                 actions += self._generations.orphan(call, now)
             else:
                 actions += self._stop(call)
-            actions += self._calls.forget(call)
+            actions += self._calls.disown(call)
         return actions
+
+    def replace_session(self, link: int, now: float) -> list[Action]:
+        """The broker knows us under a new session, and nothing of the calls of any other."""
+        actions = self.lose_session(link, now)
+        self._calls.take_disowned(link)
+        return actions
+
+    def regain_session(self, link: int) -> list[Action]:
+        """The broker has kept the session that we had given up: it waits for answers to what was dropped with it."""
+        error = WorkerLost("this worker had given up its session with the broker, and this request with it")
+        dropped = self._calls.take_disowned(link)
+        return [action for call_id, req_id in dropped for action in self._calls.refuse(call_id, req_id, error)]
 
     def unsent(self, call_id: CallId) -> list[Action]:
         """Bulk data of this call was refused by a full lane."""
@@ -193,6 +206,21 @@ class Requests:
         return [action for call in self._calls.everything() for action in self._end(call, error)]
 
     # --- inside ---
+
+    def _unknown(self, call_id: CallId, frames: Frames) -> list[Action]:
+        """Who asks for tokens of a call that is not here would wait for them until the deadline.
+
+        If it ended here, its end is on the same lane before this answer, which then means nothing. That is not so of
+        what else follows a request: a `Credit` may arrive while the last chunks are on the bulk lane.
+        """
+        try:
+            message = wire.decode_header(frames[0]) if frames else None
+        except KVCacheError:
+            return []
+        if not isinstance(message, Resume):
+            return []
+        self._calls.settle(call_id)
+        return self._calls.refuse(call_id, message.req_id, WorkerLost("this worker does not know the request"))
 
     def _begin(self, call: Call, payload: Sequence[Buffer], now: float) -> list[Action]:
         """Raises what is wrong with the request, or with us for it."""

@@ -18,6 +18,7 @@ from bus.messages import (
     BrokerBeat,
     Cancel,
     Chunk,
+    Credit,
     Delete,
     Failed,
     Forward,
@@ -31,6 +32,7 @@ from bus.messages import (
     Pin,
     Put,
     Release,
+    Resume,
     WorkerBeat,
     WorkerHello,
     WorkerState,
@@ -38,9 +40,19 @@ from bus.messages import (
 )
 from bus.stats import EngineStats, ModelStats, WorkerStats, unpack
 from bus.tensors import DType, TensorMeta
-from tests.unit.workers.core_bench import CoreBench, answers, commands, loaded, messages, sends, welcome
+from tests.unit.workers.core_bench import (
+    STREAM,
+    CoreBench,
+    answers,
+    commands,
+    loaded,
+    messages,
+    published,
+    sends,
+    welcome,
+)
 from workers.calls import Action, CallId, Channel, Forget, Send
-from workers.engine_api import EngineFigures, NodesMoved, Prefilled, Start, Stop
+from workers.engine_api import EngineFigures, Hold, NodesMoved, Prefilled, Produced, Start, Stop
 from workers.nodes import NodeChange
 
 META = TensorMeta(dtype=DType.FLOAT32, shape=(2, 1, 4))
@@ -171,6 +183,95 @@ def test_another_session_voids_the_calls_of_the_old_one(bench: CoreBench) -> Non
     bench.join(session=b"T" * 16)
     assert answers(bench.forward(call, Cancel(req_id=bytes(16)))) == []
     assert bench.core.inflight == 0
+
+
+def given_up(bench: CoreBench) -> None:
+    """Let the broker be silent until the worker has given its session up."""
+    bench.pass_time(2.5, answering=False)
+    assert not bench.core.has_joined
+
+
+def test_a_session_that_the_broker_kept_ends_what_was_given_up_and_keeps_what_came_since(bench: CoreBench) -> None:
+    message = bench.generate()
+    old, _ = bench.start(message)
+    upload, _ = bench.assign(put(bench), deadline_ms=60_000)
+    given_up(bench)
+    new, start = bench.start()
+    actions = bench.join(session=b"S" * 16)
+    said = answers(actions)
+    assert [(one.call, one.final, one.message.code) for one in said] == [
+        (old, True, ErrorCode.WORKER_LOST),
+        (upload, True, ErrorCode.WORKER_LOST),
+    ]
+    assert said[0].message.req_id == message.req_id
+    assert said[0].message.retryable
+    assert commands(actions, Hold) == []
+    assert messages(actions, AttachBulk) == [AttachBulk(session=b"S" * 16)]
+    assert [held.is_last for held in messages(actions, NodesHeld)] == [True]
+    bench.tick()
+    (tokens,) = published(bench.engine(Produced(start.run, (10,), ("x",))))
+    assert tokens.tokens == (10,)
+    assert answers(bench.forward(new, Cancel(req_id=bytes(16))))[0].message.code == ErrorCode.CANCELLED
+
+
+def test_what_was_given_up_is_answered_once(bench: CoreBench) -> None:
+    bench.start()
+    given_up(bench)
+    assert len(answers(bench.join(session=b"S" * 16))) == 1
+    given_up(bench)
+    assert answers(bench.join(session=b"S" * 16)) == []
+
+
+def test_a_session_that_the_broker_kept_brings_no_lease_by_itself(bench: CoreBench) -> None:
+    given_up(bench)
+    bench.control(welcome(b"S" * 16))
+    _, actions = bench.assign(put(bench), DATA, DATA)
+    assert bench.has_failed(actions).code == ErrorCode.WORKER_LOST
+
+
+def test_what_was_given_up_is_not_answered_in_another_session(bench: CoreBench) -> None:
+    bench.start()
+    given_up(bench)
+    since, _ = bench.start()
+    assert answers(bench.join(session=b"T" * 16)) == []
+    assert answers(bench.forward(since, Cancel(req_id=bytes(16)))) == []
+    given_up(bench)
+    assert answers(bench.join(session=b"T" * 16)) == []
+
+
+def test_what_was_given_up_and_released_meanwhile_is_not_answered(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    given_up(bench)
+    bench.control(Release(call=call))
+    assert answers(bench.join(session=b"S" * 16)) == []
+
+
+def test_sessions_of_two_brokers_are_given_up_and_regained_apart() -> None:
+    bench = CoreBench(num_links=2)
+    bench.join(0)
+    bench.join(1, session=b"T" * 16)
+    calls = [bench.start(link=link)[0] for link in (0, 1)]
+    given_up(bench)
+    assert [said.call for said in answers(bench.join(1, session=b"T" * 16))] == calls[1:]
+    assert [said.call for said in answers(bench.join(0))] == calls[:1]
+
+
+def test_who_asks_for_tokens_of_an_unknown_call_is_not_left_to_wait(bench: CoreBench) -> None:
+    (said,) = answers(bench.forward(77, Resume(req_id=STREAM, epoch=0, from_seq=0)))
+    assert (said.call, said.final, said.message.code) == (77, True, ErrorCode.WORKER_LOST)
+    assert said.message.req_id == STREAM
+    for message in (Credit(req_id=STREAM, chunks=1), Cancel(req_id=STREAM)):
+        assert bench.forward(77, message) == []
+    assert bench.core.on_control(0, [wire.encode(Forward(call=77))], bench.now) == []
+    assert bench.core.on_control(0, [wire.encode(Forward(call=77)), b"junk"], bench.now) == []
+
+
+def test_who_asks_for_tokens_of_a_call_that_was_given_up_is_answered_once(bench: CoreBench) -> None:
+    call, _ = bench.start()
+    given_up(bench)
+    (said,) = answers(bench.forward(call, Resume(req_id=STREAM, epoch=0, from_seq=0)))
+    assert (said.call, said.message.code) == (call, ErrorCode.WORKER_LOST)
+    assert answers(bench.join(session=b"S" * 16)) == []
 
 
 def test_goodbye_of_the_broker_ends_the_session(bench: CoreBench) -> None:
