@@ -56,4 +56,4 @@ def test_an_openvino_that_is_broken_is_an_answer_and_not_an_end(
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(importlib, "import_module", fails)
-    assert examine.examine(None, load=False).openvino_error == "ImportError: openvino: undefined symbol"
+    assert examine.examine(None, load=False).openvino_error == "ImportError: workers.openvino_api: undefined symbol"
