@@ -1,1 +1,1 @@
-"""The protocol: typed messages, frames, liveness and stream sequencing; zmq in `sockets.py` only."""
+"""The protocol: typed messages, frames, liveness and stream sequencing; zmq in `sockets` only."""
