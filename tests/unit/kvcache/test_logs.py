@@ -7,26 +7,12 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
 
 from bus.errors import BadArgument
 from kvcache import logs
-
-
-@pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    root.handlers.clear()
-    hook = sys.excepthook
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-    sys.excepthook = hook
 
 
 def test_a_line_for_people_says_what_who_and_how_bad(capsys: pytest.CaptureFixture[str]) -> None:
