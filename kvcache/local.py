@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,14 +18,19 @@ from bus.endpoints import NUM_PORTS, endpoints
 from kvcache.client import Client
 from kvcache.threads import threads_per_worker
 
+_PORTS = range(20_000, 32_700)
+"""Below those that Linux gives to outgoing connections (ip_local_port_range, from 32,768): one of them could take a
+port between our look and its use, or while its server is being restarted."""
+
 
 def free_url() -> str:
     """An address whose six ports were all free a moment ago."""
-    for base in range(20_000 + time.time_ns() % 20_000, 60_000, NUM_PORTS):
-        with_all = [base + index for index in range(NUM_PORTS)]
-        if all(_is_free(port) for port in with_all):
-            return f"tcp://127.0.0.1:{base}"
-    raise RuntimeError("no six consecutive ports are free")
+    return f"tcp://127.0.0.1:{_free_block(NUM_PORTS)}"
+
+
+def free_port() -> int:
+    """A port of this machine that was free a moment ago."""
+    return _free_block(1)
 
 
 @contextmanager
@@ -107,6 +114,15 @@ def wait_for_port(endpoint: str, timeout_s: float = 30.0) -> None:
         except OSError:
             time.sleep(0.02)
     raise RuntimeError(f"nothing listens at {endpoint} after {timeout_s:.0f} s")
+
+
+def _free_block(num_ports: int) -> int:
+    """The first of so many neighbouring ports that are free."""
+    start = _PORTS.start + secrets.randbelow(len(_PORTS))
+    for base in itertools.chain(range(start, _PORTS.stop, num_ports), range(_PORTS.start, start, num_ports)):
+        if all(_is_free(port) for port in range(base, base + num_ports)):
+            return base
+    raise RuntimeError(f"no {num_ports} consecutive ports are free")
 
 
 def _is_free(port: int) -> bool:

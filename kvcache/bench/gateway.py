@@ -20,7 +20,7 @@ from kvcache.bench.report import Report, Row, report, row
 from kvcache.bench.tiny_model import save_tiny_model
 from kvcache.client import AsyncClient
 from kvcache.client.results import Token
-from kvcache.local import cluster, free_url, running, wait_for_port
+from kvcache.local import cluster, free_port, running, wait_for_port
 
 RUNS = 5
 STREAMS = 32
@@ -54,7 +54,7 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
         model = save_tiny_model(Path(folder, "tiny"))
         flags = ("--dtype", "float32", "--kv-cache-memory-bytes", "256MiB", "--max-num-seqs", "64")
         with cluster(1, *flags, model=str(model)) as url:
-            port = int(free_url().rpartition(":")[2])
+            port = free_port()
             command = [sys.executable, "-m", "kvcache.gateway", "--broker", url, "--port", str(port)]
             with running([*command, "--log-level", "error"]):
                 wait_for_port(f"tcp://127.0.0.1:{port}")

@@ -15,9 +15,10 @@ import yaml
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from kvcache.local import free_port
 from kvcache.metrics.exporter import export
 from tests.harness.cluster import Cluster
-from tests.harness.gateway import free_port, gateway
+from tests.harness.gateway import gateway
 from tests.harness.waiting import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]

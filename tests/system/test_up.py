@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Callable
@@ -16,8 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kvcache.local import free_url
-from tests.harness.gateway import free_port
+from kvcache.local import free_port, free_url
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 
@@ -111,25 +111,14 @@ async def test_serve_runs_all_of_it_and_the_gateway_stops_first(tiny_model: Path
 
 
 async def test_up_on_a_port_in_use_fails_with_the_reason(tiny_model: Path) -> None:
-    async with running_up(tiny_model) as up:
-        await up.read_until(lambda line: "1 workers serve at" in line)
-        second = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "kvcache.cli",
-            "up",
-            "--url",
-            up.url,
-            "--model",
-            str(tiny_model),
-            stdout=PIPE,
-            stderr=PIPE,
-        )
-        async with asyncio.timeout(30):
-            out, err = await second.communicate()
-        assert second.returncode == 1
-        assert "broker ended with exit code" in err.decode()
-        assert "in use" in out.decode()
+    url = free_url()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(url.rpartition(":")[2])))
+        taken.listen()
+        code, out, err = await run("up", "--url", url, "--model", str(tiny_model))
+    assert code == 1
+    assert "broker ended with exit code" in err
+    assert "in use" in out
 
 
 async def test_command_without_a_broker_is_exit_code_3() -> None:

