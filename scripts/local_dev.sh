@@ -181,7 +181,7 @@ main() {
             [[ -n "$(running_pid broker)" ]] || fail "nothing is running; start it: scripts/local_dev.sh start $1"
             scale_to "$1"
             ;;
-        demo) need_model; exec "$python" -m kvcache.demo "$@" ;;
+        demo) need_model; exec "$python" -m kvcache.demo --model "$model" "$@" ;;
         test) need_model; exec "$python" -m pytest "$@" ;;
         *) "$command" "$@" ;;
     esac

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from kvcache.local import free_url
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
+BLOCK = 32
 
 
 class LocalDev:
@@ -81,6 +83,22 @@ def test_worker_that_cannot_start_shows_its_log(local_dev: LocalDev) -> None:
         assert "kv-cache-memory-bytes" in shown, "the log says why"
     finally:
         local_dev("stop")
+
+
+def test_demo_shows_what_the_second_turn_did_not_compute(local_dev: LocalDev) -> None:
+    *shown, last = local_dev("demo", "--json").splitlines()
+    first, second = json.loads(last)["turns"]
+    assert first["cached_tokens"] == 0
+    full_blocks = first["prompt_tokens"] // BLOCK * BLOCK
+    assert full_blocks <= second["cached_tokens"] < second["prompt_tokens"]
+    assert second["worker"] == first["worker"]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown if line.startswith("│")]
+    assert [row[:4] for row in rows] == [
+        [str(number), turn["worker"], str(turn["prompt_tokens"]), str(turn["cached_tokens"])]
+        for number, turn in enumerate((first, second), 1)
+    ]
+    assert f"why {second['worker']}: {second['reason']}" in shown
+    assert local_dev.services == [], "its services were its own"
 
 
 @pytest.mark.parametrize(
