@@ -187,7 +187,7 @@ class WorkerCore:
         """A message could not even be queued. A request ends, typed; a broker that takes nothing counts as gone."""
         if send.channel is Channel.CONTROL:
             return self._lose(self._links[send.link], now)
-        return [] if send.call is None else self._requests.unsent(send.call)
+        return [] if send.call is None else self._requests.unsent(send.call, send.frames)
 
     def tick(self, figures: EngineFigures, now: float, *, rss_bytes: int, lag_s: float) -> list[Action]:
         """Time has passed (call it each 50 ms): liveness, deadlines, state, figures."""

@@ -38,6 +38,7 @@ from bus.messages import (
     ListSequences,
     Pin,
     Put,
+    Reply,
     Resume,
     Tokenize,
     Unpin,
@@ -177,13 +178,17 @@ class Requests:
         dropped = self._calls.take_disowned(link)
         return [action for call_id, req_id in dropped for action in self._calls.refuse(call_id, req_id, error)]
 
-    def unsent(self, call_id: CallId) -> list[Action]:
-        """Bulk data of this call was refused by a full lane."""
-        call = self._calls.find(call_id)
-        if call is None:
-            return []
+    def unsent(self, call_id: CallId, frames: Frames) -> list[Action]:
+        """Bulk data of this call was refused by a full lane. If it was its last answer, the call has ended here, and
+        only here: its broker is still to hear of an end."""
         error = Overloaded("the worker has too much bulk data on its way", retry_after_ms=RETRY_AFTER_MS)
-        return self._end(call, error)
+        call = self._calls.find(call_id)
+        if call is not None:
+            return self._end(call, error)
+        envelope = wire.decode_header(frames[0])
+        if not (isinstance(envelope, Reply) and envelope.final):
+            return []
+        return self._calls.refuse(call_id, wire.request_id_of(frames[1]), error)
 
     # --- what engine and clock say ---
 

@@ -32,6 +32,7 @@ from bus.messages import (
     Pin,
     Put,
     Release,
+    Reply,
     Resume,
     WorkerBeat,
     WorkerHello,
@@ -511,7 +512,7 @@ def test_our_own_fault_while_a_request_goes_on_ends_that_request(
 
 def test_a_bulk_lane_that_is_full_ends_its_call_as_overload(bench: CoreBench) -> None:
     call, _ = bench.start()
-    send = Send(0, Channel.BULK, [b""], CallId(0, call))
+    send = Send(0, Channel.BULK, [wire.encode(Reply(call=call, final=False)), b""], CallId(0, call))
     actions = bench.core.on_unsent(send, bench.now)
     assert bench.has_failed(actions).code == ErrorCode.OVERLOADED
     assert bench.core.on_unsent(send, bench.now) == []

@@ -32,7 +32,7 @@ from bus.messages import (
 )
 from bus.stats import SequenceInfo, SequencePage, unpack
 from bus.tensors import DType, TensorMeta
-from tests.unit.workers.core_bench import CoreBench, Said, answers, commands
+from tests.unit.workers.core_bench import CoreBench, Said, answers, commands, sends
 from workers.bulk import GRANT_CHUNKS, UPLOAD_WINDOW
 from workers.calls import Channel
 from workers.engine_api import (
@@ -263,6 +263,17 @@ def test_a_download_sends_only_what_the_client_gave_credit_for(bench: CoreBench)
     chunks = [one for one in said if isinstance(one.message, Chunk)]
     assert all(len(one.payload[0]) <= CHUNK_BYTES for one in chunks)
     assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
+
+
+def test_a_download_whose_last_chunk_finds_the_lane_full_is_answered_all_the_same(bench: CoreBench) -> None:
+    """All of it is on credit, so its call ends here before anything is sent: who else would tell the broker?"""
+    stored(bench, CHUNK_BYTES // 64)
+    call, actions = bench.assign(get(bench))
+    assert [said.final for said in answers(actions)] == [False, False, True]
+    refused = [answer for send in sends(actions) for answer in bench.core.on_unsent(send, bench.now)]
+    failed = bench.has_failed(refused)
+    assert (failed.code, failed.req_id) == (ErrorCode.OVERLOADED, answers(actions)[0].message.req_id)
+    assert [send.call.number for send in sends(refused) if send.call is not None] == [call]
 
 
 def test_a_download_reads_what_was_there_when_it_began(bench: CoreBench) -> None:
