@@ -197,6 +197,8 @@ class KVPlane:
 
     def on_event(self, event: Answered | Retained | Forgotten) -> list[Action]:
         match event:
+            case Retained() if self.is_stored(event.sequence):  # its generation was given up, and the name used anew
+                return [Tell(DropKV(self._next_ticket(), event.sequence))]
             case Retained():
                 self._computed.add(event.sequence)
                 self._held.kept(event.sequence)

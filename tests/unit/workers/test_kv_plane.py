@@ -433,6 +433,27 @@ def test_a_name_is_computed_from_the_moment_its_generation_begins(bench: CoreBen
     assert isinstance(only(answers(actions)).message, KvDone)
 
 
+@pytest.mark.parametrize("is_committed", [True, False])
+def test_what_is_put_under_a_name_whose_generation_was_given_up_is_what_is_read(
+    bench: CoreBench, is_committed: bool
+) -> None:
+    """The engine hears of the end after its step, and says only then that it has kept what it computed."""
+    call, _ = bench.start(bench.generate(seq_id="s"))
+    bench.control(Release(call=call))
+    if is_committed:
+        stored(bench, 10)
+    else:
+        upload_call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
+    dropped = commands(bench.engine(Retained(KEY)), DropKV)
+    assert [command.sequence for command in dropped] == [KEY]
+    if not is_committed:
+        upload(bench, upload_call, data(CHUNK_BYTES, 1), data(CHUNK_BYTES, 2))
+    assert bench.engine(Answered(dropped[0].ticket, 1), Forgotten(KEY)) == []
+    _, actions = bench.assign(get(bench, 0, 1))
+    assert commands(actions, ReadKV) == []
+    assert bytes(only(answers(actions)).payload[0]) == data(64, 1)
+
+
 def _ended(start: Start) -> Ended:
     return Ended(
         run=start.run,
