@@ -144,8 +144,9 @@ class Sequences:
     def forget(self, worker: Worker) -> None:
         """The worker is lost, with all that it held."""
         self._directory.forget(worker.id)
-        for name in self._in_flux:
-            self._untold(worker, name)
+        for flux in self._in_flux.values():
+            flux.told.pop(worker.id, None)
+            flux.targets = tuple(target for target in flux.targets if target != worker.id)
 
     def check(self) -> None:
         """Assert that the books agree, and that only live workers are in them."""

@@ -237,6 +237,17 @@ def test_a_write_while_the_first_is_in_flight_goes_where_that_went(driver: Drive
     assert ErrorCode(driver.client(b"c1", put(4, "other", layer=1))[0].message.code) is ErrorCode.CONFLICT
 
 
+def test_a_write_does_not_follow_an_earlier_one_to_a_worker_that_is_gone(driver: Driver) -> None:
+    """A deletion that other workers have not answered yet keeps the sequence in flux after the write has ended."""
+    asked(driver)
+    (first,) = driver.client(b"c1", put(2, rf=1))
+    driver.worker(first.link, m.Goodbye(reason=""))
+    (second,) = driver.client(b"c1", put(3, rf=1))
+    assert isinstance(second.message, m.Assign)
+    assert second.link != first.link
+    driver.core.check()
+
+
 def test_reads_take_turns_between_those_who_have_the_sequence(driver: Driver) -> None:
     holders = write(driver)
     readers = [driver.client(b"c1", length(number))[0].link for number in range(20, 26)]
