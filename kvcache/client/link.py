@@ -62,9 +62,14 @@ class Link:
         self._sinks: dict[bytes, Sink] = {}
 
     def connected(self) -> Connection:
-        """The connection, made if there is none yet. Raises BadArgument after `close`."""
+        """The connection, made if there is none yet.
+
+        Raises BadArgument after `close`, and in another loop than at first: nothing would ever come there, not even a
+        deadline."""
         if self._is_closed:
             raise BadArgument("this client is closed; make a new one")
+        if self._connection is not None and self._loop is not asyncio.get_running_loop():
+            raise BadArgument("this client belongs to another event loop; make one for each loop, or use Client")
         if self._connection is None:
             core = ClientCore(
                 new_id(),

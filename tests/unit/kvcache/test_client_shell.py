@@ -342,6 +342,25 @@ async def test_a_closed_client_says_so_and_ends_what_was_under_way(broker: Scrip
         client.generate("x")
 
 
+async def test_a_client_is_refused_in_another_loop_where_it_would_wait_for_ever(
+    broker: ScriptedBroker, client: AsyncClient
+) -> None:
+    length = asyncio.create_task(client.kv.length("s", 0))
+    await broker.expect(m.Length)
+
+    async def elsewhere() -> None:
+        with pytest.raises(BadArgument, match="another event loop"):
+            await client.kv.length("s", 0)
+        with pytest.raises(BadArgument, match="another event loop"):
+            client.generate("x")
+
+    await asyncio.to_thread(asyncio.run, elsewhere())
+    assert not length.done(), "what is asked in its own loop is unharmed"
+    await client.aclose()
+    with pytest.raises(Cancelled):
+        await length
+
+
 async def test_an_answer_that_cannot_be_read_ends_its_request(broker: ScriptedBroker, client: AsyncClient) -> None:
     length = asyncio.create_task(client.kv.length("s", 0))
     asked, _ = await broker.expect(m.Length)
