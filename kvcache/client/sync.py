@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -55,7 +56,7 @@ class LoopThread:
 
         Raises BadArgument in a process that was forked from the loop's, on the loop's own thread, and after `stop`.
         """
-        with self._lock:
+        with self._lock if self._is_ours else nullcontext():
             reason = self._why_not()
             if reason is not None:
                 work.close()
@@ -69,8 +70,8 @@ class LoopThread:
 
     def stop(self, last: Coroutine[Any, Any, None]) -> None:
         """Run the last coroutine and end the thread. Safe to call twice, and from the loop's own thread."""
-        with self._lock:
-            if self._is_stopping or os.getpid() != self._pid:
+        with self._lock if self._is_ours else nullcontext():
+            if self._is_stopping or not self._is_ours:
                 last.close()
                 return
             self._is_stopping = True
@@ -78,8 +79,13 @@ class LoopThread:
         if threading.current_thread() is not self._thread:
             self._thread.join(STOP_S)
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether this process has the thread. In one that was forked while a thread held the lock, it stays held."""
+        return os.getpid() == self._pid
+
     def _why_not(self) -> str | None:
-        if os.getpid() != self._pid:
+        if not self._is_ours:
             return "this client was made before a fork; make a new one in the child process"
         if threading.current_thread() is self._thread:
             return "a Client cannot be used from its own event loop's thread; use AsyncClient there"

@@ -262,6 +262,25 @@ def test_a_fork_is_told_to_make_its_own_client() -> None:
     subprocess.run([sys.executable, "-c", code], timeout=10, check=True)
 
 
+def test_a_fork_in_the_middle_of_another_threads_call_hangs_neither_its_calls_nor_its_end() -> None:
+    code = (
+        "import os, threading, kvcache\n"
+        "c = kvcache.Client('tcp://127.0.0.1:1')\n"
+        "held, done = threading.Event(), threading.Event()\n"
+        "def hold():\n"
+        "    with c._thread._lock: held.set(); done.wait()\n"
+        "t = threading.Thread(target=hold); t.start(); held.wait()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    try: c.stats()\n"
+        "    except kvcache.BadArgument as e: c.close(); os._exit(7 if 'fork' in str(e) else 8)\n"
+        "    os._exit(9)\n"
+        "done.set(); t.join()\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=30, check=True)
+
+
 def test_nobody_there_is_a_typed_error() -> None:
     with Client("tcp://127.0.0.1:1", timeout=0.3) as client:
         assert not client.health()
