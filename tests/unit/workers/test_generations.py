@@ -27,6 +27,7 @@ from tests.unit.workers.core_bench import STREAM, CoreBench, answers, commands, 
 from workers.calls import Publish
 from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, RunId, Start, Stop
 from workers.generations import ORPHAN_S
+from workers.replies import KEEP_S
 
 
 @pytest.fixture
@@ -200,6 +201,19 @@ def test_a_text_too_long_to_send_fails_its_own_stream(bench: CoreBench) -> None:
     actions = bench.engine(Produced(start.run, (1,), ("x" * 5000,)))
     assert bench.has_failed(actions).code == ErrorCode.TOKENIZER
     assert commands(actions, Stop) == [Stop(start.run)]
+
+
+def test_one_that_may_not_have_its_name_replaces_nothing(bench: CoreBench) -> None:
+    """After a minute the worker no longer knows that the same id meant another request."""
+    message = bench.generate(seq_id="mine")
+    call, start = bench.start(message, deadline_ms=300_000)
+    bench.start(bench.generate(seq_id="theirs"), deadline_ms=300_000)
+    bench.pass_time(KEEP_S + 1)
+    again = bench.generate(req_id=message.req_id, epoch=1, attempt=1, seq_id="theirs")
+    _, actions = bench.assign(again, token_bytes([1, 2, 3]))
+    assert bench.has_failed(actions).code == ErrorCode.CONFLICT
+    (end,) = [said for said in answers(bench.engine(ended(start.run))) if said.final]
+    assert (end.call, end.message.num_tokens) == (call, 0)
 
 
 def test_the_same_request_under_a_higher_epoch_replaces_the_one_that_runs(bench: CoreBench) -> None:
