@@ -181,11 +181,18 @@ class Detokenizer:
         return piece
 
     def _shorten(self) -> None:
-        """Forget all but the last tokens, if those show some text to go on from."""
-        kept = self._window[-WINDOW_TOKENS:]
-        text = self._decoder.decode(kept)
-        if text and not text.startswith(REPLACEMENT):
-            self._window, self._text, self._released = kept, text, text
+        """Forget all but the last tokens, if those show some text to go on from; or else them, if they show nothing.
+
+        Ends of text that are ignored show nothing, and may go on for as long as the output does.
+        """
+        last = self._window[-WINDOW_TOKENS:]
+        text = self._decoder.decode(last)
+        if not text and not self._decoder.decode([*last, *last]):  # a space is dropped only in front
+            before = self._window[:-WINDOW_TOKENS]
+            if self._decoder.decode(before) == self._text:
+                self._window = before
+        elif text and not text.startswith(REPLACEMENT):
+            self._window, self._text, self._released = last, text, text
 
 
 def _settled_len(text: str) -> int:

@@ -10,7 +10,7 @@ from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from bus.errors import BadArgument, KVCacheError, TokenizerError, TooLarge
-from workers.text import StopStrings, TextStream, Tokenizer
+from workers.text import WINDOW_TOKENS, StopStrings, TextStream, Tokenizer
 
 from .conftest import EOS_ID, VOCAB_SIZE, make_tokenizer
 
@@ -31,7 +31,7 @@ def make_llama2_tokenizer() -> Any:  # noqa: ANN401 (untyped in transformers)
     core.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=core)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")  # type: ignore[no-untyped-call]
 
 
 LLAMA2 = Tokenizer(make_llama2_tokenizer(), vocab_size=300, max_prompt_bytes=4096)
@@ -70,6 +70,31 @@ def test_byte_fallback_tokenizer_streams_its_whole_decoding_for_valid_text(token
     """-1 stands for a euro sign in three byte tokens."""
     flat = [part for token in tokens for part in ([0xE2 + 1, 0x82 + 1, 0xAC + 1] if token < 0 else [token])]
     assert stream_text(flat, decoder=LLAMA2) == LLAMA2.decode(flat)
+
+
+@given(st.lists(st.sampled_from([[259], [257], [258], [0], [0] * 15, [0] * 40]), max_size=12))
+def test_tokens_that_show_nothing_lose_no_space_behind_them(runs: list[list[int]]) -> None:
+    """259 is a space by itself, of which a decoder drops one in front; 0 is special."""
+    tokens = [token for run in runs for token in run]
+    assert stream_text(tokens, decoder=LLAMA2) == LLAMA2.decode(tokens)
+
+
+@pytest.mark.parametrize("text", ["", "hello hello, the cache said to the worker"])
+def test_an_endless_run_of_tokens_without_text_costs_no_more_than_any_other(text: str) -> None:
+    """As of a model that has ended, and was told to go on."""
+    longest = 0
+
+    class Watched:
+        def decode(self, token_ids: Sequence[int]) -> str:
+            nonlocal longest
+            longest = max(longest, len(token_ids))
+            return TOKENIZER.decode(token_ids)
+
+    stream = TextStream(Watched())
+    begun = TOKENIZER.encode(text) if text else []
+    released = "".join(stream.push(token).text for token in [*begun, *[EOS_ID] * 200, *TOKENIZER.encode("end")])
+    assert released == f"{text}end"
+    assert longest <= 4 * WINDOW_TOKENS
 
 
 def test_text_comes_with_the_token_that_settles_it() -> None:
