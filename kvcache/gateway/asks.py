@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from kvcache.gateway.access import isolation_salt
 from kvcache.gateway.problems import Problem
-from kvcache.gateway.schema import ChatRequest, ChatTurn, CompletionRequest, Sampled
+from kvcache.gateway.schema import ChatRequest, ChatTurn, CompletionRequest, Part, Sampled
 from kvcache.sampling import SamplingFields, SamplingParams
-from kvcache.sampling_checks import MAX_SEED, brief
+from kvcache.sampling_checks import MAX_LOGPROBS, MAX_SEED, brief
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default of /v1/completions."""
@@ -28,15 +29,27 @@ _SAMPLING = (
 )
 
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "suffix": (),
+    "suffix": ("",),
     "prompt_logprobs": (),
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "functions": (),
-    "function_call": (),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "truncate_prompt_tokens": (),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "kv_transfer_params": ({},),
+    "prompt_embeds": (),
+    "web_search_options": (),
+    "documents": ([],),
+    "functions": ([],),
+    "function_call": ("auto", "none"),
     "audio": (),
     "modalities": (["text"],),
     "chat_template": (),
@@ -99,10 +112,10 @@ def chat_ask(request: ChatRequest, caller: Caller, default_max_tokens: int) -> A
         raise Problem(400, "echo is not supported for chats", param="echo")
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     fields = _sampling_fields(request, default_max_tokens, limit)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:  # 0 asks for nothing
         raise Problem(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     if request.logprobs:
-        fields["logprobs"] = request.top_logprobs or 0
+        fields["logprobs"] = _top_logprobs(request.top_logprobs or 0)
     tools = None if request.tool_choice == "none" else request.tools
     return _ask(request, caller, (chat_prompt(request.messages, tools),), fields)
 
@@ -146,6 +159,8 @@ def _sampling_fields(request: Sampled, default_max_tokens: int, max_tokens: int 
     given["max_tokens"] = default_max_tokens if max_tokens is None else max_tokens
     if request.min_tokens is not None and max_tokens is None:
         given["max_tokens"] = max(default_max_tokens, request.min_tokens)
+    if request.top_k == -1:
+        given["top_k"] = 0  # vLLM's other word for all tokens
     if request.seed is not None:
         given["seed"] = request.seed % (MAX_SEED + 1)  # others take any 64-bit integer
     if request.logit_bias is not None:
@@ -154,6 +169,12 @@ def _sampling_fields(request: Sampled, default_max_tokens: int, max_tokens: int 
         raise Problem(400, "best_of is not supported: leave it out, or let it be n", param="best_of")
     fields: SamplingFields = given  # type: ignore[assignment]  # its names are those of _SAMPLING
     return fields
+
+
+def _top_logprobs(given: int) -> int:
+    if not 0 <= given <= MAX_LOGPROBS:
+        raise Problem(400, f"top_logprobs must be from 0 to {MAX_LOGPROBS}, not {given}", param="top_logprobs")
+    return given
 
 
 def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
@@ -173,6 +194,8 @@ def _prompts(given: str | list[str | int | list[int]]) -> tuple[Mapping[str, Any
         return ({"token_ids": given},)
     if not given or any(isinstance(item, int) for item in given):
         raise Problem(400, "prompt must be a text, a list of token ids, or a list of these", param="prompt")
+    if not all(given):
+        raise Problem(400, f"prompt {given.index([] if [] in given else '')} of the list is empty", param="prompt")
     if len(given) > MAX_OUTPUTS:
         raise Problem(400, f"{len(given)} prompts were given, at most {MAX_OUTPUTS}", param="prompt")
     return tuple({"prompt": item} if isinstance(item, str) else {"token_ids": item} for item in given)
@@ -183,25 +206,38 @@ def _turn(position: int, turn: ChatTurn) -> dict[str, Any]:
     where = f"messages[{position}]"
     parts = turn.content if isinstance(turn.content, list) else []
     for part in parts:
-        if part.type != "text" or part.text is None:
+        if part.type not in {"text", "refusal"} or _text(part) is None:
             raise Problem(400, f"{where} has content of type {brief(part.type)}; only text is supported", param=where)
     if turn.content is None and not turn.tool_calls:
         raise Problem(400, f"{where} has no content", param=where)
-    content = turn.content if isinstance(turn.content, str) else "".join(part.text or "" for part in parts)
+    content = turn.content if isinstance(turn.content, str) else "".join(_text(part) or "" for part in parts)
     message: dict[str, Any] = {"role": "system" if turn.role == "developer" else turn.role, "content": content}
     extras = {"name": turn.name, "tool_calls": turn.tool_calls, "tool_call_id": turn.tool_call_id}
     return message | {name: value for name, value in extras.items() if value}
 
 
+def _text(part: Part) -> str | None:
+    return part.refusal if part.type == "refusal" else part.text
+
+
 def _session(request: Sampled, caller: Caller) -> str | None:
-    session = request.session_id or caller.session or request.user
-    if session and (len(session) > MAX_SESSION_CHARS or not session.isprintable() or len(session.encode()) > 256):
+    session = request.session_id or caller.session
+    if session and not _is_name(session):
         raise Problem(400, f"a session's name has at most {MAX_SESSION_CHARS} printable characters", param="session_id")
-    return session or None
+    if session or not request.user:
+        return session or None
+    # OpenAI takes any text here, so one that cannot be a name is told apart by its digest.
+    return request.user if _is_name(request.user) else blake2b(request.user.encode(), digest_size=16).hexdigest()
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= MAX_SESSION_CHARS and text.isprintable() and len(text.encode()) <= MAX_SESSION_CHARS
 
 
 def _check_supported(request: Sampled) -> None:
-    for name, harmless in _UNSUPPORTED.items():
+    # Templates write the special tokens of chats themselves; texts get them, as elsewhere.
+    special = {"add_special_tokens": (isinstance(request, CompletionRequest),)}
+    for name, harmless in (_UNSUPPORTED | special).items():
         value = getattr(request, name, None)
         if value is not None and value not in harmless:
             served = f"; what is: {', '.join(repr(one) for one in harmless)}" if harmless else ""

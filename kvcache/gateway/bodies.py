@@ -22,6 +22,9 @@ async def read(request: Request, kind: type[S], *, max_bytes: int, timeout_s: fl
     content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise Problem(415, "the body must be application/json", closes=True)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"identity", ""}:
+        raise Problem(415, f"the body must not be compressed; its content-encoding is {encoding!r:.40}", closes=True)
     try:
         async with asyncio.timeout(timeout_s):
             body = await _collect(request, max_bytes)

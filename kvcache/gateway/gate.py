@@ -20,6 +20,7 @@ from kvcache import logs
 from kvcache.gateway import dashboard
 from kvcache.gateway.access import Keys
 from kvcache.gateway.asks import SESSION_HEADERS, Caller
+from kvcache.gateway.paths import canonical
 from kvcache.gateway.problems import Problem, problem_of
 from kvcache.tracing import OpenSpan, Tracer
 
@@ -62,6 +63,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = canonical(scope["path"])
         headers = {name.lower(): value for name, value in reversed(scope["headers"])}
         request_id = _request_id(headers.get(b"x-request-id", b""))
         has_begun = False
@@ -114,8 +116,13 @@ class Gate:
 async def http_error(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses (no such path, wrong method), in the form of all other errors."""
     assert isinstance(error, HTTPException)
-    problem = Problem(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}")
+    problem = Problem(error.status_code, f"{request.method} {request.url.path:.200}: {error.detail}{_hint(error)}")
     return Response(problem.body(), error.status_code, {**(error.headers or {}), **problem.headers()})
+
+
+def _hint(error: HTTPException) -> str:
+    """What is there, for clients that are set to an API of OpenAI's that is not (responses, embeddings, ...)."""
+    return f"; this server generates at {' and '.join(sorted(TRACED_PATHS))}" if error.status_code == 404 else ""
 
 
 async def send_problem(problem: Problem, send: Send) -> None:

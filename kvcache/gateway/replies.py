@@ -70,8 +70,11 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class ChatAnswer(msgspec.Struct, kw_only=True):
+    """refusal: never one, but OpenAI always says so, and typed clients look for it."""
+
     role: str = "assistant"
     content: str
+    refusal: str | None = None
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):

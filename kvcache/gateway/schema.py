@@ -53,11 +53,23 @@ class Sampled(msgspec.Struct, kw_only=True):
     priority: int | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
     structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    use_beam_search: Any = None
+    bad_words: Any = None
+    allowed_token_ids: Any = None
+    logits_processors: Any = None
+    truncate_prompt_tokens: Any = None
+    spaces_between_special_tokens: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    kv_transfer_params: Any = None
 
 
 class CompletionRequest(Sampled, kw_only=True):
@@ -67,14 +79,15 @@ class CompletionRequest(Sampled, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
-    prompt_logprobs: int | None = None
+    prompt_embeds: Any = None
 
 
 class Part(msgspec.Struct, kw_only=True):
-    """A piece of a message's content; only `text` can be served."""
+    """A piece of a message's content; only `text`, and `refusal`, which is one, can be served."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class ChatTurn(msgspec.Struct, kw_only=True):
@@ -94,11 +107,12 @@ class ChatRequest(Sampled, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     functions: Any = None
     function_call: Any = None
     modalities: list[str] | None = None
     audio: Any = None
+    web_search_options: Any = None
+    documents: Any = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None

@@ -122,7 +122,18 @@ def test_several_prompts_are_each_a_request() -> None:
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": ["a"] * 129}, "prompt"),
         ({"best_of": 2}, "best_of"),
-        ({"suffix": ""}, "suffix"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"suffix": "x"}, "suffix"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"add_special_tokens": False}, "add_special_tokens"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"bad_words": ["x"]}, "bad_words"),
+        ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+        ({"truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ({"return_token_ids": True}, "return_token_ids"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
+        ({"prompt_embeds": "x"}, "prompt_embeds"),
         ({"guided_json": {}}, "guided_json"),
         ({"skip_special_tokens": False}, "skip_special_tokens"),
         ({"logit_bias": {"\u0661": 1}}, "logit_bias"),
@@ -137,12 +148,51 @@ def test_what_is_not_served_is_refused_by_its_name(fields: dict[str, Any], param
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"documents": [{"text": "a"}]}, "documents"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ],
+)
+def test_what_is_not_served_of_chats_is_refused_by_its_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(Problem) as caught:
+        chat(**fields)
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
 def test_values_that_change_nothing_are_taken() -> None:
     ask = chat(
         response_format={"type": "text"}, tool_choice="auto", modalities=["text"], add_generation_prompt=True,
-        store=False, metadata={"a": "b"}, parallel_tool_calls=True, never_heard_of=1,
+        store=False, metadata={"a": "b"}, parallel_tool_calls=True, never_heard_of=1, functions=[],
+        function_call="none", top_logprobs=0, add_special_tokens=False, use_beam_search=False, bad_words=[],
+        kv_transfer_params={}, documents=[], service_tier="auto", reasoning_effort="low", best_of=1,
     )  # fmt: skip
-    assert ask.num_outputs == 1
+    assert (ask.num_outputs, ask.params.logprobs) == (1, None)
+    ask = completion(suffix="", response_format={"type": "text"}, add_special_tokens=True, best_of=1, top_k=-1)
+    assert ask.params.top_k == 0
+
+
+def test_any_text_is_a_user_and_users_stay_apart() -> None:
+    odd = ("u" * 300, "v" * 300, "a\nb", "a\nc", "\u6f22" * 100)
+    sessions = [completion(user=user).session for user in odd]
+    assert len(set(sessions)) == len(odd)
+    assert sessions == [completion(user=user).session for user in odd]
+    for session in sessions:
+        assert session is not None
+        assert completion(session_id=session).session == session  # it is a name as others are
+
+
+def test_a_refusal_of_an_earlier_turn_is_what_the_assistant_said() -> None:
+    said = [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "no"}]
+    messages = [{"role": "assistant", "content": said}, {"role": "user", "content": "b"}]
+    assert chat(messages=messages).prompts[0]["messages"][0]["content"] == "ano"
 
 
 def test_ranges_are_those_of_every_other_way_in() -> None:
