@@ -25,7 +25,7 @@ from kvcache.gateway.config import GatewayConfig
 from kvcache.gateway.dashboard import Dashboard
 from kvcache.gateway.gate import OPEN_PATHS, Gate, http_error
 from kvcache.gateway.generating import Answer
-from kvcache.gateway.measuring import Measures
+from kvcache.gateway.measuring import Answers, Measures
 from kvcache.gateway.problems import Problem
 from kvcache.gateway.queries import Queries
 from kvcache.gateway.replies import Detokenized, ModelList, Status, Tokenized, Version
@@ -48,14 +48,15 @@ CORS_HEADERS = ("authorization", "content-type", "traceparent", "x-request-id", 
 class Gateway:
     """The handlers; each returns a response, or raises a Problem or an error of the bus."""
 
-    def __init__(self, config: GatewayConfig, client: AsyncClient) -> None:
+    def __init__(self, config: GatewayConfig, client: AsyncClient, answers: Answers) -> None:
         self._config = config
         self._client = client
         self._queries = Queries(client, config, int(time.time()))
         self._vocabulary = Vocabulary(client)
         self._num_answers = 0
         self.slowest = Slowest()
-        self.measures = Measures(LatestStats(client.stats), is_vllm_compatible=config.metrics_compat == "vllm")
+        self.latest = LatestStats(client.stats)
+        self.measures = Measures(self.latest, answers, is_vllm_compatible=config.metrics_compat == "vllm")
 
     def routes(self) -> list[Route]:
         return [
@@ -161,16 +162,22 @@ class Counted(Response):
 
 
 def make_app(
-    config: GatewayConfig, client: AsyncClient, keys: Keys, stopping: asyncio.Event, tracer: Tracer | None = None
+    config: GatewayConfig,
+    client: AsyncClient,
+    keys: Keys,
+    stopping: asyncio.Event,
+    answers: Answers,
+    tracer: Tracer | None = None,
 ) -> Starlette:
     """The application, for a client that is connected within the loop that serves it.
 
-    stopping: set when the server begins to stop; what never ends by itself ends then.
+    stopping: set when the server begins to stop; what never ends by itself ends then. answers: where they are counted,
+    as are those that never come this far, by the server.
     """
-    gateway = Gateway(config, client)
-    routes, answers = gateway.routes(), gateway.measures.answers
+    gateway = Gateway(config, client, answers)
+    routes = gateway.routes()
     if config.dashboard == "on":
-        routes += Dashboard(config, Watch(client, gateway.slowest), stopping).routes()
+        routes += Dashboard(config, Watch(gateway.latest, gateway.slowest), stopping).routes()
     answers.know({route.endpoint: route.path for route in routes})
     open_paths = OPEN_PATHS | ({METRICS_PATH} if config.metrics_public else set())
     middleware = [Middleware(Gate, keys=keys, on_answer=answers.count, open_paths=open_paths, tracer=tracer)]

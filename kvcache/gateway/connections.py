@@ -6,6 +6,7 @@ Without them, one caller could hold connections for ever by sending a header byt
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,8 +17,11 @@ MAX_HEAD_BYTES = 64 * 1024
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
 
-def guarded_protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
-    """A protocol that gives each request's head so many seconds, from its first byte or the connection's begin."""
+def guarded_protocol(head_timeout_s: float, on_refusal: Callable[[int], None]) -> type[HttpToolsProtocol]:
+    """A protocol that gives each request's head so many seconds, from its first byte or the connection's begin.
+
+    on_refusal: is told the status of each answer that is given here, to what never became a request.
+    """
 
     class GuardedProtocol(HttpToolsProtocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as its parent
@@ -68,6 +72,7 @@ def guarded_protocol(head_timeout_s: float) -> type[HttpToolsProtocol]:
             body = problem.body()
             headers: dict[str, Any] = problem.headers() | {"content-length": len(body)}
             lines = [f"HTTP/1.1 {status} {_REASONS[status]}", *(f"{name}: {value}" for name, value in headers.items())]
+            on_refusal(status)
             self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
             self.transport.close()
 

@@ -24,6 +24,7 @@ from kvcache.gateway.access import Keys, hash_key, read_keys
 from kvcache.gateway.app import make_app
 from kvcache.gateway.config import GatewayConfig, add_flags, config_from
 from kvcache.gateway.connections import guarded_protocol
+from kvcache.gateway.measuring import Answers
 from kvcache.tracing import Tracer, tracer_for
 
 log = logging.getLogger("kvcache.gateway")
@@ -87,13 +88,13 @@ async def _serve(config: GatewayConfig, keys: Keys, tracer: Tracer | None) -> in
     if config.host not in LOOPBACK and not keys:
         log.warning("everybody who reaches %s may use this gateway: no API key is set", config.host)
     async with AsyncClient(config.broker, timeout=config.request_timeout_s) as client:
-        stopping = asyncio.Event()
+        stopping, answers = asyncio.Event(), Answers()
         server = Server(
             uvicorn.Config(
-                make_app(config, client, keys, stopping, tracer),
+                make_app(config, client, keys, stopping, answers, tracer),
                 host=config.host,
                 port=config.port,
-                http=guarded_protocol(config.body_timeout_s),
+                http=guarded_protocol(config.body_timeout_s, lambda status: answers.count(None, status)),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -31,6 +31,7 @@ class Answers:
         self._paths.update(paths)
 
     def count(self, handler: object, status: int) -> None:
+        """handler: None for an answer that none gave."""
         self._counts[self._paths.get(handler, OTHER), str(status)] += 1
 
     def families(self) -> list[Family]:
@@ -68,15 +69,15 @@ class Measured:
 class Measures:
     """All that one gateway's `/metrics` tells."""
 
-    def __init__(self, latest: LatestStats, *, is_vllm_compatible: bool) -> None:
+    def __init__(self, latest: LatestStats, answers: Answers, *, is_vllm_compatible: bool) -> None:
         self.traffic = Traffic()
-        self.answers = Answers()
+        self.answers = answers
         self._latest = latest
         self._is_vllm_compatible = is_vllm_compatible
 
     async def page(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type; whatever has become of the broker."""
-        stats = await self._latest.get()
+        stats = (await self._latest.get()).stats
         mine = [*self.traffic.families(), *self.answers.families()]
         return await asyncio.to_thread(self._encode, stats, mine, accept)  # of a large cluster it takes a while
 

@@ -1,8 +1,8 @@
-"""What the dashboard is fed with: one view of the cluster, asked for at most once a second, whoever looks.
+"""What the dashboard is fed with: one view of the cluster, at most one a second, whoever looks.
 
-No task runs when nobody does. The viewer that finds the latest frame too old asks for a new one while the others
-wait for it; one that leaves in the middle hands that on to the next. A viewer that reads slowly misses frames, and
-nobody waits for it.
+No task runs when nobody does. The viewer that finds the latest frame too old makes a new one while the others wait for
+it, of an answer of the broker that `/metrics` may have asked for; one that leaves in the middle hands that on to the
+next. A viewer that reads slowly misses frames, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from importlib.metadata import version
 
 import msgspec
 
-from bus.errors import KVCacheError, Overloaded
-from bus.stats import ClusterStats
-from kvcache.client import AsyncClient
+from bus.errors import Overloaded
 from kvcache.gateway.slowest import Slow, Slowest
+from kvcache.metrics.latest import LatestStats
 from kvcache.trends import Point, Snapshot, Trends
 
 POLL_S = 1.0
-ANSWER_S = 2.0
 MAX_VIEWERS = 64
 
 _encode = msgspec.json.Encoder().encode
@@ -48,14 +46,14 @@ class SlowestNow(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", ta
 
 
 class Watch:
-    """Owns the trends. slowest: told by those who answer requests."""
+    """Owns the trends. latest: shared with all others who ask. slowest: told by those who answer requests."""
 
-    def __init__(self, client: AsyncClient, slowest: Slowest) -> None:
-        self._client = client
+    def __init__(self, latest: LatestStats, slowest: Slowest) -> None:
+        self._latest = latest
         self._slowest = slowest
         self._trends = Trends()
-        self._asking = asyncio.Lock()
-        self._asked_at = float("-inf")
+        self._making = asyncio.Lock()
+        self._shown_at = float("-inf")
         self._frame = b""
         self._num_frames = 0
         self._num_viewers = 0
@@ -75,11 +73,10 @@ class Watch:
 
     async def next_frame(self, after: int) -> tuple[int, bytes]:
         """A frame later than number `after`, and its own number."""
-        async with self._asking:
+        async with self._making:
             if self._num_frames <= after:
-                await asyncio.sleep(self._asked_at + POLL_S - time.monotonic())
-                self._asked_at = time.monotonic()
-                self._frame = _encode(Now(snapshot=await self._ask()))
+                await asyncio.sleep(self._shown_at + POLL_S - time.monotonic())
+                self._frame = _encode(Now(snapshot=await self._next_snapshot()))
                 self._num_frames += 1
             return self._num_frames, self._frame
 
@@ -90,15 +87,10 @@ class Watch:
             return None
         return self._slowest.version, _encode(SlowestNow(requests=requests))
 
-    async def _ask(self) -> Snapshot:
-        figures: ClusterStats | None = None
-        problem = f"the broker has not answered for {ANSWER_S:.0f} s"
-        try:
-            async with asyncio.timeout(ANSWER_S):
-                figures = await self._client.stats()
-        except TimeoutError:
-            pass
-        except KVCacheError as error:
-            problem = str(error)
-        now, at = time.monotonic(), round(time.time(), 2)
-        return self._trends.miss(problem, now, at) if figures is None else self._trends.fold(figures, now, at)
+    async def _next_snapshot(self) -> Snapshot:
+        report = await self._latest.get(newer_than=self._shown_at)
+        self._shown_at = report.at
+        at = round(time.time() - (time.monotonic() - report.at), 2)
+        if report.stats is None:
+            return self._trends.miss(report.problem, report.at, at)
+        return self._trends.fold(report.stats, report.at, at)

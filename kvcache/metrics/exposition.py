@@ -61,11 +61,17 @@ class Page(Collector):
 
     def encode(self, accept: str) -> tuple[bytes, str]:
         """The text and its content type, as the header `Accept` wants it, or as plain text if that cannot be read."""
-        try:
-            encoder, content_type = choose_encoder(accept)
-        except (ValueError, TypeError):  # of a version that is none
-            encoder, content_type = choose_encoder("")
+        encoder, content_type = choose_encoder(readable_accept(accept))
         return encoder(self), content_type
+
+
+def readable_accept(accept: str) -> str:
+    """The header, or nothing if prometheus_client cannot read it: it fails on a version that is none."""
+    try:
+        choose_encoder(accept)
+    except (ValueError, TypeError):
+        return ""
+    return accept
 
 
 def _metric(prefix: str, family: Family) -> Metric:

@@ -154,7 +154,9 @@ async def talk(url: str, *pieces: bytes, pause_s: float = 0.0, shut: bool = Fals
     return bytes(said)
 
 
-async def test_heads_and_bodies_that_never_end_are_given_up_and_bytes_that_are_no_http_refused(url: str) -> None:
+async def test_heads_and_bodies_that_never_end_are_given_up_and_bytes_that_are_no_http_refused(
+    url: str, web: httpx.Client
+) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n"
     slow_head, slow_body, silent, long_head, noise = await asyncio.gather(
         talk(url, *(bytes([byte]) for byte in head[:40]), pause_s=0.05),
@@ -168,6 +170,9 @@ async def test_heads_and_bodies_that_never_end_are_given_up_and_bytes_that_are_n
     for answer, code in ((slow_head, b" 408 "), (silent, b" 408 "), (long_head, b" 431 "), (noise, b" 400 ")):
         assert code in answer.splitlines()[0]
         assert b'{"error":' in answer
+    figures = (await asyncio.to_thread(web.get, "/metrics")).text
+    for status in ("400", "408", "431"):
+        assert f'kvcache_http_requests_total{{path="other",status="{status}"}}' in figures
 
 
 async def test_sockets_that_are_half_closed_or_torn_harm_nobody(url: str, web: httpx.Client) -> None:

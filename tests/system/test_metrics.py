@@ -33,6 +33,7 @@ GROUPS = re.compile(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)")
 UNSEEN = {"code"}
 """Labels of what has not happened to the cluster of the test."""
 
+OPENMETRICS = "application/openmetrics-text"
 KEY = {"authorization": "Bearer a-key-of-mine"}
 
 
@@ -138,6 +139,8 @@ async def test_the_exporter_shows_a_cluster_without_a_gateway(cluster: Cluster) 
 
         try:
             await until(is_shown, "the exporter shows the cluster", 20.0)
+            odd = await web.get(f"http://127.0.0.1:{port}/metrics", headers={"accept": f"{OPENMETRICS}; version=odd"})
+            assert (odd.status_code, "kvcache_up 1.0" in odd.text) == (200, True)
         finally:
             exporter.cancel()
             await asyncio.gather(exporter, return_exceptions=True)

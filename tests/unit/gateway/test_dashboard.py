@@ -18,8 +18,11 @@ from kvcache.gateway.access import read_keys
 from kvcache.gateway.app import make_app
 from kvcache.gateway.config import GatewayConfig
 from kvcache.gateway.dashboard import OPEN_PATHS
+from kvcache.gateway.measuring import Answers
 from kvcache.gateway.slowest import Slow, Slowest
 from kvcache.gateway.watch import Watch
+from kvcache.metrics import latest as asking
+from kvcache.metrics.latest import LatestStats
 
 KEY = "a-key-of-the-test"
 FIGURES = ClusterStats(healthy=True, broker=BrokerStats(incarnation=1, state="serving", policy="prefix"))
@@ -86,7 +89,7 @@ class Site:
     def __init__(self, client: FakeClient, *keys: str, dashboard: str = "on") -> None:
         self.stopping = asyncio.Event()
         config = GatewayConfig(dashboard=dashboard)
-        self._app = make_app(config, client, read_keys(keys, ()), self.stopping)  # type: ignore[arg-type]  # as asked
+        self._app = make_app(config, client, read_keys(keys, ()), self.stopping, Answers())  # type: ignore[arg-type]  # as asked
 
     async def get(self, path: str, key: str | None = None) -> Viewer:
         viewer = Viewer(self._app, path, key)
@@ -107,6 +110,7 @@ class Site:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "POLL_S", 0.01)
+    monkeypatch.setattr(asking, "FRESH_S", 0.01)
 
 
 @pytest.mark.parametrize("path", sorted(OPEN_PATHS))
@@ -159,7 +163,7 @@ async def test_all_viewers_share_one_question_and_nobody_asks_when_nobody_looks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     client: Any = FakeClient()
-    watch = Watch(client, Slowest())
+    watch = Watch(LatestStats(client.stats), Slowest())
     monkeypatch.setattr(watching, "POLL_S", 0.0)
     first = await asyncio.gather(*(watch.next_frame(after=0) for _ in range(50)))
     assert (client.num_asked, {number for number, _ in first}) == (1, {1})
@@ -167,9 +171,23 @@ async def test_all_viewers_share_one_question_and_nobody_asks_when_nobody_looks(
     assert client.num_asked == 2
 
 
+async def test_dashboard_and_metrics_share_one_question_and_no_frame_is_shown_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asking, "FRESH_S", 3600.0)
+    client: Any = FakeClient()
+    latest = LatestStats(client.stats)
+    watch = Watch(latest, Slowest())
+    scraped = await latest.get()
+    await watch.next_frame(after=0)
+    assert (client.num_asked, await latest.get()) == (1, scraped)
+    await watch.next_frame(after=1)
+    assert (client.num_asked, (await latest.get()).at > scraped.at) == (2, True)
+
+
 async def test_a_viewer_that_leaves_while_it_asks_leaves_that_to_the_next() -> None:
     client: Any = FakeClient()
-    watch = Watch(client, Slowest())
+    watch = Watch(LatestStats(client.stats), Slowest())
     await watch.next_frame(after=0)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         leaving = group.create_task(watch.next_frame(after=1))
@@ -182,7 +200,7 @@ async def test_a_viewer_that_leaves_while_it_asks_leaves_that_to_the_next() -> N
 
 async def test_the_slowest_are_told_again_only_when_they_change() -> None:
     slowest = Slowest()
-    watch = Watch(FakeClient(), slowest)  # type: ignore[arg-type]  # it is asked nothing else
+    watch = Watch(LatestStats(FakeClient().stats), slowest)
     told = watch.slowest(after=-1)
     assert told is not None
     assert watch.slowest(after=told[0]) is None
@@ -212,7 +230,7 @@ async def test_viewers_do_not_hold_up_a_server_that_ends() -> None:
 
 
 def test_too_many_viewers_is_an_error_that_says_when_to_come_again() -> None:
-    watch = Watch(FakeClient(), Slowest())  # type: ignore[arg-type]  # it is asked nothing
+    watch = Watch(LatestStats(FakeClient().stats), Slowest())
     for _ in range(watching.MAX_VIEWERS):
         watch.enter()
     with pytest.raises(Overloaded, match="64 dashboards are open"):

@@ -14,6 +14,7 @@ from kvcache.client.results import Done, Event, Start, Timings, Token, Usage
 from kvcache.gateway.access import Keys
 from kvcache.gateway.app import make_app
 from kvcache.gateway.config import GatewayConfig
+from kvcache.gateway.measuring import Answers
 
 WORKER = WorkerView(
     worker_id="w", status="ready", weight=1, share=1.0, inflight=0, dispatched=0, last_heard_s=0.0, lease_s=1.0,
@@ -49,7 +50,7 @@ class FakeClient:
 
 def web() -> httpx.AsyncClient:
     client: Any = FakeClient()
-    app = make_app(GatewayConfig(), client, Keys(), asyncio.Event())
+    app = make_app(GatewayConfig(), client, Keys(), asyncio.Event(), Answers())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 

@@ -13,6 +13,7 @@ from bus.stats import BrokerStats, ClusterStats
 from kvcache.gateway.access import read_keys
 from kvcache.gateway.app import make_app
 from kvcache.gateway.config import GatewayConfig, config_from
+from kvcache.gateway.measuring import Answers
 
 KEY = "a-key-of-mine"
 
@@ -32,7 +33,7 @@ STATS = ClusterStats(healthy=True, broker=BrokerStats(incarnation=1, state="serv
 
 def web(stats: ClusterStats | None, keys: tuple[str, ...] = (), **config: object) -> httpx.AsyncClient:
     client: Any = FakeClient(stats)
-    app = make_app(GatewayConfig(**config), client, read_keys(keys, ()), asyncio.Event())  # type: ignore[arg-type]  # as tests want it
+    app = make_app(GatewayConfig(**config), client, read_keys(keys, ()), asyncio.Event(), Answers())  # type: ignore[arg-type]  # as tests want it
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 

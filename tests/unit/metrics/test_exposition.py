@@ -211,7 +211,7 @@ async def test_scrapes_that_come_together_share_one_question() -> None:
     scrapes = asyncio.gather(*(latest.get() for _ in range(5)))
     await asyncio.sleep(0)
     broker.may_answer.set()
-    assert await scrapes == [cluster()] * 5
+    assert [report.stats for report in await scrapes] == [cluster()] * 5
     assert broker.asked == 1
 
 
@@ -219,18 +219,19 @@ async def test_an_answer_serves_for_a_second_and_so_does_silence() -> None:
     now, broker = 100.0, Broker()
     broker.may_answer.set()
     latest = LatestStats(broker.stats, lambda: now)
-    assert await latest.get() is not None
+    assert (await latest.get()).stats is not None
     broker.is_away, now = True, now + FRESH_S / 2
-    assert await latest.get() is not None
+    assert (await latest.get()).stats is not None
     now += FRESH_S
-    assert await latest.get() is None
+    assert (await latest.get()).stats is None
     broker.is_away = False
-    assert await latest.get() is None
+    assert (await latest.get()).stats is None
     assert broker.asked == 2
     now += FRESH_S
-    assert await latest.get() is not None
+    assert (await latest.get()).stats is not None
 
 
 async def test_a_broker_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvcache.metrics.latest.ANSWER_S", 0.01)
-    assert await LatestStats(Broker().stats).get() is None
+    report = await LatestStats(Broker().stats).get()
+    assert (report.stats, "has not answered" in report.problem) == (None, True)
