@@ -17,7 +17,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from bus.traces import Attributes, Span, TraceContext, parse_traceparent
 
@@ -36,9 +36,9 @@ class OtelTracer:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("kvcache")
 
-    def begin(self, name: str, traceparent: str, attributes: Attributes) -> OtelSpan:
+    def begin(self, name: str, traceparent: str, attributes: Attributes, tracestate: str = "") -> OtelSpan:
         parent = parse_traceparent(traceparent)
-        within = Context() if parent is None else _within(parent)
+        within = Context() if parent is None else _within(parent, TraceState.from_header([tracestate]))
         return OtelSpan(self._tracer.start_span(name, within, SpanKind.SERVER, attributes))
 
     def record(self, span: Span, now: float) -> None:
@@ -117,9 +117,11 @@ def _from_environment() -> Resource:
     return Resource(given)
 
 
-def _within(context: TraceContext) -> Context:
+def _within(context: TraceContext, state: TraceState | None = None) -> Context:
     flags = TraceFlags(TraceFlags.SAMPLED if context.is_sampled else TraceFlags.DEFAULT)
-    remote = SpanContext(int(context.trace_id, 16), int(context.span_id, 16), is_remote=True, trace_flags=flags)
+    remote = SpanContext(
+        int(context.trace_id, 16), int(context.span_id, 16), is_remote=True, trace_flags=flags, trace_state=state
+    )
     return trace.set_span_in_context(NonRecordingSpan(remote), Context())
 
 

@@ -34,8 +34,11 @@ class OpenSpan(Protocol):
 class Tracer(Protocol):
     """Where spans go. Never blocks, and never raises for what becomes of them."""
 
-    def begin(self, name: str, traceparent: str, attributes: Attributes) -> OpenSpan:
-        """Begin a span within this context, or a trace of its own, as far as the sampler wants it, if that is none."""
+    def begin(self, name: str, traceparent: str, attributes: Attributes, tracestate: str = "") -> OpenSpan:
+        """Begin a span within this context, or a trace of its own, as far as the sampler wants it, if that is none.
+
+        tracestate: what others than us note of the trace (W3C); one that cannot be read counts as none.
+        """
 
     def record(self, span: Span, now: float) -> None:
         """A span has ended, now (monotonic seconds)."""

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 METRICS_PATH = "/metrics"
-CORS_HEADERS = ("authorization", "content-type", "traceparent", "x-request-id", "x-session-id", "x-session-affinity")
+CORS_HEADERS = (
+    *("authorization", "content-type", "traceparent", "tracestate"),
+    *("x-request-id", "x-session-id", "x-session-affinity"),
+)
 
 
 class Gateway:

@@ -101,8 +101,10 @@ class Gate:
         if self._tracer is None or scope["path"] not in TRACED_PATHS:
             return None
         given = headers.get(b"traceparent", b"").decode("latin-1")
+        states = b",".join(value for name, value in scope["headers"] if name.lower() == b"tracestate")  # may be several
         attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
-        return self._tracer.begin(f"{scope['method']:.8} {scope['path']}", given, attributes)
+        name = f"{scope['method']:.8} {scope['path']}"
+        return self._tracer.begin(name, given, attributes, states.decode("latin-1"))
 
     def _caller(self, path: str, headers: dict[bytes, bytes]) -> Caller:
         key = b""

@@ -29,8 +29,8 @@ class FakeTracer:
     def __init__(self) -> None:
         self.told: list[tuple[object, ...]] = []
 
-    def begin(self, name: str, traceparent: str, attributes: Attributes) -> FakeTracer:
-        self.told.append((name, traceparent, dict(attributes)))
+    def begin(self, name: str, traceparent: str, attributes: Attributes, tracestate: str = "") -> FakeTracer:
+        self.told.append((name, traceparent, dict(attributes), tracestate))
         return self
 
     def end(self, attributes: Attributes, error: str = "") -> None:
@@ -112,13 +112,13 @@ async def test_what_generates_is_traced_from_its_callers_span_to_its_status() ->
         assert scope["state"]["traceparent"] == tracer.traceparent
         await fine(scope, receive, send)
 
-    await ask(generates, tracer=tracer, traceparent=given, x_request_id="mine-3")
+    await ask(generates, tracer=tracer, traceparent=given, x_request_id="mine-3", tracestate="a=1", Tracestate="b=2")
     await ask(broken, tracer=tracer, x_request_id="mine-4")
     asked = {"http.request.method": "POST", "url.path": "/v1/completions"}
     assert tracer.told == [
-        ("POST /v1/completions", given, asked),
+        ("POST /v1/completions", given, asked, "a=1,b=2"),
         ({"http.response.status_code": 200, "kvcache.request.id": "mine-3"}, ""),
-        ("POST /v1/completions", "", asked),
+        ("POST /v1/completions", "", asked, ""),
         ({"http.response.status_code": 500, "kvcache.request.id": "mine-4"}, "status 500"),
     ]
 

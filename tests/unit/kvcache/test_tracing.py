@@ -110,15 +110,16 @@ def test_sampling_is_the_callers_or_else_the_samplers(monkeypatch: pytest.Monkey
     spans = InMemorySpanExporter()
     tracer = OtelTracer("gateway", "1", spans)
     for given in ("", "nonsense", f"00-{'a' * 32}-{'b' * 16}-00"):
-        asked = tracer.begin("x", given, {})
+        asked = tracer.begin("x", given, {}, "a tracestate, that=\u00e9 is none")
         context = parse_traceparent(asked.traceparent)
         assert context is not None
         assert not context.is_sampled
         asked.end({})
-    asked = tracer.begin("x", f"00-{'a' * 32}-{'b' * 16}-01", {})
+    asked = tracer.begin("x", f"00-{'a' * 32}-{'b' * 16}-01", {}, "vendor=1,other=2")
     assert asked.traceparent.startswith(f"00-{'a' * 32}-")
     assert asked.traceparent.endswith("-01")
     asked.end({})
     tracer.close()
     (span,) = spans.get_finished_spans()
     assert span.resource.attributes["service.name"] == "mine"
+    assert dict(span.context.trace_state) == {"vendor": "1", "other": "2"}
