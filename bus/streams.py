@@ -23,6 +23,8 @@ from hashlib import blake2b
 from itertools import islice
 from typing import TypeAlias, assert_never
 
+import msgspec
+
 from bus.errors import KVCacheError, MalformedMessage, ReplayExpired, StreamGap, TokenizerError
 from bus.limits import WINDOW_TOKENS
 from bus.messages import Ack, Replay, Resume, StreamBeat, StreamEnd, StreamTokens, TokenLogprobs
@@ -51,8 +53,7 @@ _LOGPROB_OVERHEAD = 15  # a token id and a number in an array, as msgpack
 _Item: TypeAlias = tuple[int, str, TokenLogprobs | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(msgspec.Struct, frozen=True):  # a struct because there is one for every token, and it costs a sixth
     """The next tokens of the stream, each with the text it released. `seq` numbers the first one.
 
     logprobs: one per token, or none at all.

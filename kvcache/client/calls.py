@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import msgspec
+
 from bus.errors import KVCacheError, MalformedMessage
 from bus.messages import AttachBulk, Chunk, Message, Welcome
 from bus.wire import Buffer
@@ -46,8 +48,7 @@ class Unwatch:
     stream_id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(msgspec.Struct, frozen=True):  # as `Deliver`
     """Something for the reader of a generation."""
 
     key: bytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+import msgspec
+
 from bus.stats import Explanation
 
 
@@ -31,8 +33,7 @@ class Alternative(NamedTuple):
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(msgspec.Struct, frozen=True):  # not a dataclass as the others: of these there are many
     """One token and the text it released: empty while the text may still become a stop string or a character.
 
     index: which of the `n` outputs it belongs to. logprob, top_logprobs: if `logprobs` were asked for: the natural

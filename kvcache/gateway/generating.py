@@ -63,6 +63,7 @@ class Answer(Response):
         self._traffic = traffic
         self._slowest = slowest
         self._progress = Progress(time.monotonic())
+        self._head: Head | None = None
         self._outputs = Outputs(len(ask.prompts), ask.params.n, has_logprobs=ask.params.logprobs is not None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -201,7 +202,11 @@ class Answer(Response):
 
     def _named(self, head: Head) -> Head:
         """With the model that a request without one was served by."""
-        return head if head.model else replace(head, model=self._outputs.model)
+        if head.model:
+            return head
+        if self._head is None or not self._head.model:  # made once, for all chunks
+            self._head = replace(head, model=self._outputs.model)
+        return self._head
 
 
 class EventStream:

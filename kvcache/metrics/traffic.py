@@ -125,14 +125,14 @@ class Watch:
 
     def saw(self, events: Sequence[Event], now: float) -> None:
         """These events of its outputs came together."""
-        tokens: Counter[int] = Counter()
+        tokens: dict[int, int] = {}
         ends: list[Done] = []
         for event in events:
             match event:
                 case Start():
                     self._started(event)
                 case Token():
-                    tokens[event.index] += 1
+                    tokens[event.index] = tokens.get(event.index, 0) + 1
                 case Done():
                     ends.append(event)
         for index, num_tokens in tokens.items():
