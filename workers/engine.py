@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 CLOSE_S = 5.0
 HELPER_CLOSE_S = 0.2
 _IDLE_S = 60.0
+ENCODE_S = 0.002
+"""What a step may be delayed by for prompts that came just before it. Most are encoded within a fraction of that, and
+one that misses a step waits for the whole of it, some 20 ms and more."""
 
 Job = Callable[[], None]
 
@@ -170,11 +174,17 @@ class EngineThread:
     def _take_commands(self, is_busy: bool) -> bool:
         """Feed the host all that has come; when there is nothing to compute, wait for something. False: the end."""
         wait_s = 0.0 if is_busy else min(_IDLE_S, max(0.0, self._host.next_deadline - time.monotonic()))
-        try:
-            item = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
-            while item is not None:
-                self._host.handle(item, time.monotonic())
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return True
-        return False
+        num_encoding, until = self._host.num_encoding, math.inf
+        while True:
+            try:
+                item = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            now = time.monotonic()
+            self._host.handle(item, now)
+            wait_s = 0.0
+            if self._host.num_encoding > num_encoding:
+                until = min(until, now + ENCODE_S)
+                wait_s = until - now

@@ -116,6 +116,7 @@ class Host:
         self._slot_of: dict[RunId, Slot | None] = {}  # None: not in a slot yet
         self._waits_for: dict[RunId, str] = {}  # the model that is not there yet
         self._held: set[RunId] = set()  # of those not in a slot yet
+        self._num_encoding = 0
         self._events: list[EngineEvent] = []
         self._progress = 0
         self._failed_early = 0
@@ -178,6 +179,11 @@ class Host:
         changes += [event for slot in self._shelf.slots() for event in slot.name_changes()]
         events, self._events = [*changes, *self._events], []
         return [*events, *(event for slot in self._shelf.slots() for event in slot.moves())]
+
+    @property
+    def num_encoding(self) -> int:
+        """Generations whose prompts are being encoded."""
+        return self._num_encoding
 
     @property
     def next_deadline(self) -> float:
@@ -247,9 +253,11 @@ class Host:
             self._waits_for[start.run] = start.model
         else:
             self._waits_for.pop(start.run, None)
+            self._num_encoding += 1
             self._run_encode(partial(_encode_job, self._shelf.borrow(start.model).model, start))
 
     def _encoded(self, done: Encoded, now: float) -> None:
+        self._num_encoding -= 1
         slot = self._shelf.borrowed(done.start.model)
         run = done.start.run
         if run not in self._slot_of:  # stopped meanwhile

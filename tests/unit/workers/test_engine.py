@@ -27,6 +27,7 @@ from bus.messages import FinishReason, ModelState, PromptKind, Sampling
 from bus.stats import Spelling
 from bus.streams import token_bytes
 from kvcache.hashing import routing_chain
+from tests.harness.waiting import until
 from tests.unit.workers.conftest import EOS_ID, NEED, Family, roomy
 from workers.batch import Batch, BlockId, Draw, Drawn
 from workers.block_changes import AllDropped, BlockAdded
@@ -921,6 +922,67 @@ async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: C
         assert engine.figures().progress >= 6
     assert len(tokens_of(events, 1)) == 6
     assert "kvcache-engine" not in {thread.name for thread in threading.enumerate()}
+
+
+class Gated(TorchModel):
+    """Steps and encodings wait for their gates; `widths` are the slices of each step."""
+
+    may_step: threading.Event
+    may_encode: threading.Event
+    in_step: threading.Event
+    widths: list[int]
+
+    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
+        assert self.may_encode.wait(30.0)
+        return super().encode(kind, prompt, special)
+
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+        self.widths.append(len(batch))
+        self.in_step.set()
+        assert self.may_step.wait(30.0)
+        return super().compute(batch, draws)
+
+
+@pytest.fixture
+def gated(make: Callable[[], TorchModel]) -> Gated:
+    """With closed steps and open encodings."""
+    model = make()
+    model.__class__ = Gated
+    assert isinstance(model, Gated)
+    model.may_step, model.may_encode, model.in_step = threading.Event(), threading.Event(), threading.Event()
+    model.widths = []
+    model.may_encode.set()
+    return model
+
+
+async def test_prompts_that_come_during_a_step_are_in_the_next_one(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are encoded after the step, and beside the next one if that did not wait for them."""
+    monkeypatch.setattr("workers.engine.ENCODE_S", 30.0)
+    events: list[Event] = []
+    with EngineThread(FakeModels(tiny=lambda: gated), roomy(), events.extend, max_tokens_per_step=64) as engine:
+        engine.send(start(1))
+        await until(gated.in_step.is_set, "the first step")
+        for run in (2, 3, 4):
+            engine.send(start(run))
+        gated.may_step.set()
+        await until(lambda: sum(isinstance(event, Ended) for event in events) == 4, "all ends")
+    assert gated.widths[:2] == [1, 4]
+
+
+async def test_a_prompt_that_takes_long_to_encode_does_not_hold_up_those_who_run(gated: Gated) -> None:
+    events: list[Event] = []
+    with EngineThread(FakeModels(tiny=lambda: gated), roomy(), events.extend, max_tokens_per_step=64) as engine:
+        engine.send(start(1))
+        await until(gated.in_step.is_set, "the first step")
+        gated.may_encode.clear()
+        engine.send(start(2))
+        gated.may_step.set()
+        await until(lambda: any(isinstance(event, Ended) for event in events), "the end of the first")
+        gated.may_encode.set()
+        await until(lambda: sum(isinstance(event, Ended) for event in events) == 2, "the end of the second")
+    assert set(gated.widths) == {1}
 
 
 def _explode() -> None:
