@@ -39,6 +39,8 @@ _IDLE_S = 60.0
 ENCODE_S = 0.002
 """What a step may be delayed by for prompts that came just before it. Most are encoded within a fraction of that, and
 one that misses a step waits for the whole of it, some 20 ms and more."""
+FIGURES_S = 0.025
+"""How often figures are made anew between steps, which keeps the next one waiting; the loop looks each 50 ms."""
 
 Job = Callable[[], None]
 
@@ -117,7 +119,7 @@ class EngineThread:
         self._inbox.put(command)
 
     def figures(self) -> EngineFigures:
-        """The latest snapshot: a frozen value that the engine replaces after each step."""
+        """The latest snapshot: a frozen value that the engine replaces now and then, and whenever it falls idle."""
         return self._figures
 
     @property
@@ -152,13 +154,15 @@ class EngineThread:
             log.exception("the engine has failed")
 
     def _work(self) -> None:
-        is_busy = False
+        is_busy, figures_due = False, 0.0
         while self._take_commands(is_busy):
             is_busy = self._host.step(time.monotonic)
-            self._figures = self._host.figures()
             events = self._host.take_events()
             if events:
                 self._detok.submit(partial(self._say, events))
+            now = time.monotonic()
+            if not is_busy or now >= figures_due:
+                self._figures, figures_due = self._host.figures(), now + FIGURES_S
 
     def _report(self, news: Loading) -> None:
         self._on_load()

@@ -25,6 +25,7 @@ from bus.errors import InternalError
 from bus.messages import WorkerHello, WorkerState
 from bus.security import SecurityConfig
 from bus.sockets import Context, Dealer, Message, Publisher, Sent
+from bus.wire import Buffer
 from kvcache.tracing import Tracer
 from workers.calls import Action, Announce, Channel, Forget, HangUp, Publish, Record, Send, Tell, ToCaller, ToPeer
 from workers.core import WorkerCore
@@ -42,6 +43,7 @@ from workers.tasks import MAX_NUM_SEQS, CacheConfig
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
+MEMORY_S = 1.0
 LINGER_MS = 500
 
 
@@ -145,7 +147,8 @@ class Worker:
         """Tick until told to stop and drained."""
         process = psutil.Process()
         is_ready = False
-        due = time.monotonic()
+        due = memory_due = time.monotonic()
+        rss_bytes = 0
         while not self._core.is_drained:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             now = time.monotonic()
@@ -154,7 +157,8 @@ class Worker:
                 raise InternalError("the engine has failed; this process can serve nothing more")
             if stop.is_set():
                 self._perform(self._core.drain(now))
-            rss_bytes = process.memory_info().rss
+            if now >= memory_due:
+                rss_bytes, memory_due = process.memory_info().rss, now + MEMORY_S
             self._perform(self._core.tick(self._engine.figures(), now, rss_bytes=rss_bytes, lag_s=lag_s))
             if not is_ready and self._core.has_joined and self._core.state is WorkerState.READY:
                 is_ready = True
@@ -189,22 +193,26 @@ class Worker:
 
     def _on_engine(self, events: Sequence[Event]) -> None:
         now = time.monotonic()
+        actions: list[Action] = []
         for event in events:
             try:
-                self._perform(self._core.on_engine(event, now))
+                actions += self._core.on_engine(event, now)
             except Exception:
                 log.exception("%s of the engine could not be handled", type(event).__name__)
+        self._perform(actions)
 
     # --- actions ---
 
     def _perform(self, actions: Sequence[Action]) -> None:
+        """What is published goes out last, all for one broker in one message: each message wakes threads on its way."""
+        published: dict[int, list[Buffer]] = {}
         for action in actions:
             match action:
                 case Send():
                     self._send(action)
                 case Publish():
                     self._reach("worker.publish")
-                    self._publishers[action.link].send([action.topic, action.frame])
+                    published.setdefault(action.link, []).extend((action.topic, action.frame))
                 case Tell():
                     self._engine.send(action.command)
                 case Record():
@@ -221,6 +229,8 @@ class Worker:
                         self._kv_events.publish(action.changes)
                 case _:
                     assert_never(action)
+        for link, frames in published.items():
+            self._publishers[link].send(frames)
 
     def _send(self, send: Send) -> None:
         if send.call is not None:

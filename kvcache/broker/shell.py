@@ -29,6 +29,7 @@ from kvcache.tracing import Tracer
 log = logging.getLogger(__name__)
 
 TICK_S = 0.05
+MEMORY_S = 1.0
 LINGER_MS = 500
 LAST_WORDS_S = 0.1
 """Between the last words and the close: a peer's DEALER drops what it has not read when its connection ends."""
@@ -48,6 +49,7 @@ class Broker:
         self.core.gauges.version = version("kvcache")
         self._routers: dict[Port, Router] = {}
         self._recording: Recording | None = None
+        self._memory_due = 0.0
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`; then drain. Raises Forbidden or ConnectionLost if an endpoint cannot be bound.
@@ -92,7 +94,7 @@ class Broker:
         while True:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             now = time.monotonic()
-            self._update_gauges(process, now - due)
+            self._update_gauges(process, now, now - due)
             due = now + TICK_S
             self._perform(self.core.tick(now))
             self._trace()
@@ -108,10 +110,11 @@ class Broker:
                 self._perform(self.core.farewell())
                 return
 
-    def _update_gauges(self, process: psutil.Process, lag_s: float) -> None:
+    def _update_gauges(self, process: psutil.Process, now: float, lag_s: float) -> None:
         gauges = self.core.gauges
         gauges.loop_lag_s = max(0.9 * gauges.loop_lag_s, lag_s)
-        gauges.rss_bytes = process.memory_info().rss
+        if now >= self._memory_due:
+            gauges.rss_bytes, self._memory_due = process.memory_info().rss, now + MEMORY_S
         gauges.refused_subscriptions = self._hub.refused
         gauges.dropped_sends = sum(router.dropped for router in self._routers.values())
         gauges.queued_messages = sum(router.queued for router in self._routers.values())
@@ -151,11 +154,12 @@ class Broker:
                 self._perform(self.core.on_unsent(send, is_gone=outcome is Sent.GONE))
 
     def _relay(self, batch: list[Message]) -> None:
-        """Tokens from workers to whoever subscribed; never parsed here."""
+        """Tokens from workers to whoever subscribed; never parsed here. What has no topic before it goes nowhere."""
         send = self._hub.send
         for frames in batch:
-            send(frames)
-        self.core.gauges.tokens_relayed += len(batch)
+            for topic, frame in zip(frames[::2], frames[1::2], strict=False):
+                send((topic, frame))
+            self.core.gauges.tokens_relayed += len(frames) // 2
 
     def _acknowledge(self, topic: bytes) -> None:
         self._hub.send([topic, wire.encode(SubAck())])

@@ -153,10 +153,13 @@ def test_only_consumed_tokens_are_acknowledged() -> None:
     assert receiver.consume(63, 1.0) == []
     assert receiver.consume(64, 1.0) == [Ack(req_id=REQ, epoch=0, upto=64)]
     assert receiver.consume(65, 1.0) == []
-    assert receiver.tick(1.0 + streams.ACK_S) == [Ack(req_id=REQ, epoch=0, upto=65)]
-    receiver.handle(StreamBeat(epoch=0, next_seq=128), 2.0)
-    assert receiver.consume(1000, 2.0) == []  # more than was delivered counts as all of it
-    assert receiver.tick(2.0) == [Ack(req_id=REQ, epoch=0, upto=128)]
+    receiver.handle(StreamBeat(epoch=0, next_seq=128), 1.0)
+    due = 1.0 + streams.ACK_S
+    assert receiver.tick(due - 0.01) == []
+    assert receiver.tick(due) == [Ack(req_id=REQ, epoch=0, upto=65)]
+    assert receiver.consume(1000, due) == []  # more than was delivered counts as all of it
+    receiver.handle(StreamBeat(epoch=0, next_seq=128), due)
+    assert receiver.tick(due + streams.ACK_S) == [Ack(req_id=REQ, epoch=0, upto=128)]
 
 
 def test_an_older_or_newer_epoch_changes_nothing() -> None:

@@ -124,6 +124,27 @@ async def test_tokens_reach_who_subscribed_after_the_broker_said_so() -> None:
         assert await streams.frames() == [topic, b"not parsed on the way"]
 
 
+async def test_a_message_of_many_streams_is_cut_up_for_their_readers() -> None:
+    async with world() as w:
+        client = await w.client()
+        streams = Peer(w, Subscriber, sockets.TOKENS, w.at.streams)
+        assert isinstance(streams.socket, Subscriber)
+        topics = []
+        for number in (1, 2):
+            client.say(m.OpenStream(req_id=rid(number)))
+            topics.append(topic_of((await client.hear(m.StreamOpened)).stream_id))
+            streams.socket.subscribe(topics[-1])
+            assert await streams.frames() == [topics[-1], wire.encode(m.SubAck())]
+        publisher = w.stack.enter_context(Publisher(w.context, sockets.TOKENS, SECURITY, lambda batch: None))
+        publisher.connect(w.at.tokens)
+        publisher.start()
+        async with asyncio.timeout(WAIT_S):
+            while streams.received.empty():
+                publisher.send([topics[0], b"one", b"S|of nobody", b"lost", topics[1], b"other", topics[0]])
+                await asyncio.sleep(0.005)
+        assert [await streams.frames() for _ in range(2)] == [[topics[0], b"one"], [topics[1], b"other"]]
+
+
 async def test_a_generation_that_ends_well_is_recorded_if_so_asked(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     async with world(record=str(path)) as w:

@@ -919,7 +919,7 @@ async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: C
         engine.send(start(1))
         async with asyncio.timeout(10):
             await ended.wait()
-        assert engine.figures().progress >= 6
+        await until(lambda: engine.figures().progress >= 6, "the figures of an engine that has nothing to do")
     assert len(tokens_of(events, 1)) == 6
     assert "kvcache-engine" not in {thread.name for thread in threading.enumerate()}
 

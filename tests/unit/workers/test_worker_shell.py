@@ -141,6 +141,7 @@ class FakeBroker:
         self.received: asyncio.Queue[tuple[Message, Sequence[Buffer]]] = asyncio.Queue()
         self.replies: asyncio.Queue[tuple[bool, Any, Sequence[Buffer]]] = asyncio.Queue()
         self.tokens: asyncio.Queue[tuple[bytes, Any]] = asyncio.Queue()
+        self.together: list[set[bytes]] = []  # topics of each message with tokens
         self._session = 0
         self._knows_worker = False
         self._link = b""
@@ -205,8 +206,11 @@ class FakeBroker:
             self._take(self._link, message, frames)
 
     def _on_tokens(self, batch: list[sockets.Message]) -> None:
-        for topic, frame in batch:
-            self.tokens.put_nowait((bytes(topic), wire.decode_header(frame)))
+        for frames in batch:
+            topics = [bytes(topic) for topic in frames[::2]]
+            self.together.append(set(topics))
+            for topic, frame in zip(topics, frames[1::2], strict=True):
+                self.tokens.put_nowait((topic, wire.decode_header(frame)))
 
     def close(self) -> None:
         for socket in (self._control, self._bulk, self._tokens):
@@ -310,15 +314,15 @@ async def test_a_put_is_answered_and_a_large_one_comes_over_the_bulk_lane(url: s
         assert (final, type(message), message.length) == (True, KvDone, num_tokens)
 
 
-def generate(prompt: bytes) -> Generate:
+def generate(prompt: bytes, *, req_id: bytes = REQUEST, stream_id: bytes = STREAM, num_tokens: int = 3) -> Generate:
     return Generate(
-        req_id=REQUEST,
+        req_id=req_id,
         attempt=0,
         deadline_ms=10_000,
-        stream_id=STREAM,
+        stream_id=stream_id,
         epoch=0,
         kind=PromptKind.TOKENS,
-        sampling=Sampling(max_tokens=3),
+        sampling=Sampling(max_tokens=num_tokens),
         payload=wire.describe([prompt]),
     )
 
@@ -364,6 +368,24 @@ async def test_tokens_are_published_and_the_end_is_answered(url: str) -> None:
             final, end, _ = await broker.reply()
         assert isinstance(end, StreamEnd)
         assert end.num_tokens == 3
+
+
+async def test_what_a_step_made_for_all_streams_is_published_in_one_message(url: str) -> None:
+    may_load = threading.Event()
+    streams = [bytes([number]) * 16 for number in range(3)]
+    async with serving(url, may_load=may_load) as (broker, _):
+        await broker.next(AttachBulk)
+        for number, stream_id in enumerate(streams):
+            prompt = token_bytes([number])
+            message = generate(prompt, req_id=stream_id, stream_id=stream_id, num_tokens=20)
+            broker.send(*assign(number, message, prompt))
+        while (await broker.next(WorkerBeat)).waiting < len(streams):
+            pass
+        may_load.set()
+        for _ in streams:
+            while not (await broker.reply())[0]:
+                pass
+    assert {topic_of(stream_id) for stream_id in streams} in broker.together
 
 
 async def test_stop_drains_says_goodbye_and_leaves_no_thread_behind(url: str) -> None:
