@@ -334,6 +334,12 @@ class StreamLog:
         if self.is_pulled:
             return []
         self._spoke_at = now
+        if len(tokens) == 1:  # as in nearly every step, and it fits whatever it is
+            return [
+                StreamTokens(
+                    epoch=self.epoch, seq=start, tokens=tuple(tokens), texts=tuple(texts), logprobs=tuple(logprobs)
+                )
+            ]
         return [
             StreamTokens(epoch=self.epoch, seq=part.seq, tokens=part.tokens, texts=part.texts, logprobs=part.logprobs)
             for part in self._cut(start, MAX_PUBLISHED_TOKENS)
