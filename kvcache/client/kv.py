@@ -28,7 +28,7 @@ class AsyncKV:
     """
 
     def __init__(self, link: Link) -> None:
-        self._link = link
+        self.link = link
 
     async def put(
         self, seq_id: str, layer: int, k: Array, v: Array, *, rf: int = 1, deadline: float | None = None
@@ -39,8 +39,8 @@ class AsyncKV:
         Raises BadTensor, NoSpace, Conflict (the sequence is a generation's, or was written with rf=1) or NoWorkers
         (there are not `rf`) besides what any request may.
         """
-        call = requests.put(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, rf)
-        return await self._link.ask(call, KvAck)
+        call = requests.put(new_id(), self.link.deadline(deadline), seq_id, layer, k, v, rf)
+        return await self.link.ask(call, KvAck)
 
     async def append(
         self,
@@ -57,33 +57,33 @@ class AsyncKV:
 
         Raises Conflict, whose `current_len` is the length, if it is another one.
         """
-        call = requests.append(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, at, rf)
-        return await self._link.ask(call, KvAck)
+        call = requests.append(new_id(), self.link.deadline(deadline), seq_id, layer, k, v, at, rf)
+        return await self.link.ask(call, KvAck)
 
     async def get(
         self, seq_id: str, layer: int, start: int = 0, stop: int | None = None, *, deadline: float | None = None
     ) -> KVPair:
         """K and V of the tokens `start .. stop`, or to the end. Raises NotFound."""
-        call = requests.get(new_id(), self._link.deadline(deadline), new_id, seq_id, layer, start, stop)
-        return await self._link.ask(call, KVPair)
+        call = requests.get(new_id(), self.link.deadline(deadline), new_id, seq_id, layer, start, stop)
+        return await self.link.ask(call, KVPair)
 
     async def length(self, seq_id: str, layer: int, *, deadline: float | None = None) -> int:
         """How many tokens a layer holds. Raises NotFound."""
-        call = requests.length(new_id(), self._link.deadline(deadline), seq_id, layer)
-        return await self._link.ask(call, int)
+        call = requests.length(new_id(), self.link.deadline(deadline), seq_id, layer)
+        return await self.link.ask(call, int)
 
     async def delete(self, seq_id: str, layer: int | None = None, *, deadline: float | None = None) -> int:
         """Forget a sequence, or one layer of it; returns how many layers there were."""
-        call = requests.delete(new_id(), self._link.deadline(deadline), seq_id, layer)
-        return await self._link.ask(call, int)
+        call = requests.delete(new_id(), self.link.deadline(deadline), seq_id, layer)
+        return await self.link.ask(call, int)
 
     async def pin(self, seq_id: str, ttl: float | None = None, *, deadline: float | None = None) -> None:
         """Keep a sequence from eviction, for `ttl` seconds or until it is unpinned. Raises NotFound."""
-        await self._link.ask(requests.pin(new_id(), self._link.deadline(deadline), seq_id, ttl), int)
+        await self.link.ask(requests.pin(new_id(), self.link.deadline(deadline), seq_id, ttl), int)
 
     async def unpin(self, seq_id: str, *, deadline: float | None = None) -> None:
         """Let a sequence be evicted again. Raises NotFound."""
-        await self._link.ask(requests.unpin(new_id(), self._link.deadline(deadline), seq_id), int)
+        await self.link.ask(requests.unpin(new_id(), self.link.deadline(deadline), seq_id), int)
 
     async def list(self, prefix: str = "", limit: int | None = None, *, deadline: float | None = None) -> Sequences:
         """All sequences whose id begins with `prefix`, by id, at most `limit`: of each its newest copy anywhere."""
@@ -91,9 +91,9 @@ class AsyncKV:
             check_name("prefix", prefix)
         if limit is not None:
             check_index("limit", limit, 2**31, least=1)
-        until = self._link.deadline(deadline)
+        until = self.link.deadline(deadline)
         query = requests.query(new_id(), until, QueryKind.WORKERS)
-        figures = await self._link.ask(query, ClusterStats)
+        figures = await self.link.ask(query, ClusterStats)
         newest: dict[str, SequenceInfo] = {}
         for worker in figures.workers:
             for info in await self._of_worker(worker.worker_id, prefix, limit, until):
@@ -109,7 +109,7 @@ class AsyncKV:
             after = found[-1].seq_id if found else ""
             call = requests.page(new_id(), until, worker_id=worker_id, prefix=prefix, after=after, limit=size)
             try:
-                page = await self._link.ask(call, SequencePage)
+                page = await self.link.ask(call, SequencePage)
             except (WorkerLost, BadArgument):
                 return []
             found += page.sequences

@@ -1,6 +1,7 @@
 """The face of the client for code without asyncio: the same methods, served by one event loop in one thread.
 
-Any thread may use a `Client`, at any time. Nothing here decides anything; `AsyncClient` does.
+Any thread may use a `Client`, at any time. Nothing here decides anything; `AsyncClient` does, and of calls with one
+value on the KV plane, which are made in their caller's thread, `requests`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, Unpack
 
 from bus.stats import ClusterStats, Explanation, WorkerView
+from kvcache.client import requests
 from kvcache.client.aio import AsyncClient
 from kvcache.client.arrays import KVPair
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV, Sequences
+from kvcache.client.link import new_id
 from kvcache.client.loop_thread import LoopThread
 from kvcache.client.prompts import ChatMessages, Tools
 from kvcache.client.results import Done, Encoding, Event, KvAck
@@ -195,6 +198,7 @@ class KV:
     def __init__(self, thread: LoopThread, kv: AsyncKV) -> None:
         self._thread = thread
         self._kv = kv
+        self._link = kv.link
 
     def put(self, seq_id: str, layer: int, k: Array, v: Array, *, rf: int = 1, deadline: float | None = None) -> KvAck:
         """Store K and V of a layer, in place of what was there. k, v: numpy or torch, of one dtype.
@@ -203,7 +207,8 @@ class KV:
         Raises BadTensor, NoSpace, Conflict (the sequence is a generation's, or was written with rf=1) or NoWorkers
         (there are not `rf`) besides what any request may.
         """
-        return self._thread.call(self._kv.put(seq_id, layer, k, v, rf=rf, deadline=deadline))
+        call = requests.put(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, rf)
+        return self._thread.ask(self._link, call, KvAck)
 
     def append(
         self,
@@ -220,29 +225,33 @@ class KV:
 
         Raises Conflict, whose `current_len` is the length, if it is another one.
         """
-        return self._thread.call(self._kv.append(seq_id, layer, k, v, at=at, rf=rf, deadline=deadline))
+        call = requests.append(new_id(), self._link.deadline(deadline), seq_id, layer, k, v, at, rf)
+        return self._thread.ask(self._link, call, KvAck)
 
     def get(
         self, seq_id: str, layer: int, start: int = 0, stop: int | None = None, *, deadline: float | None = None
     ) -> KVPair:
         """K and V of the tokens `start .. stop`, or to the end. Raises NotFound."""
-        return self._thread.call(self._kv.get(seq_id, layer, start, stop, deadline=deadline))
+        call = requests.get(new_id(), self._link.deadline(deadline), new_id, seq_id, layer, start, stop)
+        return self._thread.ask(self._link, call, KVPair)
 
     def length(self, seq_id: str, layer: int, *, deadline: float | None = None) -> int:
         """How many tokens a layer holds. Raises NotFound."""
-        return self._thread.call(self._kv.length(seq_id, layer, deadline=deadline))
+        call = requests.length(new_id(), self._link.deadline(deadline), seq_id, layer)
+        return self._thread.ask(self._link, call, int)
 
     def delete(self, seq_id: str, layer: int | None = None, *, deadline: float | None = None) -> int:
         """Forget a sequence, or one layer of it; returns how many layers there were."""
-        return self._thread.call(self._kv.delete(seq_id, layer, deadline=deadline))
+        call = requests.delete(new_id(), self._link.deadline(deadline), seq_id, layer)
+        return self._thread.ask(self._link, call, int)
 
     def pin(self, seq_id: str, ttl: float | None = None, *, deadline: float | None = None) -> None:
         """Keep a sequence from eviction, for `ttl` seconds or until it is unpinned. Raises NotFound."""
-        self._thread.call(self._kv.pin(seq_id, ttl, deadline=deadline))
+        self._thread.ask(self._link, requests.pin(new_id(), self._link.deadline(deadline), seq_id, ttl), int)
 
     def unpin(self, seq_id: str, *, deadline: float | None = None) -> None:
         """Let a sequence be evicted again. Raises NotFound."""
-        self._thread.call(self._kv.unpin(seq_id, deadline=deadline))
+        self._thread.ask(self._link, requests.unpin(new_id(), self._link.deadline(deadline), seq_id), int)
 
     def list(self, prefix: str = "", limit: int | None = None, *, deadline: float | None = None) -> Sequences:
         """All sequences whose id begins with `prefix`, by id: those of every worker, at most `limit`."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -33,6 +37,7 @@ class Machine(threading.Thread):
         self.url = ""
         self.ready = threading.Event()
         self.cancelled = threading.Event()
+        self.was_asked = threading.Event()
         self._kept: dict[str, tuple[TensorMeta, list[bytes]]] = {}
 
     def run(self) -> None:
@@ -66,6 +71,8 @@ class Machine(threading.Thread):
                     broker.reply(ended(message, TEXT))
             case m.Cancel():
                 self.cancelled.set()
+            case m.Put(seq_id="silence"):
+                self.was_asked.set()
             case m.Put() | m.Append():
                 self._kept[message.seq_id] = (message.k, payload)
                 broker.reply(m.KvDone(req_id=message.req_id, length=message.k.shape[0]))
@@ -224,6 +231,45 @@ def test_closing_while_other_threads_ask_hangs_nobody(machine: Machine) -> None:
     for thread in threads:
         thread.join(5.0)
         assert not thread.is_alive()
+
+
+def test_whoever_is_interrupted_leaves_nothing_behind(client: Client, machine: Machine) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise InterruptedError
+
+    def interrupt_main() -> None:
+        assert machine.was_asked.wait(10.0)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    k = np.zeros((1, 1, 4), np.float32)
+    sent = weakref.ref(k)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    thread = threading.Thread(target=interrupt_main)
+    thread.start()
+    try:
+        with pytest.raises(InterruptedError):
+            client.kv.put("silence", 0, k, k, deadline=600.0)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
+    del k
+    until = time.monotonic() + 10.0
+    while sent() is not None and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.01)
+    assert sent() is None, "the client still holds what was to be sent"
+    assert client.kv.length("a", 0) == 7
+
+
+def test_an_error_holds_nothing_of_what_was_sent(client: Client) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(NotFound):
+            client.kv.get("b", 0)
+        assert not [held for held in gc.get_objects() if isinstance(held, NotFound)]
+    finally:
+        gc.enable()
 
 
 def test_a_client_that_was_forgotten_ends_its_thread(machine: Machine) -> None:
