@@ -27,7 +27,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 Frames: TypeAlias = Sequence[Buffer]
 
 MAGIC = b"KV\x01"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 2, 0
 MAX_HEADER_BYTES = 8 * 1024
 NO_REQUEST = bytes(16)
 
@@ -106,13 +106,7 @@ def decode(frames: Frames, *, verify_payload: bool = True) -> Decoded:
         raise MalformedMessage(f"message of {len(frames)} frames; at most {1 + MAX_PAYLOADS}")
     message = decode_header(frames[0])
     payload = frames[1:]
-    parts: Sequence[Part] = message.payload if _HAS_PAYLOAD[message.opcode] else ()
-    least, most = message.payloads
-    if len(parts) != len(payload) or not least <= len(parts) <= most:
-        raise MalformedMessage(
-            f"{type(message).__name__} with {len(payload)} payload frames, {len(parts)} described,"
-            f" {least} to {most} allowed"
-        )
+    parts = check_count(message, payload)
     if verify_payload:
         check_payload(parts, payload)
     return Decoded(message, payload)
@@ -148,6 +142,18 @@ def decode_header(frame: Buffer) -> Any:  # noqa: ANN401  # see decode_envelope
         return decoder.decode(header)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise MalformedMessage(f"{BY_OPCODE[opcode].__name__}: {error}") from error
+
+
+def check_count(message: Message, payload: Frames) -> Sequence[Part]:
+    """What `message` says of its payload frames. Raises MalformedMessage unless so many came, and may come."""
+    parts: Sequence[Part] = getattr(message, "payload", ()) if _HAS_PAYLOAD[message.opcode] else ()
+    least, most = message.payloads
+    if len(parts) != len(payload) or not least <= len(parts) <= most:
+        raise MalformedMessage(
+            f"{type(message).__name__} with {len(payload)} payload frames, {len(parts)} described,"
+            f" {least} to {most} allowed"
+        )
+    return parts
 
 
 def check_payload(parts: Sequence[Part], payload: Frames) -> None:

@@ -1,6 +1,7 @@
 """Tensors on their way in or out of a worker, in chunks, as many as the receiver has given credit for.
 
-An upload grants credit as its chunks are written, so that what the client may have under way is bounded; a
+An upload begins with a window of chunks and grants credit for more as they are written, so that what the client may
+have under way is bounded; a
 download spends what the client grants. Bytes count from the start of K through the end of V, and a chunk
 never holds some of both. Whoever makes one of these sees to it that it is completed or closed.
 """
@@ -10,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from bus.errors import KVCacheError
-from bus.limits import CHUNK_BYTES
+from bus.limits import CHUNK_BYTES, UPLOAD_WINDOW
 from bus.messages import KvValue
 from bus.wire import Buffer
 from workers.keys import SequenceKey
 from workers.store import Committed, KVStore
 from workers.transfers import Transfer
 
-UPLOAD_WINDOW = 8  # chunks of one upload that may be under way
-GRANT_CHUNKS = 4  # credit is granted anew when this many were taken
+GRANT_CHUNKS = UPLOAD_WINDOW // 2  # credit is granted anew when this many were taken
 
 
 class Upload:
@@ -98,9 +98,13 @@ class Download:
 
     def take_whole(self) -> tuple[bytes, bytes]:
         """K and V at once; it is closed then."""
-        data = b"".join(piece for _, piece in self._pieces)
+        k: list[memoryview] = []
+        v: list[memoryview] = []
+        for offset, piece in self._pieces:
+            (k if offset < self._k_bytes else v).append(piece)
+        whole = b"".join(k), b"".join(v)
         self.close()
-        return data[: self._k_bytes], data[self._k_bytes :]
+        return whole
 
     def close(self) -> None:
         self._on_close()

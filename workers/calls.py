@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -25,6 +26,7 @@ from workers.block_changes import BlockChange
 from workers.engine_api import Command
 
 SPAN_NAME = "kvcache.worker"
+MAX_RELEASED = 1024
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +156,7 @@ class Calls:
     def __init__(self) -> None:
         self._calls: dict[CallId, Call] = {}
         self._disowned: dict[CallId, bytes] = {}  # with their request ids
+        self._released: OrderedDict[CallId, None] = OrderedDict()  # before they were here, oldest first
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -237,6 +240,21 @@ class Calls:
     def settle(self, call_id: CallId) -> None:
         """If it was disowned: nobody waits for it any more."""
         self._disowned.pop(call_id, None)
+
+    def release(self, call_id: CallId) -> None:
+        """Nobody waits for a call that is not here: it has ended, or is still to come, on the other lane."""
+        self._released[call_id] = None
+        if len(self._released) > MAX_RELEASED:
+            self._released.popitem(last=False)
+
+    def is_released(self, call_id: CallId) -> bool:
+        """Whether nobody waits any more for a call that is to begin now."""
+        return call_id in self._released
+
+    def forget_released(self, link: int) -> None:
+        """A session ended, after which the broker may be another one and count anew."""
+        for call_id in [call_id for call_id in self._released if call_id.link == link]:
+            del self._released[call_id]
 
     def take_disowned(self, link: int) -> list[tuple[CallId, bytes]]:
         """The calls of that link that were disowned, with their request ids. They are forgotten now."""

@@ -146,15 +146,19 @@ class WorkerCore:
                 return self._unreadable(number, MalformedMessage("not a message for a worker's control lane"))
 
     def on_bulk(self, number: int, frames: Frames, now: float) -> list[Action]:
-        """A message on a broker's bulk lane: a chunk of a request."""
+        """A message on a broker's bulk lane: a change to a sequence, or a chunk of one."""
         self._links[number].heard(now)
         try:
             envelope = wire.decode_header(frames[0]) if frames else None
         except KVCacheError as error:
             return self._unreadable(number, error)
-        if not isinstance(envelope, Forward):
-            return self._unreadable(number, MalformedMessage("not a message for a worker's bulk lane"))
-        return self._requests.forwarded(number, envelope, frames[1:], now)
+        match envelope:
+            case Assign():
+                return self._requests.assigned(number, envelope, frames[1:], now)
+            case Forward():
+                return self._requests.forwarded(number, envelope, frames[1:], now)
+            case _:
+                return self._unreadable(number, MalformedMessage("not a message for a worker's bulk lane"))
 
     def on_engine(self, event: Event, now: float) -> list[Action]:
         """Something the engine has to say."""

@@ -42,7 +42,7 @@ from bus.messages import (
 )
 from bus.stats import SequenceInfo, SequencePage, Spelling, StoreStats, pack
 from bus.wire import Buffer
-from workers.bulk import UPLOAD_WINDOW, Download, Upload, cut
+from workers.bulk import Download, Upload, cut
 from workers.calls import Action, Call, CallId, Calls, Channel, Tell
 from workers.engine_api import (
     Answered,
@@ -239,8 +239,8 @@ class KVPlane:
             return self._commit(call, upload.take_whole(payload))
         if upload.is_complete:
             return self._commit(call, upload.commit())
-        self._work[call.id] = upload
-        return self._calls.say(call, Credit(req_id=call.request.req_id, chunks=UPLOAD_WINDOW))
+        self._work[call.id] = upload  # as many chunks as may be under way follow by themselves
+        return []
 
     def _begin(self, message: Put | Append, key: SequenceKey, now: float) -> Transfer:
         if isinstance(message, Put):
@@ -285,10 +285,12 @@ class KVPlane:
         return self._send_value(call, message, value, Download(pieces, value, lambda: self._store.close_read(read)))
 
     def _send_value(self, call: Call, message: Get, value: KvValue, download: Download) -> list[Action]:
-        """Answer with K and V in one message if they are small, else announce them and send what is credited."""
-        if download.num_bytes <= MAX_INLINE_BYTES:
+        """Answer with K and V in one message if they fit a chunk, else announce them and send what is credited."""
+        if download.num_bytes <= CHUNK_BYTES:
             payload = download.take_whole()
-            return self._calls.finish(call, msgspec.structs.replace(value, payload=wire.describe(payload)), *payload)
+            value = msgspec.structs.replace(value, payload=wire.describe(payload))
+            channel = Channel.CONTROL if download.num_bytes <= MAX_INLINE_BYTES else Channel.BULK
+            return self._calls.finish(call, value, *payload, channel=channel)
         self._work[call.id] = download
         download.grant(message.credit)
         # On the lane of the chunks: the last of those could overtake it, and end the call at the broker before it.

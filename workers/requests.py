@@ -101,6 +101,8 @@ class Requests:
 
     def assigned(self, link: int, assign: Assign, frames: Frames, now: float) -> list[Action]:
         """A request begins. If it cannot even be read it still gets its one answer."""
+        if self._calls.is_released(CallId(link, assign.call)):
+            return []
         try:
             message, payload = wire.decode_intact(frames)
             if not isinstance(message, Dispatched):
@@ -152,6 +154,7 @@ class Requests:
         call = self._calls.find(call_id)
         if call is None:
             self._calls.settle(call_id)
+            self._calls.release(call_id)
             return []
         return [*self._stop(call), *self._calls.forget(call)]
 
@@ -170,6 +173,7 @@ class Requests:
         """The broker knows us under a new session, and nothing of the calls of any other."""
         actions = self.lose_session(link, now)
         self._calls.take_disowned(link)
+        self._calls.forget_released(link)
         return actions
 
     def regain_session(self, link: int) -> list[Action]:

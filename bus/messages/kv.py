@@ -11,7 +11,7 @@ from bus.tensors import TensorMeta
 
 
 class Put(Message, frozen=True):
-    """Store K and V of one layer. Payloads: K and V, or none: then they follow as `Chunk`s once there is `Credit`.
+    """Store K and V of one layer. Payloads: K and V, or none: then they follow as `Chunk`s.
 
     rf: how many workers are to have it before it is acknowledged.
     """

@@ -44,21 +44,34 @@ class Calls:
         name: Name | None = None,
         *,
         writes: bool = False,
+        on_bulk: bool = False,
     ) -> Call:
-        """A request goes to `worker`. The client must have none of this id in flight."""
+        """A request goes to `worker`. The client must have none of this id in flight.
+
+        on_bulk: on the worker's bulk lane, if it has one.
+        """
         call = Call(next(self._numbers), client, worker, req_id, deadline, stream, name, writes)
+        call.on_bulk = on_bulk and bool(worker.bulk_link)
         client.calls[req_id] = call
         self._add(call)
         return call
 
     def begin_all(
-        self, gather: Gather, workers: Sequence[Worker], deadline: float, name: Name, *, writes: bool = False
+        self,
+        gather: Gather,
+        workers: Sequence[Worker],
+        deadline: float,
+        name: Name,
+        *,
+        writes: bool = False,
+        on_bulk: bool = False,
     ) -> list[Call]:
-        """A request about this sequence goes to each of `workers`, in a call of its own."""
+        """A request about this sequence goes to each of `workers`, in a call of its own. on_bulk: as of `begin`."""
         client, req_id = gather.client, gather.req_id
         client.calls[req_id] = gather
         for worker in workers:
             call = Call(next(self._numbers), client, worker, req_id, deadline, name=name, writes=writes, gather=gather)
+            call.on_bulk = on_bulk and bool(worker.bulk_link)
             gather.parts[call.id] = call
             self._add(call)
         return list(gather.parts.values())

@@ -191,16 +191,23 @@ class BrokerCore:
             return self._garbage_from_worker(link, error, now)
 
     def on_client_bulk(self, link: bytes, frames: Sequence[Buffer], now: float, user_id: str) -> list[Send]:
-        """A message on the clients' bulk lane: `AttachBulk` first, then chunks of the client's own calls."""
+        """A message on the clients' bulk lane: `AttachBulk` first, then writes, each with the chunks that follow it."""
+        owner = self._sessions.of_bulk_link(link)
         try:
             message = wire.decode_envelope(frames)
-        except ProtocolError:
+            if isinstance(message, m.Put | m.Append):
+                wire.check_count(message, frames[1:])
+        except ProtocolError as error:
+            if isinstance(owner, Client):
+                return self._garbage(owner.link, frames, error, now)
             self._malformed += 1
             return []
-        owner = self._sessions.of_bulk_link(link)
         if isinstance(owner, Client) and isinstance(message, m.Chunk):
             owner.heard_at = now
             return self._requests.follow_up(owner, message.req_id, frames, Port.WORKER_BULK)
+        if isinstance(owner, Client) and isinstance(message, m.Put | m.Append):
+            owner.heard_at = now
+            return self._requests.submit(owner, message, frames, now, Port.WORKER_BULK)
         if not isinstance(message, m.AttachBulk) or not self._sessions.attach(link, message, Client, user_id):
             self._unwelcome += 1
         return []
@@ -233,7 +240,7 @@ class BrokerCore:
         Whoever is gone is forgotten, and a client that takes no replies cannot be served. If there is no room
         for a worker or for bulk data, the one request that it was about fails, at once and typed.
         """
-        peer = self._peer_of(send)
+        peer = self._peer_at(send.port, send.link)
         if peer is None:
             return []
         if isinstance(peer, Worker) and is_gone:
@@ -247,10 +254,10 @@ class BrokerCore:
             return [self._requests.refuse(send.call.client, send.call.req_id, error)]  # it was the last chunk
         return self._requests.fail(send.call, error)
 
-    def on_fault(self, link: bytes, frames: Sequence[Buffer]) -> list[Send]:
-        """Handling a client's message ended in an exception, which is a bug of ours: its request fails."""
-        client = self._sessions.clients.get(link)
-        if client is None or not frames:
+    def on_fault(self, port: Port, link: bytes, frames: Sequence[Buffer]) -> list[Send]:
+        """Handling a message of a client, on that port, ended in an exception, our bug: its request fails."""
+        client = self._peer_at(port, link)
+        if not isinstance(client, Client) or not frames:
             return []
         error = InternalError("the broker failed on this message; its log says why")
         return self._requests.fail_by_id(client, wire.request_id_of(frames[0]), error)
@@ -332,14 +339,14 @@ class BrokerCore:
             return []
         return [to_worker(worker, m.Goodbye(reason=FLOOD)), *self._sessions.lose_worker(worker, f"sent {FLOOD}")]
 
-    def _peer_of(self, send: Send) -> Client | Worker | None:
-        match send.port:
+    def _peer_at(self, port: Port, link: bytes) -> Client | Worker | None:
+        match port:
             case Port.CLIENT:
-                return self._sessions.clients.get(send.link)
+                return self._sessions.clients.get(link)
             case Port.WORKER:
-                return self._workers.by_link.get(send.link)
+                return self._workers.by_link.get(link)
             case Port.CLIENT_BULK | Port.WORKER_BULK:
-                return self._sessions.of_bulk_link(send.link)
+                return self._sessions.of_bulk_link(link)
 
     # --- figures ---------------------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ class Dispatch:
             copies=copies,
             trace="" if call.span is None else str(call.span.context),
         )
-        return [*grants, Send(Port.WORKER, call.worker.link, [wire.encode(envelope), *frames], call)]
+        port, link = (Port.WORKER_BULK, call.worker.bulk_link) if call.on_bulk else (Port.WORKER, call.worker.link)
+        return [*grants, Send(port, link, [wire.encode(envelope), *frames], call)]
 
     def _order_pull(self, call: Call, message: m.Dispatched, choice: Choice) -> tuple[m.PullOrder | None, list[Send]]:
         """What the worker is to copy first, if the choice says so and it can, and the holder's ticket for it."""

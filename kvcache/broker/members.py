@@ -50,6 +50,7 @@ class Call:
 
     name: the sequence that it names, if any. writes: whether it changes that by a `Put` or an `Append`.
     label: how logs call it, if they are to tell of it. span: what is recorded of it, if it is.
+    on_bulk: whether it went to its worker on the bulk lane, where what follows it must go too.
     """
 
     id: int
@@ -64,6 +65,7 @@ class Call:
     prefill: Prefill | None = None
     label: str = ""
     span: Span | None = None
+    on_bulk: bool = False
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from bus import messages as m
 from bus import wire
 from bus.errors import (
+    BadArgument,
     Conflict,
     ConnectionLost,
     DeadlineExceeded,
@@ -21,9 +22,10 @@ from bus.errors import (
     NoWorkers,
     Overloaded,
     ProtocolError,
+    TooLarge,
     WorkerLost,
 )
-from bus.limits import MAX_COPIES
+from bus.limits import CHUNK_BYTES, MAX_COPIES, MAX_INLINE_BYTES
 from bus.stats import pack
 from bus.wire import Buffer
 from kvcache.broker.answers import DeleteAnswers, WriteAnswers
@@ -72,8 +74,15 @@ class Requests:
 
     # --- from clients ----------------------------------------------------------------------------
 
-    def submit(self, client: Client, message: m.Dispatched, frames: Sequence[Buffer], now: float) -> list[Send]:
-        """Dispatch a request to its worker, or answer at once why not."""
+    def submit(
+        self,
+        client: Client,
+        message: m.Dispatched,
+        frames: Sequence[Buffer],
+        now: float,
+        lane: Port = Port.WORKER,
+    ) -> list[Send]:
+        """Dispatch a request to its worker, or answer at once why not. lane: which one it goes on, as it came."""
         self.arrived += 1
         explanation: list[Send] = []
         try:
@@ -81,7 +90,7 @@ class Requests:
             if isinstance(message, m.Delete):
                 return self._delete(client, message, frames, now)
             if isinstance(message, m.Put | m.Append | m.Pin | m.Unpin):
-                return self._write(client, message, frames, now)
+                return self._write(client, message, frames, now, lane)
             place = self.placement.place(client.user_id, message, now)
             if isinstance(message, m.Generate) and message.explain:
                 explanation.append(self._explanation(client, message, place, now))
@@ -104,7 +113,7 @@ class Requests:
         for call in self.calls.of(client, req_id):
             link = call.worker.link if port is Port.WORKER else call.worker.bulk_link
             if not link:
-                return self.fail(call, WorkerLost(f"worker {call.worker.id} has no connection for bulk data"))
+                return self.fail(call, _no_bulk_lane(call.worker))
             sends.append(Send(port, link, [wire.encode(m.Forward(call=call.id)), *frames], call))
         return sends
 
@@ -208,25 +217,41 @@ class Requests:
         name, version = Name(client.user_id, message.seq_id), self._sequences.next_version(now)
         deletes = (name, version) if message.layer is None else None
         gather = Gather(client, message.req_id, DeleteAnswers(message.req_id), deletes)
-        calls = self.calls.begin_all(gather, workers, now + message.deadline_ms / 1000, name, writes=True)
+        deadline, is_copied = now + message.deadline_ms / 1000, self._sequences.is_copied(name)
+        calls = self.calls.begin_all(gather, workers, deadline, name, writes=True, on_bulk=is_copied)
         self._sequences.begin_write(name)
         return [
             send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, MAX_COPIES)
         ]
 
     def _write(
-        self, client: Client, message: m.Put | m.Append | m.Pin | m.Unpin, frames: Sequence[Buffer], now: float
+        self,
+        client: Client,
+        message: m.Put | m.Append | m.Pin | m.Unpin,
+        frames: Sequence[Buffer],
+        now: float,
+        lane: Port,
     ) -> list[Send]:
-        """To every worker that has the sequence or is to have it; all get it in the same order."""
+        """To every worker that has the sequence or is to have it; all get it in the same order.
+
+        So what changes the bytes of a sequence with copies goes on one lane, the bulk one, whatever its size.
+        """
+        has_bytes = isinstance(message, m.Put | m.Append)
         rf = message.rf if isinstance(message, m.Put | m.Append) else 1
         choice, workers = self.placement.place_write(client.user_id, message.seq_id, rf, now)
+        if isinstance(message, m.Put | m.Append):
+            _check_lane(message, frames, workers, lane)
+        on_bulk = lane is Port.WORKER_BULK or (has_bytes and len(workers) > 1)
         name, version = Name(client.user_id, message.seq_id), self._sequences.next_version(now)
         deadline = now + message.deadline_ms / 1000
         if len(workers) == 1:
-            calls = [self.calls.begin(client, workers[0], message.req_id, deadline, None, name, writes=True)]
+            worker = workers[0]
+            calls = [
+                self.calls.begin(client, worker, message.req_id, deadline, None, name, writes=True, on_bulk=on_bulk)
+            ]
         else:
             gather = Gather(client, message.req_id, WriteAnswers(message.req_id))
-            calls = self.calls.begin_all(gather, workers, deadline, name, writes=True)
+            calls = self.calls.begin_all(gather, workers, deadline, name, writes=True, on_bulk=on_bulk)
         self._sequences.begin_write(name, tuple(worker.id for worker in workers), rf)
         return [
             send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, len(calls))
@@ -314,6 +339,28 @@ class Requests:
             self.streams.close(call.stream)
         if is_over and call.writes and call.name is not None:
             self._sequences.end_write(call.name)
+
+
+def _check_lane(message: m.Put | m.Append, frames: Sequence[Buffer], workers: Sequence[Worker], lane: Port) -> None:
+    """What must hold of a write on the lane that it came on.
+
+    Raises TooLarge for more bytes in one message than a lane may carry; BadArgument for bytes that are to follow it
+    on the control lane, where none do; WorkerLost if there is no way for them to follow.
+    """
+    num_bytes, limit = sum(map(len, frames[1:])), CHUNK_BYTES if lane is Port.WORKER_BULK else MAX_INLINE_BYTES
+    if num_bytes > limit:
+        raise TooLarge(f"k and v are {num_bytes} bytes in one message, limit {limit} on this lane", detail=limit)
+    if len(frames) > 1 or not message.k.nbytes + message.v.nbytes:
+        return
+    if lane is not Port.WORKER_BULK:
+        raise BadArgument("a write whose bytes follow in chunks goes on the bulk lane, as they do")
+    for worker in workers:
+        if not worker.bulk_link:
+            raise _no_bulk_lane(worker)
+
+
+def _no_bulk_lane(worker: Worker) -> WorkerLost:
+    return WorkerLost(f"worker {worker.id} has no connection for bulk data")
 
 
 def _name(client: Client, seq_id: str) -> Name | None:

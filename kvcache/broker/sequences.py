@@ -91,6 +91,10 @@ class Sequences:
         """Whether writes of it are in flight."""
         return name in self._in_flux
 
+    def is_copied(self, name: Name) -> bool:
+        """Whether more than one worker has it, is to have it, or is written to."""
+        return self.rf(name) > 1 or len(self.targets(name)) > 1 or len(self.find(name).holders) > 1
+
     def begin_write(self, name: Name, targets: tuple[str, ...] = (), rf: int = 1) -> None:
         """A write goes out. Until the last one has ended, nothing that is told of the sequence takes effect here:
         workers that get the same writes have them at different times, and neither's copy is stale for that."""

@@ -132,8 +132,8 @@ class Broker:
                     self._perform(handler(bytes(link), frames, now, user_id))
                 except Exception:
                     log.exception("a message of a %s could not be handled", port.value)
-                    if port is Port.CLIENT:
-                        self._perform(self.core.on_fault(bytes(link), frames))
+                    if port is Port.CLIENT or port is Port.CLIENT_BULK:
+                        self._perform(self.core.on_fault(port, bytes(link), frames))
             self._trace()
 
         return receive

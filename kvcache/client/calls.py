@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 from bus.errors import KVCacheError, MalformedMessage
-from bus.messages import AttachBulk, Chunk, Message, Welcome
+from bus.messages import Append, AttachBulk, Chunk, Message, Put, Welcome
 from bus.wire import Buffer
 from kvcache.client.results import Event
 
@@ -30,7 +30,7 @@ class ToControl:
 class ToBulk:
     """Send on the bulk lane, when it has room. A chunk's payload is described when it is sent."""
 
-    message: AttachBulk | Chunk
+    message: AttachBulk | Put | Append | Chunk
     payload: Sequence[Buffer] = ()
 
 

@@ -15,10 +15,11 @@ from contextlib import ExitStack
 
 import msgspec
 
+from bus import messages as m
 from bus import sockets, wire
 from bus.endpoints import Endpoints
 from bus.errors import KVCacheError, ProtocolError
-from bus.messages import AttachBulk, StreamBeat, StreamTokens, SubAck
+from bus.messages import AttachBulk, Chunk, StreamBeat, StreamTokens, SubAck
 from bus.security import SecurityConfig
 from bus.sockets import Dealer, Message, Sent, Subscriber
 from bus.topics import stream_of, topic_of
@@ -140,14 +141,17 @@ class Connection:
             self._pump()
 
     def _send(self, action: ToControl) -> None:
-        req_id = getattr(action.message, "req_id", wire.NO_REQUEST)
+        frame = self._encoded(action.message)
+        if frame is not None and self._control.send([frame, *action.payload]) is Sent.FULL:
+            self._perform(self._core.on_unsent(_request_of(action.message), time.monotonic()))
+
+    def _encoded(self, message: m.Message) -> bytes | None:
+        """Frame 0; None if there can be none, of which whoever asked has been told."""
         try:
-            frames = [wire.encode(action.message), *action.payload]
+            return wire.encode(message)
         except ProtocolError as error:  # names and stop strings that are too long together
-            self._perform(self._core.on_broken(req_id, error, time.monotonic()))
-            return
-        if self._control.send(frames) is Sent.FULL:
-            self._perform(self._core.on_unsent(req_id, time.monotonic()))
+            self._perform(self._core.on_broken(_request_of(message), error, time.monotonic()))
+            return None
 
     def _pump(self) -> None:
         """Send what waits for the bulk lane, as far as there is room; come back soon if some is left."""
@@ -157,9 +161,14 @@ class Connection:
             if isinstance(message, AttachBulk):
                 self._bulk.send([wire.encode(message)])
                 self._is_attaching = True
-            elif self._core.is_pending(message.req_id):
-                described = msgspec.structs.replace(message, payload=wire.describe(payload))
-                self._bulk.send([wire.encode(described), *payload])
+                continue
+            if not self._core.is_pending(message.req_id):
+                continue
+            if isinstance(message, Chunk):
+                message = msgspec.structs.replace(message, payload=wire.describe(payload))
+            frame = self._encoded(message)
+            if frame is not None:
+                self._bulk.send([frame, *payload])
         if self._is_attaching and not self._bulk.queued:
             self._is_attaching = False
             self._perform(self._core.on_attached(time.monotonic()))
@@ -169,3 +178,7 @@ class Connection:
     def _pump_later(self) -> None:
         if self._pump_due is None:
             self._pump_due = self._loop.call_later(BULK_RETRY_S, self._pump)
+
+
+def _request_of(message: m.Message) -> bytes:
+    return getattr(message, "req_id", wire.NO_REQUEST)

@@ -151,6 +151,8 @@ class ClientCore:
 
     def on_attached(self, now: float) -> list[Action]:
         """The bulk lane has said whose it is: what is asked for now can be answered on it."""
+        if self._attach_by is None:  # it was known before
+            return []
         self._attach_by = None
         return self._begin_due(now)
 

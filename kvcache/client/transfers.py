@@ -1,19 +1,23 @@
-"""KV on its way: writes that carry K and V, reads that bring them. Small ones go within the message; large ones
-follow in chunks on the bulk lane, as many at a time as the receiver has given credit for. No sockets, no clock.
+"""KV on its way: writes that carry K and V, reads that bring them. No sockets, no clock.
 
-The two lanes race, so a chunk may come before the message that announces it; the credit bounds how many.
+Small ones go within the message on the control lane. What is more, but no more than a chunk, goes within the message on
+the bulk lane; more than that follows its message there in chunks: the first few at once, the others as the receiver
+gives credit. One lane keeps order, so no chunk comes before what it belongs to; nor can one of an earlier attempt be
+taken for one of a later.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
 from bus import wire
 from bus.errors import KVCacheError, MalformedMessage, TooLarge
-from bus.messages import AttachBulk, Chunk, Credit, Get, KvDone, KvValue, Message, Part, Welcome
+from bus.limits import UPLOAD_WINDOW
+from bus.messages import Append, AttachBulk, Chunk, Credit, Get, KvDone, KvValue, Message, Part, Put, Welcome
 from bus.wire import Buffer
 from kvcache.client.arrays import Tensor, kv_pair
 from kvcache.client.calls import NO_ACTIONS, Action, Settle, ToBulk, ToControl, remaining_ms, unexpected
@@ -22,7 +26,7 @@ from kvcache.client.results import KvAck
 GET_CREDIT = 8
 CREDIT_BATCH = 4
 
-MakeWrite = Callable[[bytes, int, int, tuple[Part, ...]], Message]
+MakeWrite = Callable[[bytes, int, int, tuple[Part, ...]], Put | Append]
 
 
 class WriteCall:
@@ -43,18 +47,20 @@ class WriteCall:
             raise TooLarge(
                 f"k and v are {num_bytes} bytes, limit {limits.max_tensor_bytes}", detail=limits.max_tensor_bytes
             )
-        is_inline = num_bytes <= limits.max_inline_bytes
-        payload = [tensor.data for tensor in self._pair] if is_inline else []
+        is_whole = num_bytes <= max(limits.chunk_bytes, limits.max_inline_bytes)
+        payload = [tensor.data for tensor in self._pair] if is_whole else []
         message = self._make(self.req_id, attempt, remaining_ms(self.deadline, now), wire.describe(payload))
-        if is_inline:
+        if num_bytes <= limits.max_inline_bytes:
             return [ToControl(message, payload)]
-        self._chunks = self._cut(limits.chunk_bytes)
-        return [ToBulk(AttachBulk(session=limits.session)), ToControl(message)]
+        # Whose the lane is goes ahead each time: it may be another connection than the last time.
+        begun = [ToBulk(AttachBulk(session=limits.session)), ToBulk(message, payload)]
+        self._chunks = iter(()) if is_whole else self._cut(limits.chunk_bytes)
+        return [*begun, *islice(self._chunks, UPLOAD_WINDOW)]
 
     def receive(self, message: Message, payload: Sequence[Buffer], now: float) -> Sequence[Action]:
         match message:
             case Credit():
-                return [chunk for _, chunk in zip(range(message.chunks), self._chunks, strict=False)]
+                return list(islice(self._chunks, message.chunks))
             case KvDone():
                 return [Settle(self.key, KvAck(message.length, message.durability, message.duplicate))]
             case _:

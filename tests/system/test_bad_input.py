@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,8 @@ RAW_TENSORS: dict[str, tuple[Metas, list[bytes], set[ErrorCode]]] = {
     "an unknown dtype": ((TensorMeta(99, (4, 2, 8)),) * 2, [], {ErrorCode.BAD_FRAME}),  # type: ignore[arg-type]
     "a dtype by name": ((TensorMeta("float32", (4, 2, 8)),) * 2, [], {ErrorCode.BAD_FRAME}),  # type: ignore[arg-type]
     "a size nobody has": (
-        (TensorMeta(F32, (2**31 - 1,) * 3),) * 2, [], {ErrorCode.BAD_TENSOR, ErrorCode.NO_SPACE, ErrorCode.TOO_LARGE},
+        (TensorMeta(F32, (2**31 - 1,) * 3),) * 2, [],
+        {ErrorCode.BAD_TENSOR, ErrorCode.NO_SPACE, ErrorCode.TOO_LARGE, ErrorCode.BAD_ARG},
     ),
     "half the bytes": ((GOOD, GOOD), [GOOD_BYTES[:64], GOOD_BYTES[:64]], {ErrorCode.BAD_TENSOR}),
     "too many bytes": ((GOOD, GOOD), [GOOD_BYTES * 2, GOOD_BYTES], {ErrorCode.BAD_TENSOR}),
@@ -89,13 +91,13 @@ RAW_TENSORS: dict[str, tuple[Metas, list[bytes], set[ErrorCode]]] = {
 async def test_system_refuses_tensors_that_lie(cluster: Cluster, client: AsyncClient) -> None:
     before = await counters(client)
     async with raw.raw_client(cluster.url) as peer:
-        for kind in (raw.put, raw.append):
+        for kind, send in itertools.product((raw.put, raw.append), (peer.send, peer.send_bulk)):
             for name, ((k, v), payload, codes) in RAW_TENSORS.items():
                 req_id = raw.new_id()
-                peer.send(kind(req_id, "bad-raw", k, v, payload), *payload)
+                send(kind(req_id, "bad-raw", k, v, payload), *payload)
                 failed = await peer.failure(req_id)
-                assert failed.code in codes, (kind, name, failed)
-                assert not failed.retryable, (kind, name)
+                assert failed.code in codes, (kind, send, name, failed)
+                assert not failed.retryable, (kind, send, name)
     assert await client.kv.list("bad-raw") == []
     assert used_bytes(await counters(client)) == used_bytes(before)
 
@@ -131,6 +133,27 @@ async def test_large_value_for_a_client_without_a_bulk_lane_fails_as_retryable(
             peer.close()
 
 
+async def test_writes_that_do_not_fit_their_lane_are_refused(cluster: Cluster, client: AsyncClient) -> None:
+    big, both = TensorMeta(F32, (MIB // 64, 2, 8)), [bytes(MIB)] * 2
+    async with raw.raw_client(cluster.url) as peer:
+        cases: list[tuple[Callable[..., None], TensorMeta, list[bytes], int, ErrorCode]] = [
+            (peer.send, big, [], 0, ErrorCode.BAD_ARG),
+            (peer.send, big, both, 2, ErrorCode.TOO_LARGE),
+            (peer.send_bulk, big, both, 2, ErrorCode.TOO_LARGE),
+            (peer.send_bulk, GOOD, [GOOD_BYTES] * 2, 1, ErrorCode.BAD_FRAME),
+        ]
+        for send, meta, described, num_sent, code in cases:
+            message = raw.put(raw.new_id(), "no-fit", meta, meta, described)
+            send(message, *described[:num_sent])
+            failed = await peer.failure(message.req_id)
+            assert (failed.code, failed.retryable) == (code, False)
+        flipped = raw.put(raw.new_id(), "no-fit", GOOD, GOOD, [GOOD_BYTES] * 2)
+        peer.send_bulk(flipped, GOOD_BYTES, b"\x01" + GOOD_BYTES[1:])
+        failed = await peer.failure(flipped.req_id)
+        assert (failed.code, failed.retryable) == (ErrorCode.CORRUPT, True)
+    assert await client.kv.list("no-fit") == []
+
+
 CHUNK_LIES: dict[str, list[tuple[int, int]]] = {
     "overlapping chunks": [(0, MIB), (MIB - 1, MIB)],
     "the same chunk twice": [(0, MIB), (0, MIB)],
@@ -147,8 +170,7 @@ async def test_upload_that_does_not_add_up_is_refused_and_leaves_nothing(
     meta = TensorMeta(F32, (2 * MIB // 64, 2, 8))
     async with raw.raw_client(cluster.url) as peer:
         req_id = raw.new_id()
-        peer.send(raw.put(req_id, "bad-upload", meta, meta))
-        await peer.expect(m.Credit)
+        peer.send_bulk(raw.put(req_id, "bad-upload", meta, meta))
         for offset, size in CHUNK_LIES[name]:
             raw.send_chunk(peer, req_id, offset, bytes(size))
         assert (await peer.failure(req_id)).code in {ErrorCode.BAD_TENSOR, ErrorCode.BAD_ARG}
@@ -160,8 +182,7 @@ async def test_upload_that_stops_is_freed_at_its_deadline(cluster: Cluster, clie
     async with raw.raw_client(cluster.url) as peer:
         req_id = raw.new_id()
         put = m.Put(req_id=req_id, attempt=0, deadline_ms=500, seq_id="stops", layer=0, k=meta, v=meta)
-        peer.send(put)
-        await peer.expect(m.Credit)
+        peer.send_bulk(put)
         raw.send_chunk(peer, req_id, 0, bytes(MIB))
         assert (await peer.failure(req_id)).code == ErrorCode.DEADLINE
     assert (await client.kv.put("stops", 0, ones(1, 2, 8), ones(1, 2, 8))).length == 1

@@ -91,7 +91,7 @@ def test_opcodes_are_those_of_the_published_protocol() -> None:
 
 def test_one_frame_is_byte_for_byte_what_the_document_shows() -> None:
     """A published vector: another implementation can check itself against it."""
-    assert wire.encode(m.Beat(beat=7)).hex() == "4b5601" + "01" + "00" + "05" + "0000" + "36800ff2" + "9107"
+    assert wire.encode(m.Beat(beat=7)).hex() == "4b5601" + "02" + "00" + "05" + "0000" + "36800ff2" + "9107"
 
 
 def generate(label: str = "", trace: str = "") -> m.Generate:
@@ -305,9 +305,9 @@ def test_figures_nested_a_hundred_thousand_deep_are_malformed(header: bytes) -> 
 
 
 def test_another_major_version_is_told_apart_from_garbage() -> None:
-    with pytest.raises(UnsupportedVersion, match=r"version 2 is not supported; this side speaks 1\.") as caught:
-        wire.decode([framed(b"whatever the future holds", 77, major=2, crc=0)])
-    assert caught.value.detail == 2
+    with pytest.raises(UnsupportedVersion, match=r"version 3 is not supported; this side speaks 2\.") as caught:
+        wire.decode([framed(b"whatever the future holds", 77, major=wire.MAJOR + 1, crc=0)])
+    assert caught.value.detail == 3
 
 
 def test_a_newer_minor_version_is_read() -> None:

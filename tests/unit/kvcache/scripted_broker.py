@@ -43,6 +43,7 @@ class ScriptedBroker:
         self.incarnation = 1
         self.sessions: dict[bytes, bytes] = {}
         self.asked: asyncio.Queue[Asked] = asyncio.Queue()
+        self.asked_on_bulk: set[bytes] = set()  # the requests among them that came there
         self._link = self._bulk_link = b""
         self._attached = asyncio.Event()
         self._control = sockets.Router(context, sockets.CONTROL, security, self._on_control)
@@ -102,8 +103,10 @@ class ScriptedBroker:
             if isinstance(message, m.AttachBulk):
                 self._bulk_link = bytes(link)
                 self._attached.set()
-            else:
-                self.asked.put_nowait(Asked(message, [bytes(frame) for frame in payload]))
+                continue
+            if isinstance(message, m.Put | m.Append):
+                self.asked_on_bulk.add(message.req_id)
+            self.asked.put_nowait(Asked(message, [bytes(frame) for frame in payload]))
 
     def _welcome(self) -> None:
         self.welcomed.put_nowait(self._link)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from bus import messages as m
@@ -172,14 +173,37 @@ def test_no_answer_at_all_is_a_loss() -> None:
 
 # --- replicated writes ---------------------------------------------------------------------------
 
+NO_TOKENS = TensorMeta(DType.UINT8, (0, 1, 8))
 META = TensorMeta(DType.UINT8, (1, 1, 8))
 
 
-def put(number: int = 1, seq_id: str = "s", rf: int = 2, layer: int = 0, deadline_ms: int = 5000) -> m.Put:
-    """Its bytes follow in chunks."""
+def put(
+    number: int = 1,
+    seq_id: str = "s",
+    rf: int = 2,
+    layer: int = 0,
+    deadline_ms: int = 5000,
+    meta: TensorMeta = NO_TOKENS,
+) -> m.Put:
+    """Its bytes, if there are any, follow in chunks."""
     return m.Put(
-        req_id=rid(number), attempt=0, deadline_ms=deadline_ms, seq_id=seq_id, layer=layer, k=META, v=META, rf=rf
+        req_id=rid(number), attempt=0, deadline_ms=deadline_ms, seq_id=seq_id, layer=layer, k=meta, v=meta, rf=rf
     )
+
+
+def attach(driver: Driver) -> None:
+    """Everybody has a bulk lane, and the client is `c2`."""
+    session = driver.join_client(b"c2", b"x" * 16).session
+    driver.client_bulk(b"bulk", m.AttachBulk(session=session))
+    for link, welcome in {link: driver.join_worker(link, link.decode(), 2).session for link in LINKS}.items():
+        driver.worker_bulk(b"bulk-" + link, m.AttachBulk(session=welcome))
+
+
+def start_upload(driver: Driver) -> list[Heard]:
+    """What both workers hear of a put that is announced on the bulk lane."""
+    assigned = driver.client_bulk(b"bulk", put(meta=META))
+    assert [(each.port, len(each.inner)) for each in assigned] == [(Port.WORKER_BULK, 1)] * 2
+    return assigned
 
 
 def written(number: int = 1, length: int = 1, *, duplicate: bool = False) -> m.KvDone:
@@ -301,7 +325,8 @@ def test_copies_that_turn_out_to_differ_are_no_acknowledged_write(driver: Driver
 
 
 def test_a_client_may_send_what_both_workers_can_take(driver: Driver) -> None:
-    first, second = driver.client(b"c1", put())
+    attach(driver)
+    first, second = (each._replace(link=each.link.removeprefix(b"bulk-")) for each in start_upload(driver))
     assert answer(driver, first, m.Credit(req_id=rid(1), chunks=8), 0) == []
     (credit,) = answer(driver, second, m.Credit(req_id=rid(1), chunks=3), 0)
     assert credit.message == m.Credit(req_id=rid(1), chunks=3)
@@ -311,14 +336,23 @@ def test_a_client_may_send_what_both_workers_can_take(driver: Driver) -> None:
 
 
 def test_chunks_go_to_both_workers(driver: Driver) -> None:
-    session = driver.join_client(b"c2", b"x" * 16).session
-    driver.client_bulk(b"bulk", m.AttachBulk(session=session))
-    for link, welcome in {link: driver.join_worker(link, link.decode(), 2).session for link in LINKS}.items():
-        driver.worker_bulk(b"bulk-" + link, m.AttachBulk(session=welcome))
-    assigned = driver.client(b"c2", put())
-    chunk = m.Chunk(req_id=rid(1), offset=0, payload=wire.describe([b"x" * 16]))
-    forwarded = driver.client_bulk(b"bulk", chunk, b"x" * 16)
-    assert {each.link for each in forwarded} == {b"bulk-" + each.link for each in assigned}
+    attach(driver)
+    assigned = start_upload(driver)
+    chunk = m.Chunk(req_id=rid(1), offset=0, payload=wire.describe([b"x" * 8]))
+    forwarded = driver.client_bulk(b"bulk", chunk, b"x" * 8)
+    assert [(each.port, each.link) for each in forwarded] == [(each.port, each.link) for each in assigned]
+
+
+def test_all_that_changes_a_sequence_with_copies_takes_one_lane_to_them(driver: Driver) -> None:
+    """Two lanes race: one worker could have a small append before, the other behind a large one."""
+    attach(driver)
+    holders = {each.link for each in start_upload(driver)}
+    small = msgspec.structs.replace(put(2, meta=META), payload=wire.describe([b"k" * 8, b"v" * 8]))
+    assert {each.link for each in driver.client(b"c2", small, b"k" * 8, b"v" * 8)} == holders
+    assert holders < {each.link for each in driver.client(b"c2", delete(3))} == {b"bulk-" + link for link in LINKS}
+    assert {each.link for each in driver.client(b"c2", delete(4, "other"))} == set(LINKS)
+    pin = m.Pin(req_id=rid(5), attempt=0, deadline_ms=5000, seq_id="s")
+    assert {each.port for each in driver.client(b"c2", pin)} == {Port.WORKER}
 
 
 def test_nobody_is_told_to_drop_a_copy_while_writes_to_it_are_in_flight(driver: Driver) -> None:

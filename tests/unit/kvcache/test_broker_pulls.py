@@ -86,7 +86,7 @@ def test_worker_is_not_told_to_copy_from_itself(driver: Driver) -> None:
 
 
 def test_worker_of_another_user_is_not_copied_from(driver: Driver) -> None:
-    driver.worker(b"w4", m.WorkerHello(worker_id="theirs", incarnation=1, major=1, minor=0, peer_url=URL), user="other")
+    driver.worker(b"w4", m.WorkerHello(worker_id="theirs", incarnation=1, major=2, minor=0, peer_url=URL), user="other")
     for number in range(3):
         heard = submit(driver, number, pull_from="theirs")
         if all(one.link != b"w4" for one in heard if isinstance(one.message, m.Assign)):

@@ -213,12 +213,12 @@ def test_a_message_for_which_the_worker_has_no_room_fails_its_request(driver: Dr
 
 def test_a_bug_of_ours_fails_the_request_that_brought_it_out(driver: Driver) -> None:
     driver.client(b"c1", length(1))
-    sends = driver.core.on_fault(b"c1", frames_of(length(1)))
+    sends = driver.core.on_fault(Port.CLIENT, b"c1", frames_of(length(1)))
     assert [type(wire.decode(send.frames).message) for send in sends] == [m.Failed, m.Release]
-    (send,) = driver.core.on_fault(b"c1", frames_of(length(2)))
+    (send,) = driver.core.on_fault(Port.CLIENT, b"c1", frames_of(length(2)))
     assert wire.decode(send.frames).message.code == ErrorCode.INTERNAL
-    assert driver.core.on_fault(b"nobody", frames_of(length(2))) == []
-    assert driver.core.on_fault(b"c1", []) == []
+    assert driver.core.on_fault(Port.CLIENT, b"nobody", frames_of(length(2))) == []
+    assert driver.core.on_fault(Port.CLIENT, b"c1", []) == []
     assert driver.core.inflight == 0
 
 

@@ -45,11 +45,11 @@ def test_a_client_is_welcomed_with_the_limits(driver: Driver) -> None:
     assert welcome == m.Welcome(
         session=(1).to_bytes(16, "big"),
         incarnation=42,
-        major=1,
-        minor=0,
+        major=wire.MAJOR,
+        minor=wire.MINOR,
         heartbeat_ms=250,
         lease_ms=1000,
-        max_inline_bytes=256 * 1024,
+        max_inline_bytes=64 * 1024,
         max_prompt_bytes=1 << 20,
         max_tensor_bytes=4 << 30,
         chunk_bytes=1 << 20,
@@ -75,10 +75,10 @@ def test_a_stranger_gets_no_answer(driver: Driver, message: m.Message) -> None:
 
 
 def test_a_client_of_another_major_version_hears_so(driver: Driver) -> None:
-    (heard,) = driver.client(b"c1", hello(major=2))
+    (heard,) = driver.client(b"c1", hello(major=1))
     assert heard.message.code == ErrorCode.BAD_VERSION
     assert heard.message.req_id == wire.NO_REQUEST
-    assert "version 2 is not supported; this broker speaks 1." in heard.message.message
+    assert "version 1 is not supported; this broker speaks 2." in heard.message.message
     assert driver.stats().clients == 0
 
 

@@ -60,7 +60,7 @@ def welcome(session: bytes = b"s" * 16, incarnation: int = 1, **limits: int) -> 
         "chunk_bytes": 100,
         "window_tokens": 1024,
     }
-    return m.Welcome(session=session, incarnation=incarnation, major=1, minor=0, **(values | limits))
+    return m.Welcome(session=session, incarnation=incarnation, major=wire.MAJOR, minor=0, **(values | limits))
 
 
 def core(*, joined: bool = True, max_retries: int = 2) -> ClientCore:

@@ -23,6 +23,7 @@ from bus.errors import (
     TooLarge,
     WorkerLost,
 )
+from bus.limits import UPLOAD_WINDOW
 from bus.stats import BrokerStats, ClusterStats, Explanation, SequenceInfo, SequencePage, WorkerView, pack
 from bus.streams import StreamLog
 from bus.tensors import DType, TensorMeta
@@ -413,7 +414,28 @@ async def test_a_small_put_travels_within_its_message(broker: ScriptedBroker, cl
     assert (ack.length, ack.durability, ack.duplicate) == (2, "mem1", True)
 
 
-async def test_a_large_append_follows_in_chunks_under_credit(broker: ScriptedBroker, client: AsyncClient) -> None:
+async def test_what_fits_a_chunk_travels_within_its_message_on_the_bulk_lane(
+    broker: ScriptedBroker, client: AsyncClient
+) -> None:
+    broker.chunk_bytes = 4000
+    k = np.arange(1000, dtype=np.uint16).reshape(500, 1, 2)
+    put = asyncio.create_task(client.kv.put("s", 3, k, k + 1))
+    asked, payload = await broker.expect(m.Put)
+    assert payload == [k.tobytes(), (k + 1).tobytes()]
+    assert broker.asked_on_bulk == {asked.req_id}
+    broker.reply(m.KvDone(req_id=asked.req_id, length=500))
+    assert (await put).length == 500
+    small = asyncio.create_task(client.kv.put("s", 3, k[:1], k[:1]))
+    asked, payload = await broker.expect(m.Put)
+    assert asked.req_id not in broker.asked_on_bulk
+    broker.reply(m.KvDone(req_id=asked.req_id, length=1))
+    assert (await small).length == 1
+
+
+async def test_a_large_append_is_followed_by_a_window_of_chunks_and_more_under_credit(
+    broker: ScriptedBroker, client: AsyncClient
+) -> None:
+    broker.chunk_bytes = 300
     k = np.random.default_rng(0).integers(0, 255, (250, 2, 5)).astype(np.uint8)
     v = np.random.default_rng(1).integers(0, 255, (250, 2, 3)).astype(np.uint8)
     append = asyncio.create_task(client.kv.append("s", 0, k, v, at=7))
@@ -421,14 +443,17 @@ async def test_a_large_append_follows_in_chunks_under_credit(broker: ScriptedBro
     assert (asked.at, payload) == (7, [])
     received = bytearray(4000)
     offsets: list[tuple[int, int]] = []
-    for grant in (1, 1, 5):
-        assert broker.asked.empty()
-        broker.reply(m.Credit(req_id=asked.req_id, chunks=grant))
-        for _ in range(min(grant, 5 - len(offsets))):
+    for grant in (UPLOAD_WINDOW, 1, 1, 9):
+        if offsets:
+            assert broker.asked.empty()
+            broker.reply(m.Credit(req_id=asked.req_id, chunks=grant))
+        for _ in range(min(grant, 14 - len(offsets))):
             chunk, [data] = await broker.expect(m.Chunk)
             received[chunk.offset : chunk.offset + len(data)] = data
             offsets.append((chunk.offset, len(data)))
-    assert offsets == [(0, 1000), (1000, 1000), (2000, 500), (2500, 1000), (3500, 500)]  # never K and V in one
+    of_k = [(start, min(300, 2500 - start)) for start in range(0, 2500, 300)]
+    of_v = [(2500 + start, min(300, 1500 - start)) for start in range(0, 1500, 300)]
+    assert offsets == of_k + of_v, "never K and V in one"
     assert bytes(received) == k.tobytes() + v.tobytes()
     broker.reply(m.KvDone(req_id=asked.req_id, length=257))
     assert (await append).length == 257
@@ -438,14 +463,16 @@ async def test_a_retried_put_begins_its_chunks_again(broker: ScriptedBroker, cli
     k = np.ones((300, 1, 8), np.uint8)
     put = asyncio.create_task(client.kv.put("s", 0, k, k))
     asked, _ = await broker.expect(m.Put)
-    broker.reply(m.Credit(req_id=asked.req_id, chunks=2))
-    await broker.expect(m.Chunk, lambda chunk: chunk.offset == 0)
-    await broker.expect(m.Chunk, lambda chunk: chunk.offset == 1000)
+    offsets = (0, 1000, 2000, 2400, 3400, 4400)
+    for offset in offsets:
+        chunk, _ = await broker.expect(m.Chunk)
+        assert chunk.offset == offset
     broker.reply(lost(asked.req_id))
     again, _ = await broker.expect(m.Put)
     assert (again.req_id, again.attempt) == (asked.req_id, 1)
-    broker.reply(m.Credit(req_id=again.req_id, chunks=1))
-    await broker.expect(m.Chunk, lambda chunk: chunk.offset == 0)
+    for offset in offsets:
+        chunk, _ = await broker.expect(m.Chunk)
+        assert chunk.offset == offset
     broker.reply(wire.failed(again.req_id, NoSpace("all is pinned")))
     with pytest.raises(NoSpace, match="all is pinned"):
         await put

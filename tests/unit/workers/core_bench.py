@@ -36,7 +36,7 @@ M = TypeVar("M", bound=Message)
 C = TypeVar("C")
 
 CLIENT = b"c" * 16
-HELLO = WorkerHello(worker_id="w", incarnation=7, major=1, minor=0)
+HELLO = WorkerHello(worker_id="w", incarnation=7, major=wire.MAJOR, minor=0)
 STREAM = b"s" * 16
 
 
@@ -54,7 +54,7 @@ class Said:
 def welcome(session: bytes, **limits: int) -> Welcome:
     values = {
         "incarnation": 1,
-        "major": 1,
+        "major": wire.MAJOR,
         "minor": 0,
         "heartbeat_ms": 250,
         "lease_ms": 2000,
@@ -99,6 +99,7 @@ class CoreBench:
         deadline_ms: int = 60_000,
         newest: int = 0,
         version: int = 0,
+        bulk: bool = False,
     ) -> tuple[int, list[Action]]:
         """Hand a request to the worker; its payload is described if the message does not."""
         call = next(self._calls)
@@ -114,7 +115,8 @@ class CoreBench:
             version=version,
         )
         frames = [wire.encode(envelope), wire.encode(message), *payload]
-        return call, self.core.on_control(link, frames, self.now)
+        handle = self.core.on_bulk if bulk else self.core.on_control
+        return call, handle(link, frames, self.now)
 
     def forward(self, call: int, message: Any, *payload: Buffer, link: int = 0, bulk: bool = False) -> list[Action]:  # noqa: ANN401
         if payload and not message.payload:

@@ -33,7 +33,7 @@ from bus.messages import (
 from bus.stats import SequenceInfo, SequencePage, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, Said, answers, commands, sends
-from workers.bulk import GRANT_CHUNKS, UPLOAD_WINDOW
+from workers.bulk import GRANT_CHUNKS
 from workers.calls import Channel
 from workers.engine_api import (
     Answered,
@@ -52,6 +52,7 @@ from workers.engine_api import (
     UnpinKV,
 )
 from workers.keys import SequenceKey
+from workers.store import PAGE_BYTES
 
 KEY = SequenceKey("t", "s")
 
@@ -103,10 +104,10 @@ def only(said: list[Said]) -> Said:
 def stored(bench: CoreBench, num_tokens: int) -> tuple[bytes, bytes]:
     """Put K and V of so many tokens, by whichever way they take."""
     k, v = data(num_tokens * 64, 1), data(num_tokens * 64, 2)
-    if len(k) + len(v) <= MAX_INLINE_BYTES:
-        bench.assign(put(bench, num_tokens), k, v)
+    if len(k) + len(v) <= CHUNK_BYTES:
+        bench.assign(put(bench, num_tokens), k, v, bulk=len(k) + len(v) > MAX_INLINE_BYTES)
     else:
-        call, _ = bench.assign(put(bench, num_tokens))
+        call, _ = bench.assign(put(bench, num_tokens), bulk=True)
         upload(bench, call, k, v)
     return k, v
 
@@ -195,11 +196,11 @@ def test_what_can_never_fit_is_refused_for_want_of_space(bench: CoreBench) -> No
 # --- stored, in chunks ---
 
 
-def test_a_large_put_gets_credit_then_takes_chunks_then_is_acknowledged(bench: CoreBench) -> None:
+def test_a_large_put_takes_chunks_gives_credit_for_more_and_is_acknowledged(bench: CoreBench) -> None:
     num_tokens = 6 * CHUNK_BYTES // 64
     k, v = data(num_tokens * 64, 1), data(num_tokens * 64, 2)
-    call, actions = bench.assign(put(bench, num_tokens))
-    assert [(said.final, said.message.chunks) for said in answers(actions)] == [(False, UPLOAD_WINDOW)]
+    call, actions = bench.assign(put(bench, num_tokens), bulk=True)
+    assert answers(actions) == [], "so many chunks as may be under way are on their way"
     said = upload(bench, call, k, v)
     assert [one.message.chunks for one in said[:-1]] == [GRANT_CHUNKS, GRANT_CHUNKS]
     assert (said[-1].final, said[-1].message.length) == (True, num_tokens)
@@ -210,6 +211,33 @@ def test_a_large_put_gets_credit_then_takes_chunks_then_is_acknowledged(bench: C
     assert {one.channel for one in received} == {Channel.BULK}, "the announcement must not be overtaken"
     assert [one.final for one in chunks] == [False] * (len(chunks) - 1) + [True]
     assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
+
+
+@pytest.mark.parametrize(
+    "num_bytes", [64 * 100, MAX_INLINE_BYTES, MAX_INLINE_BYTES + 128, CHUNK_BYTES, CHUNK_BYTES + 128]
+)
+def test_a_value_comes_whole_if_it_fits_a_chunk_and_on_the_bulk_lane_unless_it_is_small(
+    bench: CoreBench, num_bytes: int
+) -> None:
+    k, v = stored(bench, num_bytes // 128)
+    _, actions = bench.assign(get(bench, credit=100))
+    said = answers(actions)
+    assert (len(said) == 1) == (num_bytes <= CHUNK_BYTES)
+    assert {one.channel for one in said} == {Channel.CONTROL if num_bytes <= MAX_INLINE_BYTES else Channel.BULK}
+    assert b"".join(bytes(part) for one in said for part in one.payload) == k + v
+
+
+def test_a_write_that_nobody_waits_for_any_more_has_no_effect_when_it_comes(bench: CoreBench) -> None:
+    """Its lane may be behind the other one, by which we hear that."""
+    k, v = stored(bench, 10)
+    call, _ = bench.assign(measure(bench))
+    bench.control(Release(call=call + 1))
+    assert bench.assign(put(bench, CHUNK_BYTES // 64), bulk=True) == (call + 1, [])
+    assert bench.store.stats(bench.now).used_bytes == 2 * PAGE_BYTES
+    bench.control(Release(call=call + 2))
+    bench.join(session=b"T" * 16)
+    _, actions = bench.assign(put(bench, 10), v, k, bulk=True)
+    assert only(answers(actions)).final, "calls of another session have nothing to do with it"
 
 
 def test_a_partial_put_is_invisible_and_the_old_value_stays_readable(bench: CoreBench) -> None:

@@ -22,7 +22,6 @@ from bus.messages import (
     AttachBulk,
     BrokerBeat,
     Chunk,
-    Credit,
     Forward,
     Generate,
     Goodbye,
@@ -227,7 +226,7 @@ async def serving(
     kv_events: KvEventsConfig | None = None,
 ) -> AsyncIterator[tuple[FakeBroker, Worker]]:
     """A worker and its broker; both are over at the end, and the worker has ended by itself."""
-    hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
+    hello = WorkerHello(worker_id="w", incarnation=1, major=wire.MAJOR, minor=0)
     worker = Worker(
         hello,
         [url],
@@ -304,14 +303,16 @@ async def test_a_put_is_answered_and_a_large_one_comes_over_the_bulk_lane(url: s
 
         num_tokens = (1 << 20) // 64
         big = bytes(1 << 20)
-        broker.send(*assign(2, put(num_tokens, req_id=b"q" * 16)))
-        final, message, _ = await broker.reply()
-        assert (final, type(message)) == (False, Credit)
+        broker.send_bulk(*assign(2, put(num_tokens, req_id=b"q" * 16)))
         for offset in (0, len(big)):
             chunk = Chunk(req_id=b"q" * 16, offset=offset, payload=wire.describe([big]))
             broker.send_bulk(wire.encode(Forward(call=2)), wire.encode(chunk), big)
         final, message, _ = await broker.reply()
         assert (final, type(message), message.length) == (True, KvDone, num_tokens)
+
+        broker.send_bulk(*assign(3, put(10, data, data, req_id=b"r" * 16), data, data))
+        final, message, _ = await broker.reply()
+        assert (final, type(message), message.length) == (True, KvDone, 10)
 
 
 def generate(prompt: bytes, *, req_id: bytes = REQUEST, stream_id: bytes = STREAM, num_tokens: int = 3) -> Generate:
@@ -442,7 +443,7 @@ async def test_an_engine_that_has_failed_ends_the_worker(url: str, caplog: pytes
             model.facts = replace(model.facts, num_blocks=0)
             return model
 
-    hello = WorkerHello(worker_id="w", incarnation=1, major=1, minor=0)
+    hello = WorkerHello(worker_id="w", incarnation=1, major=wire.MAJOR, minor=0)
     worker = Worker(
         hello, [url], BrokenModels(), roomy(), kv_plane_bytes=1 << 20, max_tokens_per_step=64, preload=["count"]
     )
