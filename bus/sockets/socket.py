@@ -185,7 +185,9 @@ class Socket:
         """Only the first part can be refused: libzmq sends a message whole or not at all."""
         try:
             if self.lane.zero_copy:
-                self._socket.send_multipart([part_of(frame) for frame in frames], zmq.NOBLOCK, copy=False)
+                for frame in frames[:-1]:
+                    send(self._socket, part_of(frame), SEND_MORE, copy=False)
+                send(self._socket, part_of(frames[-1]), NOBLOCK, copy=False)
             else:
                 for frame in frames[:-1]:
                     send(self._socket, frame, SEND_MORE)

@@ -223,6 +223,8 @@ class Placement:
             self._moves.asked(name)
             text = f"{key.text} is being handed over by a worker that leaves"
             raise NoWorkers(text, retry_after_ms=LEARN_AFTER_MS, detail=COMING)
+        if len(holders) < 2:
+            return list(holders)
         return list(islice((worker for worker in ring.preference(key.key) if worker in holders), len(holders)))
 
     def _first(self, key: RoutingKey, rf: int, now: float) -> list[str]:

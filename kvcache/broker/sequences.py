@@ -8,7 +8,7 @@ sequence are asked to come again, for two seconds at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from bus import messages as m
@@ -171,7 +171,9 @@ class Sequences:
         if flux is not None:
             flux.told.pop(worker.id, None)
 
-    def _drop(self, holders: Iterable[str], name: Name) -> None:
+    def _drop(self, holders: Collection[str], name: Name) -> None:
+        if not holders:
+            return
         newer = Holding(name.tenant, name.seq_id, self._directory.find(name).version)
         self._late += [_drop_from(self._workers.by_id[holder], newer) for holder in sorted(holders)]
 
