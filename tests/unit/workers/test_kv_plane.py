@@ -468,13 +468,14 @@ def test_what_is_put_under_a_name_whose_generation_was_given_up_is_what_is_read(
     """The engine hears of the end after its step, and says only then that it has kept what it computed."""
     call, _ = bench.start(bench.generate(seq_id="s"))
     bench.control(Release(call=call))
+    upload_call: int | None = None
     if is_committed:
         stored(bench, 10)
     else:
         upload_call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
     dropped = commands(bench.engine(Retained(KEY)), DropKV)
     assert [command.sequence for command in dropped] == [KEY]
-    if not is_committed:
+    if upload_call is not None:
         upload(bench, upload_call, data(CHUNK_BYTES, 1), data(CHUNK_BYTES, 2))
     assert bench.engine(Answered(dropped[0].ticket, 1), Forgotten(KEY)) == []
     _, actions = bench.assign(get(bench, 0, 1))
