@@ -72,7 +72,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "best of more": ({"best_of": 5}, 400, "best_of"),
     "echoed logprobs": ({"echo": True, "logprobs": 1}, 400, "echo with logprobs"),
     "an odd session": ({"session_id": "a\x00"}, 400, "session"),
-    "a long session": ({"user": "x" * 300}, 400, "session"),
+    "a long session": ({"session_id": "x" * 300}, 400, "session"),
     "a lone surrogate": ({"prompt": "\ud800"}, 400, ""),
     "too long a prompt": ({"prompt": "a b " * 10_000}, 400, "tokens"),
 }
