@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 AttentionName = Literal["auto", "gather", "flex"]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """By compute dtype: how far two ways may differ in a weighted mean of numbers that are about 1."""
+_LAYER = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,33 @@ def _flex(loaded: LoadedModel, kv: PagedKV) -> Callable[..., FixedStep]:
     return plan_flex
 
 
+def attend(
+    plan_step: PlanStep,
+    batch: Batch,
+    kv: PagedKV,
+    layer: int,
+    states: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    rule: Rule,
+) -> torch.Tensor:
+    """What attention gives a batch in one layer, planned this way; writes the batch's keys and values into the pool.
+
+    states: queries `[1, num_heads, num_tokens, head_dim]`, keys and values `[1, num_kv_heads, num_tokens, head_dim]`,
+    compute dtype, on the pool's device. Returns `[1, num_tokens, num_heads, head_dim]`.
+    """
+    module = torch.nn.Module()
+    module.layer_idx = layer  # type: ignore[assignment]  # as transformers' own layers have one
+    attended, _ = paged_attention(
+        module,
+        *states,
+        None,
+        scaling=rule.scaling,
+        paged_step=plan_step(batch, kv),
+        sliding_window=rule.window,
+        softcap=rule.softcap,
+    )
+    return attended
+
+
 @torch.inference_mode()
 def _try(plan_step: PlanStep, loaded: LoadedModel, kv: PagedKV) -> None:
     """Raise _NotToBeHad unless a layer over random tokens comes out as by gathering, by each of the model's rules."""
@@ -109,33 +137,16 @@ def _try(plan_step: PlanStep, loaded: LoadedModel, kv: PagedKV) -> None:
         states = torch.randn(1, num_heads, num_tokens, kv.plan.head_dim, generator=generator)
         return states.to(kv.device, kv.compute_dtype)
 
-    query, keys, values = (draw(heads) for heads in (loaded.shape.num_heads, *[kv.plan.num_kv_heads] * 2))
+    states = draw(loaded.shape.num_heads), draw(kv.plan.num_kv_heads), draw(kv.plan.num_kv_heads)
     try:
         _fill_contexts(batch, kv, generator)
         for rule in _rules(loaded):
-            attended, expected = (
-                paged_attention(
-                    _Layer(),
-                    query,
-                    keys,
-                    values,
-                    None,
-                    scaling=rule.scaling,
-                    paged_step=plan(batch, kv),
-                    sliding_window=rule.window,
-                    softcap=rule.softcap,
-                )[0]
-                for plan in (plan_step, plan_gather)
-            )
+            attended, expected = (attend(plan, batch, kv, _LAYER, states, rule) for plan in (plan_step, plan_gather))
             difference = float((attended.float() - expected.float()).abs().max())
             if not difference <= TOLERANCE[kv.compute_dtype]:
                 raise _NotToBeHad(f"when it was tried it was wrong by {difference:.2g}, under {rule}")
     finally:
         kv.clear(sorted({block for piece in batch for block in piece.block_table}))
-
-
-class _Layer(torch.nn.Module):
-    layer_idx = 0
 
 
 def _rules(loaded: LoadedModel) -> Iterator[Rule]:
@@ -163,4 +174,4 @@ def _fill_contexts(batch: Batch, kv: PagedKV, generator: torch.Generator) -> Non
     for piece in batch:
         shape = (2, piece.start, kv.plan.num_kv_heads, kv.plan.head_dim)
         keys, values = torch.randn(shape, generator=generator).to(kv.compute_dtype)
-        kv.write(_Layer.layer_idx, piece.block_table, 0, keys, values)
+        kv.write(_LAYER, piece.block_table, 0, keys, values)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 import torch
 
-from bus.stats import WorkerView
 from kvcache import AsyncClient, Start, Token
 from tests.harness.cluster import Cluster, running_cluster
 from tests.harness.fixtures import TINY_FLAGS
@@ -19,6 +17,7 @@ from tests.harness.generations import greedy
 from tests.harness.models import Reference
 from tests.harness.placement import owned_by
 from tests.harness.prompts import token_prompt
+from tests.harness.waiting import until
 
 pytestmark = [
     pytest.mark.faults,
@@ -46,20 +45,13 @@ def cluster(mixed_cluster: Cluster) -> Cluster:
     return mixed_cluster
 
 
-@pytest_asyncio.fixture
-async def client(cluster: Cluster) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(cluster.url, timeout=30.0) as client:
-        yield client
-
-
 async def test_each_worker_says_what_runs_its_model(client: AsyncClient) -> None:
-    def seen(workers: tuple[WorkerView, ...]) -> dict[str, list[str]]:
-        return {view.worker_id: [model.runner for model in view.stats.models] for view in workers if view.stats}
+    async def is_told() -> bool:
+        workers = (await client.stats()).workers
+        found = {view.worker_id: [model.runner for model in view.stats.models] for view in workers if view.stats}
+        return found == {runner: [runner] for runner in RUNNERS}
 
-    async with asyncio.timeout(10.0):  # figures come with a heartbeat
-        while (found := seen((await client.stats()).workers)) != {runner: [runner] for runner in RUNNERS}:
-            assert len(found) <= len(RUNNERS)
-            await asyncio.sleep(0.1)
+    await until(is_told, "each worker names its own runner")
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -19,7 +19,7 @@ from tests.harness.models import Reference
 from tests.harness.peers import failures_of, raw_peer
 from tests.harness.placement import owned_by
 from tests.harness.prompts import token_prompt
-from tests.harness.waiting import until
+from tests.harness.waiting import until, until_serving
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150)]
 
@@ -143,10 +143,3 @@ async def test_many_pulls_at_once_all_end_with_the_right_tokens(
     )
     assert [tokens for tokens, _ in pulled] == expected
     assert any(done.usage.cached_tokens == 1184 for _, done in pulled)
-
-
-async def until_serving(client: AsyncClient, worker_id: str) -> None:
-    async def serves() -> bool:
-        return any((view.worker_id, view.status) == (worker_id, "ready") for view in await client.workers())
-
-    await until(serves, f"{worker_id} serves", 90.0)

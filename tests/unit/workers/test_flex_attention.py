@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.attention import Rule, paged_attention
+from workers.attention import Rule
+from workers.attention_choice import attend
 from workers.batch import Batch, BlockId, Slice
 from workers.flex_attention import PIECE_ROWS, block_mask, plan_flex
 from workers.gather_attention import plan_gather
@@ -28,10 +29,6 @@ BLOCKS, BLOCK_SIZE, HEAD_DIM, LAYER = 48, 4, 8, 1
 def uncompiled() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-class Layer(torch.nn.Module):
-    layer_idx = LAYER
 
 
 def make_kv(num_kv_heads: int) -> PagedKV:
@@ -64,20 +61,9 @@ def lay_out(kv: PagedKV, shapes: list[tuple[int, int]], seed: int, *, shared: in
 def assert_same(kv: PagedKV, batch: Batch, group: int, rule: Rule) -> None:
     num_tokens = sum(len(piece.token_ids) for piece in batch)
     query = torch.randn(1, group * kv.plan.num_kv_heads, num_tokens, HEAD_DIM)
-    keys, values = torch.randn(2, 1, kv.plan.num_kv_heads, num_tokens, HEAD_DIM)
+    states = (query, *torch.randn(2, 1, kv.plan.num_kv_heads, num_tokens, HEAD_DIM))
     attended, expected = (
-        paged_attention(
-            Layer(),
-            query,
-            keys,
-            values,
-            None,
-            scaling=rule.scaling,
-            paged_step=plan(batch, kv),
-            sliding_window=rule.window,
-            softcap=rule.softcap,
-        )[0]
-        for plan in (partial(plan_flex, group=group), plan_gather)
+        attend(plan, batch, kv, LAYER, states, rule) for plan in (partial(plan_flex, group=group), plan_gather)
     )
     torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
 

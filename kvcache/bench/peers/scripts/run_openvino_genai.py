@@ -6,27 +6,19 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 from contract import serve
+from genai_settings import properties, scheduling
 
 CACHE_GB = 2
-_PRECISION = {"bfloat16": "bf16", "float32": "f32"}
 
 
 class GenAI:
     def load(self, model: str, threads: int, dtype: str) -> dict[str, str]:
-        scheduling = genai.SchedulerConfig()
-        scheduling.cache_size = CACHE_GB
-        scheduling.enable_prefix_caching = True
-        precision = _PRECISION[dtype]
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": precision,
-            "KV_CACHE_PRECISION": precision,
-        }
-        self._make = lambda: genai.LLMPipeline(f"{model}/float16.gguf", "CPU", scheduler_config=scheduling, **settings)
-        self._pipeline = self._make()
+        settings = properties(threads, dtype)
+        weights = f"{model}/float16.gguf"
+        self._pipeline = genai.LLMPipeline(weights, "CPU", scheduler_config=scheduling(CACHE_GB), **settings)
         return {
             "engine": f"OpenVINO GenAI {genai.__version__.partition('-')[0]} continuous batching",
-            "dtype": f"{precision}, weights from float16",
+            "dtype": f"{settings['INFERENCE_PRECISION_HINT']}, weights from float16",
         }
 
     def run(self, prompts: list[list[int]], max_tokens: int) -> int:

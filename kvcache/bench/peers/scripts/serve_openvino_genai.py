@@ -16,25 +16,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import openvino as ov
 import openvino_genai as genai
+from genai_settings import properties, scheduling
 
 CACHE_GB = 1
-_PRECISION = {"bfloat16": "bf16", "float32": "f32"}
 
 
 class Pipeline:
     """Shared by all connections; `_turn` guards the pipeline and tells of each step."""
 
     def __init__(self, folder: str, threads: int, dtype: str) -> None:
-        scheduling = genai.SchedulerConfig()
-        scheduling.cache_size = CACHE_GB
-        scheduling.enable_prefix_caching = True
-        precision = _PRECISION[dtype]
-        settings = {
-            "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": precision,
-            "KV_CACHE_PRECISION": precision,
-        }
-        self._pipeline = genai.ContinuousBatchingPipeline(f"{folder}/float16.gguf", scheduling, "CPU", settings)
+        settings = properties(threads, dtype)
+        self._pipeline = genai.ContinuousBatchingPipeline(
+            f"{folder}/float16.gguf", scheduling(CACHE_GB), "CPU", settings
+        )
         self._tokenizer = self._pipeline.get_tokenizer()
         self._turn = threading.Condition()
         self._arrived: list[tuple[genai.GenerationConfig, ov.Tensor, list[genai.GenerationHandle]]] = []
