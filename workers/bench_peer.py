@@ -27,9 +27,9 @@ from workers.engine_api import Broke, EngineEvent, Load, NewToken, RunId, Start
 from workers.host import Host, Result
 from workers.loader import DTypeName
 from workers.loading import Report
+from workers.model import Model
 from workers.model_budget import ModelBudget
 from workers.runners import RunnerName
-from workers.slot import Model
 from workers.tasks import CacheConfig
 from workers.torch_model import LoadOptions, TorchModel, TorchModels
 

@@ -52,9 +52,10 @@ from workers.engine_api import (
 from workers.exchange import Exchange
 from workers.keys import SequenceKey
 from workers.loading import Closed, Loaded, Loading, Measured, Models
+from workers.model import Model
 from workers.model_budget import ModelBudget
 from workers.shelf import Shelf
-from workers.slot import Model, Slot
+from workers.slot import Slot
 from workers.tasks import CacheConfig
 
 log = logging.getLogger(__name__)

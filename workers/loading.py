@@ -12,8 +12,8 @@ from time import monotonic
 from typing import Protocol, TypeAlias, TypeVar
 
 from bus.errors import KVCacheError, ModelUnavailable
+from workers.model import Model
 from workers.model_budget import ModelNeed
-from workers.slot import Model
 
 log = logging.getLogger(__name__)
 

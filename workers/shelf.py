@@ -27,9 +27,10 @@ from bus.errors import KVCacheError, ModelUnavailable, NoSpace
 from bus.stats import EngineStats, ModelStats
 from workers.engine_api import EngineEvent, RunId, Start, TextQuestion, Ticket
 from workers.loading import Closed, Loaded, Loading, LoadJob, Measured, Models, close_job, load_job, measure_job
+from workers.model import Model
 from workers.model_budget import ModelBudget, ModelNeed
 from workers.model_states import AS_TOLD, Phase, Turn, after
-from workers.slot import Model, Slot
+from workers.slot import Slot
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,9 @@
 """One loaded model with its scheduler: commands about its generations in, events of the engine out.
 
 The scheduler says what to compute, the model computes it, and this joins the two: it draws with each
-request's own parameters and keeps a fault where it happened: numbers that are no numbers end one generation, and
-a step that raises is cut in halves and computed again until those that make it raise are alone, which ends them and
-nobody else. Tokens become text elsewhere (`workers.texts`), so that no step waits for it. Runs in the engine's
-thread only. No torch here: `Model` is what the rest of the engine knows of one.
+request's own parameters and keeps a fault where it happened: numbers that are no numbers, or a pass that raises, end
+those generations that make them and nobody else (`workers.computing`). Tokens become text elsewhere
+(`workers.texts`), so that no step waits for it. Runs in the engine's thread only, and knows no torch.
 """
 
 from __future__ import annotations
@@ -13,18 +12,19 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, assert_never
+from typing import assert_never
 
 import msgspec
 
-from bus.errors import BadArgument, InternalError, KVCacheError, NotFound
-from bus.messages import FinishReason, PromptKind, Sampling, TokenLogprobs
+from bus.errors import BadArgument, KVCacheError, NotFound
+from bus.messages import FinishReason, Sampling, TokenLogprobs
 from bus.stats import EngineStats, LayerInfo, PoolStats, SequenceInfo
 from kvcache.hashing import BlockHash, HashSeed
 from kvcache.sampling_checks import check_vocabulary
 from workers import tasks
 from workers.audit import Auditor
-from workers.batch import Batch, BlockId, Draw, Drawn, Slice
+from workers.batch import Draw, Drawn, Slice
+from workers.computing import compute_step
 from workers.engine_api import (
     Admitted,
     BlocksMoved,
@@ -44,84 +44,12 @@ from workers.engine_api import (
 from workers.keys import SequenceKey
 from workers.loans import LoanId, Loans
 from workers.logit_changes import LogitChanges, changes_of
+from workers.model import Model
 from workers.nodes import Landmark, landmarks
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import Scheduler
-from workers.text import TextStream
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFacts:
-    """What is known of a loaded model and its pool. Lengths in tokens; `block_bytes` covers all layers.
-
-    kv_tolerance: how far the KV of a token may differ when it is computed in other company, as `Model.difference` says.
-    dtype: what it computes in. kv_dtype: how its pool keeps keys and values.
-    runner: what computes it, `torch` or `openvino`. runner_reason: why not the faster one, or empty.
-    attention: how torch computes it, `gather` or `flex`; empty for OpenVINO. attention_reason: likewise.
-    """
-
-    name: str
-    fingerprint: str
-    dtype: str
-    kv_dtype: str
-    device: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_model_len: int
-    eos_ids: frozenset[int]
-    num_blocks: int
-    block_size: int
-    block_bytes: int
-    kv_tolerance: float
-    runner: str = "torch"
-    runner_reason: str = ""
-    attention: str = ""
-    attention_reason: str = ""
-
-
-class Model(Protocol):
-    """A loaded model over its pool. All but `encode` and `spell` is called from the engine's thread."""
-
-    @property
-    def facts(self) -> ModelFacts: ...
-
-    def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
-        """Token ids of a prompt; special: with those that the model's texts begin with.
-
-        Raises TokenizerError, BadArgument or TooLarge. Called from the text thread."""
-
-    def spell(self, tokens: bytes, each: bool) -> tuple[str, ...]:
-        """How `<u4` token ids are spelled: one text for each, or one for all. Raises as `encode`, from its thread."""
-
-    def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
-        """The text of a new output, which ends before any of `stops` that is complete after `min_tokens` tokens.
-
-        Called from the engine's thread; the text is used in another, which decodes all texts."""
-
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
-        """One step: per slice the token drawn, what was wrong with its numbers, or None where nothing was wanted."""
-
-    def difference(self, one: BlockId, other: BlockId) -> float:
-        """How far the KV of two blocks differs, as a part of the largest number there; NaN if a number is none."""
-
-    def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
-        """Make each target block hold what its source holds; all are read before any is written."""
-
-    def read(self, layer: int, block_table: Sequence[BlockId], start: int, stop: int) -> ReadResult:
-        """Copy one layer's K and V out of the pool; `length` is `stop`. Raises BadArgument for a wrong layer."""
-
-    def read_blocks(self, blocks: Sequence[BlockId]) -> memoryview:
-        """Copy whole blocks out, one after the other: `[num_layers, 2, num_kv_heads, block_size, head_dim]` each."""
-
-    def write_blocks(self, blocks: Sequence[BlockId], data: bytearray) -> None:
-        """Overwrite whole blocks with what `read_blocks` gave elsewhere. Raises BadTensor for a wrong length."""
-
-    def close(self) -> None:
-        """Give back the memory of weights and pool. Called from the load thread, when nobody uses the model."""
 
 
 @dataclass(slots=True)
@@ -221,7 +149,7 @@ class Slot:
             self._draw(RunId(key), piece) if piece.wants_logits else None
             for key, piece in zip(step.keys, step.batch, strict=True)
         ]
-        sampled = self._compute(step, draws)
+        sampled = compute_step(self.model, step, draws)
         begun, now = now, clock()
         prefilled = self._share_time(step, now - begun)
         failed: list[tasks.Event] = []
@@ -424,35 +352,6 @@ class Slot:
         if output.changes is not None:
             output.changes.add(drawn.token_id)
         return drawn.token_id
-
-    def _compute(
-        self, step: tasks.Step, draws: Sequence[Draw | None]
-    ) -> Sequence[Drawn | KVCacheError | None] | KVCacheError:
-        """Per slice its result, or one error for all if the step's copies could not be made."""
-        try:
-            if step.copies:
-                self.model.copy_blocks([copy.source for copy in step.copies], [copy.target for copy in step.copies])
-        except Exception:  # as in `_compute_part`; who lacks a copy is not always in the batch
-            log.exception("model %s failed to copy blocks", self.model.facts.name)
-            return InternalError("the model failed to copy blocks; the worker's log has the traceback")
-        return self._compute_part(step.batch, draws)
-
-    def _compute_part(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
-        """Per slice its result; what raises is computed again in halves, at most twice as many passes as slices.
-
-        Again does no harm: a pass writes the same positions, draws depend on seed and position, and no slice of a
-        step reads what another one of it writes.
-        """
-        try:
-            return self.model.compute(batch, draws)
-        except Exception:  # whatever a model raises ends generations, never the engine
-            if len(batch) == 1:
-                log.exception("model %s failed to compute a generation", self.model.facts.name)
-                return [InternalError("the model failed on this generation; the worker's log has the traceback")]
-            log.warning("a step of %d in model %s failed; looking for whose fault", len(batch), self.model.facts.name)
-        middle = len(batch) // 2
-        first = self._compute_part(batch[:middle], draws[:middle])
-        return first + self._compute_part(batch[middle:], draws[middle:])
 
     def _audit(self) -> bool:
         """Make the audit that is due, if one is."""

@@ -33,12 +33,12 @@ from workers.engine_api import ReadResult
 from workers.kv_precision import AUTO, is_scaled, kv_dtype, name_of
 from workers.loader import DTypeName, LoadedModel, ModelShape, load_model, measure_model
 from workers.loading import Report
+from workers.model import ModelFacts
 from workers.model_budget import ModelNeed
 from workers.page_plan import PagePlan, plan_pages
 from workers.paged_kv import PagedKV
 from workers.runner import release_model
 from workers.runners import Chosen, RunnerName, WeightsName, choose_runner
-from workers.slot import ModelFacts
 from workers.staging import to_host
 from workers.text import TextStream, Tokenizer
 

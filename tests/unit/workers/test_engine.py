@@ -67,11 +67,11 @@ from workers.engine_api import (
 from workers.host import Host, Job
 from workers.keys import SequenceKey
 from workers.loading import Models, Report
+from workers.model import Model
 from workers.model_budget import ModelBudget, ModelNeed
 from workers.nodes import NodeChange
 from workers.runners import choose_runner
 from workers.shelf import RETRY_LOAD_S
-from workers.slot import Model
 from workers.tasks import CacheConfig
 from workers.text import TextStream
 from workers.texts import Texts

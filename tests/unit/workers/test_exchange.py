@@ -20,8 +20,8 @@ from workers.exchange import COPY_S
 from workers.host import Host, Job
 from workers.loading import Report
 from workers.loans import LoanId
+from workers.model import Model, ModelFacts
 from workers.model_budget import ModelNeed
-from workers.slot import Model, ModelFacts
 from workers.tasks import CacheConfig
 from workers.text import TextStream
 

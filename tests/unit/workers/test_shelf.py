@@ -33,9 +33,9 @@ from workers.engine_api import (
 )
 from workers.keys import SequenceKey
 from workers.loading import Loaded, Report
+from workers.model import Model, ModelFacts
 from workers.model_budget import ModelBudget, ModelNeed
 from workers.shelf import NO_ROOM, RETRY_LOAD_S, RETRY_ROOM_S
-from workers.slot import Model, ModelFacts
 from workers.text import TextStream
 
 KEY = SequenceKey("t", "s")

@@ -52,8 +52,8 @@ from workers.failpoints import Failpoint
 from workers.kv_event_sockets import KvEventsConfig
 from workers.loading import Report
 from workers.main import EXIT_USAGE, main
+from workers.model import Model, ModelFacts
 from workers.model_budget import ModelNeed
-from workers.slot import Model, ModelFacts
 from workers.text import TextStream
 from workers.worker import Worker
 
