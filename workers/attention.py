@@ -40,7 +40,7 @@ class Step(Protocol):
 
     @property
     def new_rows(self) -> torch.Tensor:
-        """Token rows of the step's tokens, `page_plan.batch_rows`."""
+        """Where the step's keys and values go, `page_plan.batch_rows`."""
 
     def attend(
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule

@@ -8,7 +8,7 @@ in one copy and attended to in one call with a mask:
                                                         padded to whole blocks of the longest
 
 A masked key has no weight, but a weight of 0 times NaN is NaN, and a block's stale end holds whatever its last
-owner left. So stale ends are zeroed in the copy, and what is padded with is the sequence's own.
+owner left. So whoever plans a step has stale ends zeroed, and what is padded with is the sequence's own.
 
 A group saves what it costs to call a kernel, which is much for short contexts and nothing for long ones. But what is
 gathered must stay in the core's second-level cache until it is attended to (2 MiB here), or it goes to memory and
@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from workers.page_plan import of_both
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -51,19 +53,17 @@ class DecodeGroup:
     """Decodes that are attended to together. Index tensors are int64, all tensors on the pool's device.
 
     places: [num_seqs], where their tokens are in the flat row.
-    block_rows: [num_seqs * num_kv_heads * padded_blocks], in this order.
-    stale_rows: rows of the gathered `[num_seqs * num_kv_heads * padded_len, head_dim]` that nobody wrote for them.
+    block_rows: [2 * num_seqs * num_kv_heads * padded_blocks], in this order; those of keys, then of values.
     mask: [num_seqs, 1, 1, padded_len] in the compute dtype, 0 or -inf.
     """
 
     places: torch.Tensor
     block_rows: torch.Tensor
-    stale_rows: torch.Tensor
     mask: torch.Tensor
 
 
 def group_decodes(batch: Sequence[Slice], kv: PagedKV) -> list[list[int]]:
-    """Indices in the batch of the decodes that go together; those that are better off alone are in no group."""
+    """Indices in the batch, rising, of decodes that go together; those that are better off alone are in no group."""
     plan = kv.plan
     bytes_of_block = 2 * plan.num_kv_heads * plan.block_size * plan.head_dim * kv.compute_dtype.itemsize
     decodes = [i for i, piece in enumerate(batch) if len(piece.token_ids) == 1 and piece.start > 0]
@@ -77,7 +77,7 @@ def group_decodes(batch: Sequence[Slice], kv: PagedKV) -> list[list[int]]:
         else:
             groups.append([index])
             longest = num_blocks
-    return [group for group in groups if len(group) > 1]
+    return [sorted(group) for group in groups if len(group) > 1]
 
 
 def plan_group(pieces: Sequence[Slice], places: Sequence[int], kv: PagedKV) -> DecodeGroup:
@@ -95,15 +95,11 @@ def plan_group(pieces: Sequence[Slice], places: Sequence[int], kv: PagedKV) -> D
     rows = (tables[:, None, :] * plan.num_kv_heads + heads[None, :, None]).reshape(-1)
     positions = torch.arange(padded_len)[None, :]
     context_lens = torch.tensor([piece.start + 1 for piece in pieces])[:, None]
-    is_stale = (positions >= context_lens) & (positions < torch.tensor(used)[:, None] * plan.block_size)
-    of_sequence, offsets = is_stale.nonzero(as_tuple=True)
-    stale = (of_sequence[None, :] * plan.num_kv_heads + heads[:, None]) * padded_len + offsets[None, :]
     mask = torch.zeros(len(pieces), padded_len, dtype=kv.compute_dtype)
     mask.masked_fill_(positions >= context_lens, float("-inf"))
     return DecodeGroup(
         places=torch.tensor(places, device=kv.device),
-        block_rows=rows.to(kv.device),
-        stale_rows=stale.reshape(-1).to(kv.device),
+        block_rows=of_both(rows, plan.num_block_rows).to(kv.device),
         mask=mask[:, None, None, :].to(kv.device),
     )
 
@@ -111,13 +107,13 @@ def plan_group(pieces: Sequence[Slice], places: Sequence[int], kv: PagedKV) -> D
 def attend_group(query: torch.Tensor, layer: int, kv: PagedKV, group: DecodeGroup, scaling: float) -> torch.Tensor:
     """One layer's attention for a group, whose new keys and values are in the pool already.
 
-    query: [1, num_heads, num_tokens, head_dim], of all tokens of the step.
+    query: [num_heads, num_seqs, head_dim], of the group's tokens.
     Returns [num_seqs, num_heads, head_dim].
     """
     num_seqs, num_kv_heads, head_dim = len(group.places), kv.plan.num_kv_heads, kv.plan.head_dim
     # As in the attention of one: the query heads of a KV head are its rows, so nothing is repeated.
-    rows = query[0].index_select(1, group.places).transpose(0, 1).reshape(num_seqs, num_kv_heads, -1, head_dim)
-    keys, values = kv.borrow(layer, group.block_rows, group.stale_rows)
+    rows = query.transpose(0, 1).reshape(num_seqs, num_kv_heads, -1, head_dim)
+    keys, values = kv.borrow(layer, group.block_rows)
     output = scaled_dot_product_attention(
         rows,
         keys.view(num_seqs, num_kv_heads, -1, head_dim),

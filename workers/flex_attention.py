@@ -27,7 +27,7 @@ from torch._dynamo import maybe_mark_dynamic
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from workers.batch import Batch, BlockId
-from workers.page_plan import batch_rows, stale_rows
+from workers.page_plan import batch_rows
 from workers.paged_kv import PagedKV
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def plan_flex(batch: Batch, kv: PagedKV, *, group: int, max_blocks: int | None =
     group: query heads per KV head. max_blocks: how wide block tables are, where a step must have the shape of another;
     None: what these take. `kv` must keep what the model computes in, not codes.
     """
-    kv.clear_values(stale_rows(kv.plan, batch, kv.device))
+    kv.clear_ends(batch)
     longest = max(1, PIECE_ROWS // group)
     decodes: list[_Cut] = []
     others: list[_Cut] = []

@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from workers.batch import Batch
 from workers.decode_attention import DecodeGroup, attend_group, group_decodes, plan_group
-from workers.page_plan import batch_rows, block_rows
+from workers.page_plan import batch_rows, block_rows, of_both
 from workers.paged_kv import PagedKV
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 class SlicePlan:
     """One slice's place in the flat step and in the pool, for layers that see equally far.
 
-    begin, end: its tokens in the flat row. context_rows: block rows of the keys it sees, or None if all of
-    them are computed by this step. gathered_len: tokens to take from those rows; the first `unseen_len` of
+    begin, end: its tokens in the flat row. context_rows: block rows of the keys and values it sees, or None if all
+    of them are computed by this step. gathered_len: tokens to take from those rows; the first `unseen_len` of
     them only share a block with what is seen. mask: [end - begin, gathered_len - unseen_len] in the model's
     dtype, 0 or -inf; None where every query sees all, or plainly all before it.
     """
@@ -58,6 +58,11 @@ class LayerPlan:
 
     groups: tuple[DecodeGroup, ...]
     slices: tuple[SlicePlan, ...]
+
+    @property
+    def is_one_group(self) -> bool:
+        """Whether the step is a single group, and nothing else; members of a group are in the batch's order."""
+        return len(self.groups) == 1 and not self.slices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +89,12 @@ class GatherStep:
         self, layer: int, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
         layer_plan = self.for_layer(rule.window, with_masks=rule.softcap is not None)
+        if layer_plan.is_one_group:
+            return attend_group(query[0], layer, self.kv, layer_plan.groups[0], rule.scaling)
         output = query.new_empty(query.shape[2], query.shape[1], values.shape[2])
         for group in layer_plan.groups:
-            output.index_copy_(0, group.places, attend_group(query, layer, self.kv, group, rule.scaling))
+            picked = query[0].index_select(1, group.places)
+            output.index_copy_(0, group.places, attend_group(picked, layer, self.kv, group, rule.scaling))
         for plan in layer_plan.slices:
             context = _context(self.kv, layer, keys, values, plan)
             attended = _attend(query[:, :, plan.begin : plan.end], *context, plan.mask, rule.scaling, rule.softcap)
@@ -109,7 +117,9 @@ class GatherStep:
 
 
 def plan_gather(batch: Batch, kv: PagedKV) -> GatherStep:
-    """Lay the slices of a step end to end and find their blocks. Index tensors are on the pool's device."""
+    """Lay the slices of a step end to end and find their blocks, whose ends are zeroed. Index tensors are on the pool's
+    device."""
+    kv.clear_ends(batch)
     return GatherStep(batch=batch, kv=kv, new_rows=batch_rows(kv.plan, batch, kv.device))
 
 
@@ -120,7 +130,10 @@ def _plan_slice(piece: Slice, begin: int, kv: PagedKV, window: int | None, with_
     first_seen = 0 if window is None else max(0, piece.start - window + 1)
     first_block = first_seen // kv.plan.block_size
     gathered_len = stop - first_block * kv.plan.block_size
-    rows = block_rows(kv.plan, piece.block_table[first_block:], gathered_len, kv.device) if from_pool else None
+    rows = None
+    if from_pool:
+        of_keys = block_rows(kv.plan, piece.block_table[first_block:], gathered_len, kv.device)
+        rows = of_both(of_keys, kv.plan.num_block_rows)
     is_plain = not from_pool and (window is None or stop <= window) and not with_masks
     return SlicePlan(
         begin=begin,

@@ -8,7 +8,8 @@ Arithmetic over block ids and positions; owns no memory. Seen as rows, one layer
 
 Gathering block rows in head-major order yields `[num_kv_heads, seq_len, head_dim]` in one copy of long
 contiguous runs, which is what attention reads: 12 us for 1,024 tokens of 3 heads of 64, where indexing
-blocks and transposing takes 59 us.
+blocks and transposing takes 59 us. A layer's values lie behind its keys, so rows of both are one list (`of_both`), and
+one copy moves both.
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ class PagePlan:
     @property
     def total_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
+
+    @property
+    def num_block_rows(self) -> int:
+        """Of one layer's keys, or values."""
+        return self.num_blocks * self.num_kv_heads
+
+    @property
+    def num_token_rows(self) -> int:
+        return self.num_block_rows * self.block_size
 
 
 def plan_pages(
@@ -89,22 +99,17 @@ def token_rows(
 
 
 def batch_rows(plan: PagePlan, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Token rows of all tokens that a batch computes: `[num_kv_heads * num_tokens]` int64, head-major, distinct."""
+    """Token rows of all tokens that a batch computes, of keys and then of values: `[2 * num_kv_heads * num_tokens]`
+    int64, each half head-major, distinct."""
     positions = [range(piece.start, piece.start + len(piece.token_ids)) for piece in batch]
     blocks = [piece.block_table[p // plan.block_size] for piece, of in zip(batch, positions, strict=True) for p in of]
-    return _rows(plan, torch.tensor(blocks), torch.tensor(list(chain.from_iterable(positions))), device)
+    of_keys = _rows(plan, torch.tensor(blocks), torch.tensor(list(chain.from_iterable(positions))), device)
+    return of_both(of_keys, plan.num_token_rows)
 
 
-def stale_rows(plan: PagePlan, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Token rows after the last token of each slice, in the block that it ends in: int64, distinct.
-
-    Nobody has written them for it, and nobody else's context reaches into them: only full blocks are shared.
-    """
-    stops = [piece.start + len(piece.token_ids) for piece in batch]
-    rests = [range(stop, -(-stop // plan.block_size) * plan.block_size) for stop in stops]
-    blocks = [piece.block_table[p // plan.block_size] for piece, rest in zip(batch, rests, strict=True) for p in rest]
-    positions = torch.tensor(list(chain.from_iterable(rests)), dtype=torch.int64)
-    return _rows(plan, torch.tensor(blocks, dtype=torch.int64), positions, device)
+def of_both(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Those rows of a layer's keys, and then the same of its values; num_rows: how many its keys have."""
+    return torch.cat([rows, rows + num_rows])
 
 
 def _rows(plan: PagePlan, blocks: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -18,13 +18,16 @@ import torch
 
 from bus.errors import BadArgument, BadTensor, NoSpace
 from workers.kv_precision import dequantise, is_scaled, quantise
-from workers.page_plan import PagePlan, block_rows, token_rows
+from workers.page_plan import PagePlan, block_rows, of_both, token_rows
 from workers.staging import to_device, to_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workers.batch import BlockId
+    from workers.batch import Batch, BlockId
+
+WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+"""What rows are moved as: a row copied by index goes element by element, however many bytes an element has."""
 
 
 class PagedKV:
@@ -52,9 +55,15 @@ class PagedKV:
         num_codes = math.prod(places) * plan.head_dim * dtype.itemsize
         # Scales come first, because they need to be aligned and codes of one byte do not.
         scales, states = memory[:-num_codes].view(self.compute_dtype), memory[-num_codes:].view(dtype)
-        self.keys, self.values = _of_layers(states.view(*places, plan.head_dim))
+        self._states = states.view(*places, plan.head_dim)
+        self._scales = scales.view(*places, 1) if is_scaled(dtype) else None
+        self.keys, self.values = _of_layers(self._states)
         self._key_scales, self._value_scales = _of_layers(scales.view(places)) if is_scaled(dtype) else ((), ())
-        self._scratch = torch.empty((2, 0, plan.block_size * plan.head_dim), dtype=dtype, device=device)
+        self._rows = [_as_words(layer) for layer in self._states]
+        self._scale_rows = [] if self._scales is None else [_as_words(layer) for layer in self._scales]
+        self._scratch = torch.empty((0, plan.block_size * plan.head_dim), dtype=dtype, device=device)
+        # Of each block: how many of its tokens may be anything. Behind them are zeros.
+        self._filled = [plan.block_size] * plan.num_blocks
         self._parts = tuple(
             part.view(torch.uint8).view(plan.num_layers, 2, plan.num_blocks, -1)
             for part in (states, scales)
@@ -64,23 +73,46 @@ class PagedKV:
     def store(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one layer's new keys and values, and return them as everyone will read them.
+        """Write one layer's new keys and values, in place, and return them as everyone will read them.
 
-        keys, values: [num_kv_heads, num_tokens, head_dim], any strides, in the compute dtype. rows: as `write_kv`.
+        keys, values: [num_kv_heads, num_tokens, head_dim], any strides, in the compute dtype.
+        rows: [2 * num_kv_heads * num_tokens] int64, token rows of keys and then of values (`page_plan.of_both`). Two
+        equal rows are a scheduler bug. Raises IndexError if they are not as many as the states, or outside the pool.
         """
-        if self.dtype is self.compute_dtype:
-            write_kv(self.keys[layer], keys, rows)
-            write_kv(self.values[layer], values, rows)
-            return keys, values
-        if not is_scaled(self.dtype):
-            stored_keys, stored_values = keys.to(self.dtype), values.to(self.dtype)
-            write_kv(self.keys[layer], stored_keys, rows)
-            write_kv(self.values[layer], stored_values, rows)
-            return stored_keys.to(self.compute_dtype), stored_values.to(self.compute_dtype)
-        return (
-            self._store_codes(self.keys[layer], self._key_scales[layer], keys, rows),
-            self._store_codes(self.values[layer], self._value_scales[layer], values, rows),
-        )
+        states = torch.cat([keys, values])
+        if self._scale_rows:
+            codes, scales = quantise(states, self.dtype)
+            _write_rows(self._rows[layer], codes, rows)
+            _write_rows(self._scale_rows[layer], scales, rows)
+            states = dequantise(codes, scales)
+        else:
+            stored = states.to(self.dtype)
+            _write_rows(self._rows[layer], stored, rows)
+            if stored is states:
+                return keys, values
+            states = stored.to(self.compute_dtype)
+        return states[: keys.shape[0]], states[keys.shape[0] :]
+
+    def clear_ends(self, batch: Batch) -> None:
+        """Zero what lies behind the last token of each slice in the block that it ends in, in every layer, in place.
+
+        For whoever reads whole blocks: a masked key has no weight, but 0 times NaN is NaN, and a block's end holds what
+        its last owner left. Nobody has written there for this sequence, and nobody else's context reaches there, since
+        only full blocks are shared. Before each step of a pool that is read so; a block whose end is zeros already is
+        not touched, which is nearly every one in a step of decodes.
+        """
+        block_size = self.plan.block_size
+        for piece in batch:
+            stop = piece.start + len(piece.token_ids)
+            last = (stop - 1) // block_size
+            for block in piece.block_table[piece.start // block_size : last]:
+                self._filled[block] = block_size
+            block, end = piece.block_table[last], stop - last * block_size
+            if end < self._filled[block]:
+                for part in (self._states, self._scales):
+                    if part is not None:
+                        part[:, :, block, :, end : self._filled[block]] = 0
+            self._filled[block] = end
 
     def gather(
         self, layer: int, rows: torch.Tensor, stale_rows: torch.Tensor | None = None, *, by_token: bool = False
@@ -100,26 +132,21 @@ class PagedKV:
             gathered.append(states if stale_rows is None else states.index_fill_(0, stale_rows, 0.0))
         return gathered[0], gathered[1]
 
-    def borrow(
-        self, layer: int, rows: torch.Tensor, stale_rows: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def borrow(self, layer: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `gather` gives for block rows, in memory that the next call overwrites, whatever its layer.
 
+        rows: of keys and then of values (`page_plan.of_both`).
         That memory stays in the processor's cache: a step of 32 decodes at 1,024 tokens (SmolLM2, bfloat16) takes 361
         milliseconds and not 428.
         """
         if self.dtype is not self.compute_dtype:
-            return self.gather(layer, rows, stale_rows)
+            return self.gather(layer, rows[: rows.shape[0] // 2])
         width, num_rows = self.plan.block_size * self.plan.head_dim, rows.shape[0]
-        if self._scratch.shape[1] < num_rows:
-            self._scratch = torch.empty((2, num_rows, width), dtype=self.dtype, device=self.device)
-        keys, values = self._scratch[0, :num_rows], self._scratch[1, :num_rows]
-        torch.index_select(self.keys[layer].view(-1, width), 0, rows, out=keys)
-        torch.index_select(self.values[layer].view(-1, width), 0, rows, out=values)
-        keys, values = keys.view(-1, self.plan.head_dim), values.view(-1, self.plan.head_dim)
-        if stale_rows is not None:
-            keys.index_fill_(0, stale_rows, 0.0)
-            values.index_fill_(0, stale_rows, 0.0)
+        if self._scratch.shape[0] < num_rows:
+            self._scratch = torch.empty((num_rows, width), dtype=self.dtype, device=self.device)
+        out = self._scratch[:num_rows]
+        torch.index_select(self._states[layer].view(-1, width), 0, rows, out=out)
+        keys, values = out.view(2, -1, self.plan.head_dim)
         return keys, values
 
     def read(
@@ -153,20 +180,13 @@ class PagedKV:
                 )
         self._check_range(layer, block_table, start, start + seq_len)
         rows = token_rows(self.plan, block_table, start, start + seq_len, self.device)
+        rows = of_both(rows, self.plan.num_token_rows)
         self.store(layer, keys.transpose(0, 1).to(self.device), values.transpose(0, 1).to(self.device), rows)
-
-    def _store_codes(
-        self, cache: torch.Tensor, scales: torch.Tensor, states: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        codes, of_codes = quantise(states, self.dtype)
-        # Moved as bytes: not every device copies 8-bit floats by index.
-        write_kv(cache.view(torch.uint8), codes.view(torch.uint8), rows)
-        write_kv(scales.unsqueeze(-1), of_codes, rows)
-        return dequantise(codes, of_codes)
+        self._fill(block_table[start // self.plan.block_size : -(-(start + seq_len) // self.plan.block_size)])
 
     @staticmethod
     def _take(cache: torch.Tensor, rows: torch.Tensor, width: int) -> torch.Tensor:
-        """Rows of `width` elements: `[len(rows), width]`. 8-bit floats move as bytes, as in `_store_codes`."""
+        """Rows of `width` elements: `[len(rows), width]`. Not every device copies 8-bit floats by index: so bytes."""
         if cache.dtype.itemsize == 1:
             return cache.view(torch.uint8).view(-1, width).index_select(0, rows).view(cache.dtype)
         return cache.view(-1, width).index_select(0, rows)
@@ -178,18 +198,16 @@ class PagedKV:
         """
         from_rows, to_rows = (torch.tensor(blocks, device=self.device) for blocks in (sources, targets))
         for cache in (*self.keys, *self.values, *self._key_scales, *self._value_scales):
-            moved = cache.view(torch.uint8)  # as in `_store_codes`
+            moved = cache.view(torch.uint8)  # as in `_take`
             moved.index_copy_(0, to_rows, moved.index_select(0, from_rows))
+        filled = [self._filled[block] for block in sources]
+        for block, end in zip(targets, filled, strict=True):
+            self._filled[block] = end
 
     def clear(self, blocks: Sequence[BlockId]) -> None:
         """Zero whole blocks, in every layer."""
         for part in self._parts:
             part[:, :, torch.tensor(blocks, device=self.device)] = 0
-
-    def clear_values(self, rows: torch.Tensor) -> None:
-        """Zero what these token rows hold as values, in every layer. Keys are left: a masked score is never read."""
-        for values in self.values:
-            values.view(-1, self.plan.head_dim).index_fill_(0, rows, 0)
 
     def difference(self, one: BlockId, other: BlockId) -> float:
         """How far two blocks differ, as they are read: the largest difference of two numbers, as a part of the
@@ -232,6 +250,12 @@ class PagedKV:
         for block, copy in zip(blocks, copies, strict=True):
             for part, of_part in zip(self._parts, self._split(copy), strict=True):
                 part[:, :, block].copy_(of_part)
+        self._fill(blocks)
+
+    def _fill(self, blocks: Sequence[BlockId]) -> None:
+        """Remember that these may hold anything, up to their ends."""
+        for block in blocks:
+            self._filled[block] = self.plan.block_size
 
     def _split(self, block: torch.Tensor) -> list[torch.Tensor]:
         """The bytes of one exported block, cut into those of each part: `[num_layers, 2, bytes]`."""
@@ -255,13 +279,14 @@ def _of_layers(memory: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[to
     return tuple(layer[0] for layer in memory), tuple(layer[1] for layer in memory)
 
 
-def write_kv(cache: torch.Tensor, states: torch.Tensor, rows: torch.Tensor) -> None:
-    """Scatter keys or values into their slots, in place.
+def _as_words(layer: torch.Tensor) -> torch.Tensor:
+    """One layer's memory, `[2, num_blocks, num_kv_heads, block_size, width]`, as token rows of the widest words."""
+    num_bytes = layer.shape[-1] * layer.itemsize
+    offset = layer.storage_offset() * layer.itemsize
+    word = next(word for word in WORDS if num_bytes % word.itemsize == 0 == offset % word.itemsize)
+    return layer.view(word).view(-1, num_bytes // word.itemsize)
 
-    cache:  [num_blocks, num_kv_heads, block_size, head_dim], one layer's keys or values.
-    states: [num_kv_heads, num_tokens, head_dim], any strides, same dtype and device as `cache`.
-    rows:   [num_kv_heads * num_tokens] int64 from `token_rows`. Two equal rows are a scheduler bug.
-    Raises IndexError if `rows` and `states` differ in length, or a row is outside the cache.
-    """
-    head_dim = cache.shape[-1]
-    cache.view(-1, head_dim).index_copy_(0, rows, states.reshape(-1, head_dim))
+
+def _write_rows(memory: torch.Tensor, states: torch.Tensor, rows: torch.Tensor) -> None:
+    """Scatter states, contiguous, into the rows of a layer's memory as `_as_words` gives it, in place."""
+    memory.index_copy_(0, rows, states.view(memory.dtype).view(-1, memory.shape[1]))

@@ -13,7 +13,7 @@ import torch
 from workers.batch import BlockId
 from workers.kv_precision import KV_DTYPES, LARGEST_CODE, dequantise, is_scaled, kv_dtype, name_of, quantise
 from workers.loader import LoadedModel, load_model
-from workers.page_plan import block_rows, plan_pages, token_rows
+from workers.page_plan import block_rows, of_both, plan_pages, token_rows
 from workers.paged_kv import PagedKV
 from workers.runner import TorchRunner
 from workers.runners import choose_runner
@@ -91,9 +91,9 @@ def test_what_the_step_itself_reads_is_bit_for_bit_what_all_others_read(name: st
     torch.manual_seed(1)
     kv, table = make_kv(name, computed), scattered_table(11, seed=2)
     given = torch.randn(2, 3, 11, 16).to(computed)
-    now = kv.store(0, given[0], given[1], token_rows(kv.plan, table, 0, 11, CPU))
+    now = kv.store(0, given[0], given[1], of_both(token_rows(kv.plan, table, 0, 11, CPU), kv.plan.num_token_rows))
     later = kv.read(0, table, 0, 11)
-    borrowed = kv.borrow(0, block_rows(kv.plan, table, 11, CPU))
+    borrowed = kv.borrow(0, of_both(block_rows(kv.plan, table, 11, CPU), kv.plan.num_block_rows))
     for first, second, third in zip(now, later, borrowed, strict=True):
         assert first.dtype is second.dtype is third.dtype is computed
         assert torch.equal(first, second.transpose(0, 1))

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import BadArgument, BadTensor, NoSpace
-from workers.batch import BlockId
-from workers.page_plan import PagePlan, block_rows, plan_pages, token_rows
-from workers.paged_kv import PagedKV, write_kv
+from workers.batch import BlockId, Slice
+from workers.kv_precision import is_scaled
+from workers.page_plan import PagePlan, batch_rows, block_rows, of_both, plan_pages, token_rows
+from workers.paged_kv import PagedKV
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, BLOCK_SIZE, HEAD_DIM, BLOCKS = 2, 3, 4, 5, 12
@@ -135,33 +136,105 @@ def test_what_is_borrowed_is_what_is_gathered_whatever_was_borrowed_before() -> 
     kv = make_kv()
     for cache in (*kv.keys, *kv.values):
         cache.copy_(torch.randn_like(cache))
-    for layer, tokens, stale in ((0, 4, None), (1, 12, [2, 5]), (0, 5, [0]), (1, 5, None)):
+    for layer, tokens in ((0, 4), (1, 12), (0, 5), (1, 5)):
         rows = block_rows(kv.plan, table_of(7, 0, 3), tokens, CPU)
-        stale_rows = None if stale is None else torch.tensor(stale)
-        borrowed, gathered = kv.borrow(layer, rows, stale_rows), kv.gather(layer, rows, stale_rows)
+        borrowed, gathered = kv.borrow(layer, of_both(rows, kv.plan.num_block_rows)), kv.gather(layer, rows)
         assert all(map(torch.equal, borrowed, gathered))
 
 
 def test_what_is_borrowed_takes_the_memory_of_what_was_borrowed_before() -> None:
     kv = make_kv()
-    rows = block_rows(kv.plan, table_of(7, 0, 3), 12, CPU)
+    rows = of_both(block_rows(kv.plan, table_of(7, 0, 3), 12, CPU), kv.plan.num_block_rows)
     assert [states.data_ptr() for states in kv.borrow(0, rows)] == [states.data_ptr() for states in kv.borrow(1, rows)]
 
 
-def test_write_takes_any_strides() -> None:
-    cache = torch.zeros(BLOCKS, HEADS, BLOCK_SIZE, HEAD_DIM)
-    keys, _ = states_of(6)
-    rows = token_rows(make_plan(), table_of(3, 1), 1, 7, CPU)
-    write_kv(cache, keys.transpose(0, 1), rows)
-    assert torch.equal(cache[3, :, 1:].transpose(0, 1), keys[:3])
-    assert torch.equal(cache[1, :, :3].transpose(0, 1), keys[3:])
+def slice_of(start: int, num_tokens: int, *blocks: int) -> Slice:
+    return Slice(token_ids=[0] * num_tokens, start=start, block_table=table_of(*blocks), wants_logits=False)
 
 
-def test_write_with_too_few_rows_is_an_error() -> None:
-    kv = make_kv()
-    rows = token_rows(kv.plan, table_of(0), 0, 2, CPU)
+def test_states_of_any_strides_are_stored_where_the_batch_has_its_tokens() -> None:
+    kv, (keys, values) = make_kv(), states_of(6)
+    kv.store(1, keys.transpose(0, 1), values.transpose(0, 1), batch_rows(kv.plan, [slice_of(1, 6, 3, 5)], CPU))
+    for cache, states in ((kv.keys[1], keys), (kv.values[1], values)):
+        assert torch.equal(cache[3, :, 1:].transpose(0, 1), states[:3])
+        assert torch.equal(cache[5, :, :3].transpose(0, 1), states[3:])
+        assert int((cache != 0).sum()) == states.numel()
+    assert not kv.keys[0].any()
+
+
+def test_states_for_which_there_are_too_few_rows_are_an_error() -> None:
+    kv, (keys, values) = make_kv(), states_of(3)
     with pytest.raises(IndexError):
-        write_kv(kv.keys[0], states_of(3)[0].transpose(0, 1), rows)
+        kv.store(0, keys.transpose(0, 1), values.transpose(0, 1), batch_rows(kv.plan, [slice_of(0, 2, 0)], CPU))
+
+
+class Filled:
+    """A pool all of whose numbers are one, or none if `number` is NaN, and which knows it."""
+
+    def __init__(self, number: float, kv_dtype: torch.dtype = torch.float32) -> None:
+        plan = plan_pages(
+            memory_bytes=BLOCKS * BLOCK_BYTES,
+            num_layers=LAYERS,
+            num_kv_heads=HEADS,
+            head_dim=HEAD_DIM,
+            block_size=BLOCK_SIZE,
+            itemsize=kv_dtype.itemsize,
+            scale_bytes=4 if is_scaled(kv_dtype) else 0,
+        )
+        self.kv = PagedKV(plan, kv_dtype, CPU, torch.float32)
+        self.blocks = list(range(plan.num_blocks))
+        shape = (len(self.blocks) * BLOCK_SIZE, HEADS, HEAD_DIM)
+        for layer in range(LAYERS):
+            self.kv.write(layer, table_of(*self.blocks), 0, torch.full(shape, number), torch.full(shape, number))
+
+    def zeros(self, block: int) -> set[int]:
+        """Tokens of a block that are zeros in every layer, head, keys and values, as they are read."""
+        rows = block_rows(self.kv.plan, table_of(block), BLOCK_SIZE, CPU)
+        states = [part.view(HEADS, BLOCK_SIZE, -1) for layer in range(LAYERS) for part in self.kv.gather(layer, rows)]
+        return {token for token in range(BLOCK_SIZE) if not any(part[:, token].any() for part in states)}
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
+def test_only_the_ends_of_the_blocks_that_slices_end_in_are_cleared(kv_dtype: torch.dtype) -> None:
+    number = math.nan if kv_dtype is not torch.int8 else math.inf
+    pool = Filled(number, kv_dtype)
+    pool.kv.clear_ends([slice_of(3, 1, 7), slice_of(2, 4, 1, 4), slice_of(0, 3, 2), slice_of(5, 1, 9, 8)])
+    cleared = {4: {2, 3}, 2: {3}, 8: {2, 3}}
+    assert {block: pool.zeros(block) for block in pool.blocks if pool.zeros(block)} == cleared
+
+
+def test_end_of_a_block_is_cleared_again_once_something_else_was_written_there() -> None:
+    ones = torch.ones(BLOCK_SIZE, HEADS, HEAD_DIM)
+    pool = Filled(1.0)
+    kv = pool.kv
+    kv.clear_ends([slice_of(0, 1, 2), slice_of(0, 1, 3), slice_of(0, 1, 4), slice_of(0, 1, 5)])
+    kv.write(0, table_of(9, 2), 4, ones, ones)
+    kv.import_blocks(table_of(3), bytearray(kv.export_blocks(table_of(0)).numpy().tobytes()))
+    kv.copy_blocks(table_of(0), table_of(4))
+    for offset in range(1, BLOCK_SIZE):  # a sequence that fills its block, which is another's afterwards
+        kv.clear_ends([slice_of(offset, 1, 5)])
+        kv.keys[0][5, :, offset] = 1.0
+    kv.clear_ends([slice_of(0, 1, 2), slice_of(0, 1, 3), slice_of(0, 1, 4), slice_of(0, 1, 5)])
+    assert {block: pool.zeros(block) for block in (2, 3, 4, 5)} == {block: {1, 2, 3} for block in (2, 3, 4, 5)}
+
+
+def test_end_of_a_block_is_known_to_be_that_of_the_block_it_was_copied_from() -> None:
+    pool = Filled(1.0)
+    pool.kv.clear_ends([slice_of(0, 3, 2)])
+    pool.kv.copy_blocks(table_of(2, 2), table_of(3, 2))
+    assert (pool.zeros(2), pool.zeros(3)) == ({3}, {3})
+    pool.kv.clear_ends([slice_of(0, 1, 3)])
+    assert pool.zeros(3) == {1, 2, 3}
+
+
+def test_a_whole_block_that_a_slice_passes_through_is_cleared_when_another_begins_it() -> None:
+    pool = Filled(1.0)
+    pool.kv.clear_ends([slice_of(0, 1, 2)])
+    pool.kv.clear_ends([slice_of(1, 5, 2, 3)])
+    for cache in (*pool.kv.keys, *pool.kv.values):
+        cache[2] = 1.0
+    pool.kv.clear_ends([slice_of(0, 2, 2)])
+    assert pool.zeros(2) == {2, 3}
 
 
 def test_blocks_are_copied_in_every_layer_as_one_and_others_stay() -> None:
