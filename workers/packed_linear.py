@@ -21,6 +21,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
 
 JOINED = ("q_proj", "k_proj", "v_proj")
@@ -54,7 +56,14 @@ class PackedLinear(nn.Module):
 
     def times(self, states: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """Without the activation, and multiplied by factors, [..., num_out]."""
-        packed = torch.ops.mkldnn._linear_pointwise.binary(states, factors, self._weight, self._bias, "mul")
+        return self._with(states, factors, "mul")
+
+    def plus(self, states: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        """Without the activation, and added to terms, [..., num_out]."""
+        return self._with(states, terms, "add")
+
+    def _with(self, states: torch.Tensor, others: torch.Tensor, what: str) -> torch.Tensor:
+        packed = torch.ops.mkldnn._linear_pointwise.binary(states, others, self._weight, self._bias, what)
         return cast("torch.Tensor", packed)
 
 
@@ -64,11 +73,8 @@ class JoinedLinears:
     What the others will be asked for is kept until then, or until the states are others.
     """
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
-        weights: list[torch.Tensor] = [layer.weight for layer in layers]
-        biases: list[torch.Tensor | None] = [layer.bias for layer in layers]
-        has_bias = [bias for bias in biases if bias is not None]
-        self._all = PackedLinear(torch.cat(weights), torch.cat(has_bias) if has_bias else None)
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._all = pack_together(layers)
         self._widths = [layer.out_features for layer in layers]
         self._states: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
@@ -113,7 +119,19 @@ class PackedGatedUnit(nn.Module):
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """[..., num_in] to [..., num_in]."""
-        return cast("torch.Tensor", self._down(self._up.times(states, self._gate(states))))
+        return self._down.forward(self._up.times(states, self._gate.forward(states)))
+
+    def plus(self, states: torch.Tensor, terms: torch.Tensor) -> torch.Tensor:
+        """The same, added to terms, [..., num_in]."""
+        return self._down.plus(self._up.times(states, self._gate.forward(states)), terms)
+
+
+def pack_together(layers: Sequence[nn.Linear]) -> PackedLinear:
+    """One layer that gives what they do one after the other. All of them have a bias, or none has."""
+    weights: list[torch.Tensor] = [layer.weight for layer in layers]
+    biases: list[torch.Tensor | None] = [layer.bias for layer in layers]
+    has_bias = [bias for bias in biases if bias is not None]
+    return PackedLinear(torch.cat(weights), torch.cat(has_bias) if has_bias else None)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -143,24 +161,29 @@ def _pack_children(parent: nn.Module) -> None:
             setattr(parent, name, PackedLinear(child.weight, child.bias))
         elif type(child) is Conv1D:
             setattr(parent, name, PackedLinear(child.weight.t(), child.bias))
-        elif (unit := _as_gated_unit(child)) is not None:
+        elif (unit := as_gated_unit(child)) is not None:
             setattr(parent, name, unit)
         else:
             _pack_children(child)
 
 
 def _join(parent: nn.Module) -> None:
-    children = dict(parent.named_children())
-    layers = [children[name] for name in JOINED if type(children.get(name)) is nn.Linear]
-    linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    alike = {(layer.in_features, layer.bias is None) for layer in linears}
-    if len(linears) == len(JOINED) and len(alike) == 1:
-        joined = JoinedLinears(linears)
+    if layers := joinable(parent):
+        joined = JoinedLinears(layers)
         for index, name in enumerate(JOINED):
             setattr(parent, name, JoinedLinear(joined, index))
 
 
-def _as_gated_unit(unit: nn.Module) -> PackedGatedUnit | None:
+def joinable(parent: nn.Module) -> list[nn.Linear]:
+    """The projections of `JOINED` that it has, if they can be one layer; else none."""
+    children = dict(parent.named_children())
+    found = [children.get(name) for name in JOINED]
+    layers = [layer for layer in found if isinstance(layer, nn.Linear) and type(layer) is nn.Linear]
+    alike = {(layer.in_features, layer.bias is None) for layer in layers}
+    return layers if len(layers) == len(JOINED) and len(alike) == 1 else []
+
+
+def as_gated_unit(unit: nn.Module) -> PackedGatedUnit | None:
     """The same in packed layers, or None if it is no gated unit, or one that does more."""
     children = dict(unit.named_children())
     activation = ACTIVATIONS.get(type(children.get("act_fn", unit)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from workers import packed_linear
+from workers import fused_layer, packed_linear
 from workers.batch import check_batch
 from workers.decode_graphs import DecodeGraphs, PlanDecodes, record_on_cuda
 from workers.gather_attention import plan_gather
@@ -45,6 +45,7 @@ class TorchRunner:
     ) -> None:
         check_pool(loaded, kv)
         if packed_linear.can_pack(loaded.dtype, loaded.device):
+            fused_layer.fuse(loaded.model)
             packed_linear.pack(loaded.model)
         self.kv = kv
         self._plan_step = plan_step

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """float32 logits of magnitude about 5, summed in another order over a few layers."""
-BFLOAT16_TOLERANCE = 0.07
-"""Four steps of bfloat16 at magnitude 4. Logits in float32 are up to 0.12 away from theirs and ours alike."""
+BFLOAT16_TOLERANCE = 0.12
+"""Eight steps of bfloat16 at magnitude 4. Logits in float32 are as far from theirs and ours alike."""
+BFLOAT16_EXCESS = 1.25
+"""How far our logits may be from those in float32, on the average, as a multiple of how far theirs are: where operators
+are fused, ours are rounded at other places, and not more often."""
 NUM_NEW = 8
 LENGTHS = (29, 5, 17)
 """Of prompts, in tokens: two outgrow the window, one does so only while it is continued."""
@@ -245,3 +248,5 @@ def test_in_bfloat16_logits_are_those_of_transformers_in_bfloat16(family: Family
     with torch.inference_mode():
         theirs = torch.stack([plain(torch.tensor([walk.prompt])).logits[0, -1].float() for walk in walks])
     torch.testing.assert_close(logits, theirs, atol=BFLOAT16_TOLERANCE, rtol=0)
+    exact = torch.stack([walk.logits[0] for walk in walks])
+    assert (logits - exact).abs().mean() <= BFLOAT16_EXCESS * (theirs - exact).abs().mean()
