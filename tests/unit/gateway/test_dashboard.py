@@ -93,7 +93,7 @@ class Site:
 
     async def get(self, path: str, key: str | None = None) -> Viewer:
         viewer = Viewer(self._app, path, key)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await viewer.run()
         return viewer
 
@@ -101,7 +101,7 @@ class Site:
     async def viewer(self, key: str | None = None) -> AsyncIterator[Viewer]:
         """Somebody who looks until the block is left."""
         viewer = Viewer(self._app, "/dashboard/events", key)
-        async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             group.create_task(viewer.run())
             yield viewer
             viewer.left.set()
@@ -189,7 +189,7 @@ async def test_a_viewer_that_leaves_while_it_asks_leaves_that_to_the_next() -> N
     client: Any = FakeClient()
     watch = Watch(LatestStats(client.stats), Slowest())
     await watch.next_frame(after=0)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         leaving = group.create_task(watch.next_frame(after=1))
         staying = group.create_task(watch.next_frame(after=1))
         await asyncio.sleep(0)

@@ -86,7 +86,7 @@ async def tell(
     vocabulary: Any = None
     answer = Answer(ask, CompletionShape(), client, vocabulary, config, traffic or Traffic(), Slowest())
     scope: Any = {"type": "http", "state": {"request_id": "r"}}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await answer(scope, receive, send or keep)  # type: ignore[arg-type]  # ASGI's messages are dicts
     return said
 

@@ -70,7 +70,7 @@ async def complete(gateway: str, body: bytes) -> str:
     reader, writer = await asyncio.open_connection(host, int(port))
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         came = (await reader.read()).decode()
     writer.close()
     return came

@@ -78,7 +78,7 @@ async def test_conversations_go_side_by_side_and_each_waits_for_its_answers() ->
         asked.append(len(prompt))
         if len(asked) == 2:
             both_began.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await both_began.wait()
         return Answer(0.1, 0.2, max_tokens)
 

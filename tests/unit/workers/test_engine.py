@@ -917,7 +917,7 @@ async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: C
     with EngineThread(FakeModels(tiny=make), roomy(), on_events, max_tokens_per_step=4) as engine:
         assert "kvcache-engine" in {thread.name for thread in threading.enumerate()}
         engine.send(start(1))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await ended.wait()
         await until(lambda: engine.figures().progress >= 6, "the figures of an engine that has nothing to do")
     assert len(tokens_of(events, 1)) == 6

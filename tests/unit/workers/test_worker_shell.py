@@ -167,14 +167,14 @@ class FakeBroker:
 
     async def next(self, kind: type[Message]) -> Any:  # noqa: ANN401  # a message of that kind
         """The next message of that kind outside calls; others before it are dropped."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 message, _ = await self.received.get()
                 if isinstance(message, kind):
                     return message
 
     async def reply(self) -> tuple[bool, Any, Sequence[Buffer]]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             return await self.replies.get()
 
     def _on_control(self, batch: list[sockets.Message]) -> None:
@@ -241,7 +241,7 @@ async def serving(
     ready = asyncio.Event()
     with sockets.Context() as context:
         broker = FakeBroker(context, url)
-        async with asyncio.timeout(15), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(50), asyncio.TaskGroup() as group:
             group.create_task(worker.run(stop, ready.set))
             if may_load is None:
                 await ready.wait()
@@ -343,7 +343,7 @@ async def test_block_events_of_what_was_computed_can_be_asked_for(url: str) -> N
                 asker.connect(kv_events.replay_url)
                 asker.start()
                 asker.send([b"", (1).to_bytes(8, "big")])
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     (_, seq, payload), *_ = await answers.get()
         assert bytes(seq) == (1).to_bytes(8, "big")
         _, ((tag, _, parent, tokens, *_),), _ = msgspec.msgpack.decode(payload)
@@ -357,7 +357,7 @@ async def test_tokens_are_published_and_the_end_is_answered(url: str) -> None:
         await broker.next(WorkerBeat)  # with the answer to it comes the lease
         broker.send(*assign(1, message, prompt))
         tokens: list[int] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while len(tokens) < 3:
                 topic, message_ = await broker.tokens.get()
                 assert topic == topic_of(STREAM)
