@@ -21,7 +21,7 @@ from bus.sockets import CONTROL, TOKENS, Context, Dealer, Lane, Publisher, Route
 from bus.topics import topic_of
 
 SECURITY = SecurityConfig()
-WAIT_S = 10.0
+WAIT_S = 30.0
 NARROW = Lane(send_hwm=1, receive_hwm=1, max_message_bytes=1 << 20, queue_limit=8, silence_ms=1500)
 
 

@@ -28,7 +28,7 @@ from kvcache.simulate.traces import read_trace
 from tests.unit.kvcache.broker_driver import PROMPT, done, generate, hello, length, rid, stream_end, worker_hello
 
 SECURITY = SecurityConfig()
-WAIT_S = 10.0
+WAIT_S = 30.0
 
 
 class Peer:
