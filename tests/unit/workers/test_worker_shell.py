@@ -25,6 +25,7 @@ from bus.messages import (
     Forward,
     Generate,
     Goodbye,
+    HandedOver,
     KvDone,
     Message,
     PromptKind,
@@ -195,6 +196,8 @@ class FakeBroker:
             self.send(wire.encode(welcome(self._session.to_bytes(16, "big"))))
         if isinstance(message, WorkerBeat) and self._knows_worker:
             self.send(wire.encode(BrokerBeat(beat=message.beat, lease_ms=2000)))
+            if message.state is WorkerState.DRAINING:  # else it would wait for others to copy its sequences
+                self.send(wire.encode(HandedOver(num_left=0)))
         self.received.put_nowait((message, frames[1:]))
 
     def _on_bulk(self, batch: list[sockets.Message]) -> None:
