@@ -218,6 +218,14 @@ def test_end_of_a_block_is_cleared_again_once_something_else_was_written_there()
     assert {block: pool.zeros(block) for block in (2, 3, 4, 5)} == {block: {1, 2, 3} for block in (2, 3, 4, 5)}
 
 
+def test_end_that_is_zeros_already_is_not_touched_again() -> None:
+    kv = Filled(1.0).kv
+    kv.clear_ends([slice_of(0, 1, 2)])
+    kv.keys[0][2] = 2.0  # behind the pool's back, so that it would be seen
+    kv.clear_ends([slice_of(1, 1, 2)])
+    assert (kv.keys[0][2] == 2.0).all()
+
+
 def test_end_of_a_block_is_known_to_be_that_of_the_block_it_was_copied_from() -> None:
     pool = Filled(1.0)
     pool.kv.clear_ends([slice_of(0, 3, 2)])
