@@ -1,6 +1,6 @@
 """Copies that other workers take of our blocks: from the ticket they show to the last chunk they gave credit for.
 
-    PARKED   the ticket is not known; the broker's word may be on its way, so it has `GRACE_S`
+    PARKED   the ticket is not known (`workers.callers`)
     LENDING  the engine looks for the blocks and holds them
     SENDING  slices are read from the engine and sent in chunks, as many as the other has room for
 
@@ -14,31 +14,24 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from bus import wire
-from bus.errors import Conflict, Forbidden, KVCacheError, MalformedMessage, Overloaded
+from bus.errors import Forbidden, KVCacheError, MalformedMessage, Overloaded
 from bus.limits import CHUNK_BYTES
-from bus.messages import BlocksFound, Cancel, Chunk, Credit, Grant, Message, PullBlocks
-from bus.wire import Buffer, Frames
+from bus.messages import BlocksFound, Cancel, Chunk, Credit, Grant, PullBlocks
+from bus.wire import Frames
 from kvcache.hashing import TOKEN_BYTES
-from workers.calls import Action, Tell, ToCaller
+from workers.callers import IDLE_S, CopyKey, Parked, refuse, say
+from workers.calls import Action, Tell
 from workers.copy_api import BlocksRead, CopyBroke, Lend, Lent, ReadBlocks, Return
 from workers.loans import LoanId
-from workers.tickets import Tickets
 
-GRACE_S = 0.25
-IDLE_S = 2.0
 MAX_COPIES = 8
-MAX_PARKED = 16
 SLICE_BYTES = 4 << 20
 """Read from the engine at once: about 2 ms of a core."""
 
 MAX_READS = 4
 """Slices that the engine may be asked for at a time: it takes several between two steps if they fit."""
-
-CopyKey: TypeAlias = tuple[bytes, bytes]
-"""The link that asks, and its number for the copy."""
 
 
 @dataclass(slots=True, eq=False)
@@ -67,13 +60,6 @@ class Copy:
         return self.next_block < self.num_blocks and len(self.reads) < MAX_READS and coming < self.credit
 
 
-@dataclass(slots=True)
-class _Parked:
-    request: PullBlocks
-    tokens: bytes
-    until: float
-
-
 class Holder:
     """All copies that others take."""
 
@@ -81,8 +67,7 @@ class Holder:
         self.malformed = 0
         self.served_bytes = 0
         self.num_served = 0
-        self._tickets = Tickets()
-        self._parked: dict[CopyKey, _Parked] = {}
+        self._parked = Parked[tuple[PullBlocks, bytes]]()  # with the tokens
         self._copies: dict[CopyKey, Copy] = {}
         self._by_loan: dict[LoanId, Copy] = {}
         self._numbers = itertools.count(1)
@@ -94,13 +79,8 @@ class Holder:
 
     def granted(self, grant: Grant, now: float) -> list[Action]:
         """A ticket; who has shown it already is served."""
-        self._tickets.add(grant, now)
-        actions: list[Action] = []
-        for key, parked in list(self._parked.items()):
-            if parked.request.ticket == grant.ticket:
-                del self._parked[key]
-                actions += self._admit(key, parked.request, parked.tokens, now)
-        return actions
+        shown = self._parked.granted(grant, now)
+        return [action for key, (request, tokens) in shown for action in self._admit(key, request, tokens, now)]
 
     # --- what other workers say ---
 
@@ -119,7 +99,7 @@ class Holder:
                     raise MalformedMessage(f"{type(message).__name__} is not for a worker that is copied from")
         except KVCacheError as error:
             self.malformed += isinstance(error, MalformedMessage)
-            return [_answer((peer, wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST), error)]
+            return [refuse((peer, wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST), error)]
 
     def lose(self, peer: bytes) -> list[Action]:
         """Nothing can be sent to this link any more."""
@@ -141,15 +121,10 @@ class Holder:
                 copy.pieces.extend(_cut(event.data))
                 return self._go_on(copy)
             case CopyBroke():
-                return [_answer(copy.key, event.error), *self._drop(copy.key)]
+                return [refuse(copy.key, event.error), *self._drop(copy.key)]
 
     def tick(self, now: float) -> list[Action]:
-        self._tickets.expire(now)
-        actions: list[Action] = []
-        for key, parked in list(self._parked.items()):
-            if now >= parked.until:
-                del self._parked[key]
-                actions.append(_answer(key, Forbidden("the broker has not announced this ticket")))
+        actions = self._parked.tick(now)
         for key, copy in list(self._copies.items()):
             if now - copy.moved_at > IDLE_S:
                 actions += self._drop(key)
@@ -159,27 +134,21 @@ class Holder:
 
     def _ask(self, key: CopyKey, request: PullBlocks, tokens: bytes, now: float) -> list[Action]:
         """Raises what is wrong with the request."""
-        if key in self._copies or key in self._parked:
-            raise Conflict("a copy with this id is under way")
         if not tokens or len(tokens) % (request.block_size * TOKEN_BYTES):
             raise MalformedMessage(f"{len(tokens)} bytes of tokens are no whole blocks of {request.block_size}")
-        if request.ticket in self._tickets:
-            return self._admit(key, request, tokens, now)
-        if len(self._parked) >= MAX_PARKED:
-            raise Forbidden("the broker has not announced this ticket, and too many wait for such word")
-        self._parked[key] = _Parked(request, tokens, now + GRACE_S)
-        return []
+        is_known = self._parked.show(key, request.ticket, (request, tokens), self._copies.keys(), now)
+        return self._admit(key, request, tokens, now) if is_known else []
 
     def _admit(self, key: CopyKey, request: PullBlocks, tokens: bytes, now: float) -> list[Action]:
         """The ticket decides whose blocks these may be, whatever the request says."""
         try:
-            grant = self._tickets.take(request.ticket, request.worker_id, now)
+            grant = self._parked.take(request.ticket, request.worker_id, now)
             if len(tokens) > grant.num_tokens * TOKEN_BYTES:
                 raise Forbidden(f"this ticket is for the first {grant.num_tokens} tokens, not for more")
             if len(self._copies) >= MAX_COPIES:
                 raise Overloaded(f"{MAX_COPIES} copies are under way from this worker")
         except KVCacheError as error:
-            return [_answer(key, error)]
+            return [refuse(key, error)]
         loan = LoanId(b"lent" + next(self._numbers).to_bytes(8, "big"))
         self._copies[key] = self._by_loan[loan] = Copy(key, loan, request, now, request.credit)
         lend = Lend(
@@ -204,7 +173,7 @@ class Holder:
             digest=lent.digest,
             block_bytes=lent.block_bytes,
         )
-        return [_say(copy.key, found), *self._go_on(copy)]
+        return [say(copy.key, found), *self._go_on(copy)]
 
     def _grant(self, key: CopyKey, chunks: int, now: float) -> list[Action]:
         copy = self._copies.get(key)
@@ -235,11 +204,11 @@ class Holder:
         copy.credit -= 1
         copy.offset += piece.nbytes
         self.served_bytes += piece.nbytes
-        return _say(copy.key, chunk, piece)
+        return say(copy.key, chunk, piece)
 
     def _drop(self, key: CopyKey) -> list[Action]:
         """It is over, however it went."""
-        self._parked.pop(key, None)
+        self._parked.drop(key)
         copy = self._copies.pop(key, None)
         if copy is None:
             return []
@@ -249,11 +218,3 @@ class Holder:
 
 def _cut(data: memoryview) -> Iterator[memoryview]:
     return (data[at : at + CHUNK_BYTES] for at in range(0, data.nbytes, CHUNK_BYTES))
-
-
-def _say(key: CopyKey, message: Message, *payload: Buffer) -> ToCaller:
-    return ToCaller(key[0], [wire.encode(message), *payload])
-
-
-def _answer(key: CopyKey, error: KVCacheError) -> ToCaller:
-    return _say(key, wire.failed(key[1], error))

@@ -1,6 +1,6 @@
 """Copies that other workers take of whole named sequences: from the ticket they show to the last chunk.
 
-    PARKED   the ticket is not known; the broker's word may be on its way, so it has `GRACE_S`
+    PARKED   the ticket is not known (`workers.callers`)
     SENDING  all layers are held as they were at one moment, and sent in chunks, as many as the other has room for
 
 What is sent is a snapshot under the version that was held at that moment: writes go on meanwhile, and make a newer
@@ -13,31 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import msgspec
 
 from bus import wire
-from bus.errors import Conflict, Forbidden, KVCacheError, MalformedMessage, NotFound, Overloaded
+from bus.errors import KVCacheError, MalformedMessage, NotFound, Overloaded
 from bus.limits import CHUNK_BYTES
-from bus.messages import MAX_MILLIS, Cancel, Chunk, Credit, Grant, Message, PullSequence, SequenceFound
+from bus.messages import MAX_MILLIS, Cancel, Chunk, Credit, Grant, PullSequence, SequenceFound
 from bus.stats import pack
-from bus.wire import Buffer, Frames
-from workers.calls import Action, ToCaller
+from bus.wire import Frames
+from workers.callers import IDLE_S, CopyKey, Parked, refuse, say
+from workers.calls import Action
 from workers.holdings import HeldSequences
 from workers.keys import SequenceKey
 from workers.store import KVStore, Read
-from workers.tickets import Tickets
 
-GRACE_S = 0.25
-IDLE_S = 2.0
 MAX_GIVEN = 8
 MAX_CREDIT = 64
 """Chunks that a taker can have on their way, whatever it asks for."""
-MAX_PARKED = 16
-
-CopyKey: TypeAlias = tuple[bytes, bytes]
-"""The link that asks, and its number for the copy."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,8 +53,7 @@ class Giver:
         self.num_given = 0
         self._store = store
         self._held = held
-        self._tickets = Tickets()
-        self._parked: dict[CopyKey, tuple[PullSequence, float]] = {}
+        self._parked = Parked[PullSequence]()
         self._gifts: dict[CopyKey, Gift] = {}
 
     def __len__(self) -> int:
@@ -69,10 +61,7 @@ class Giver:
 
     def granted(self, grant: Grant, now: float) -> list[Action]:
         """A ticket; who has shown it already is served."""
-        self._tickets.add(grant, now)
-        shown = [(key, request) for key, (request, _) in self._parked.items() if request.ticket == grant.ticket]
-        for key, _ in shown:
-            del self._parked[key]
+        shown = self._parked.granted(grant, now)
         return [action for key, request in shown for action in self._admit(key, request, now)]
 
     def on_message(self, peer: bytes, frames: Frames, now: float) -> list[Action]:
@@ -90,19 +79,14 @@ class Giver:
                     raise MalformedMessage(f"{type(message).__name__} is not for a worker that is copied from")
         except KVCacheError as error:
             self.malformed += isinstance(error, MalformedMessage)
-            return [_answer((peer, wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST), error)]
+            return [refuse((peer, wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST), error)]
 
     def lose(self, peer: bytes) -> list[Action]:
         """Nothing can be sent to this link any more."""
         return [action for key in list(self._gifts) if key[0] == peer for action in self._drop(key)]
 
     def tick(self, now: float) -> list[Action]:
-        self._tickets.expire(now)
-        actions: list[Action] = []
-        for key, (_, until) in list(self._parked.items()):
-            if now >= until:
-                del self._parked[key]
-                actions.append(_answer(key, Forbidden("the broker has not announced this ticket")))
+        actions = self._parked.tick(now)
         for key, gift in list(self._gifts.items()):
             if now - gift.moved_at > IDLE_S:
                 actions += self._drop(key)
@@ -112,24 +96,18 @@ class Giver:
 
     def _ask(self, key: CopyKey, request: PullSequence, now: float) -> list[Action]:
         """Raises what is wrong with the request."""
-        if key in self._gifts or key in self._parked:
-            raise Conflict("a copy with this id is under way")
-        if request.ticket in self._tickets:
-            return self._admit(key, request, now)
-        if len(self._parked) >= MAX_PARKED:
-            raise Forbidden("the broker has not announced this ticket, and too many wait for such word")
-        self._parked[key] = request, now + GRACE_S
-        return []
+        is_known = self._parked.show(key, request.ticket, request, self._gifts.keys(), now)
+        return self._admit(key, request, now) if is_known else []
 
     def _admit(self, key: CopyKey, request: PullSequence, now: float) -> list[Action]:
         """The ticket decides whose sequence this is, and which."""
         try:
-            grant = self._tickets.take(request.ticket, request.worker_id, now)
+            grant = self._parked.take(request.ticket, request.worker_id, now)
             if len(self._gifts) >= MAX_GIVEN:
                 raise Overloaded(f"{MAX_GIVEN} sequences are being copied from this worker")
             return self._give(key, request, SequenceKey(grant.tenant, grant.seq_id), now)
         except KVCacheError as error:
-            return [_answer(key, error)]
+            return [refuse(key, error)]
 
     def _give(self, key: CopyKey, request: PullSequence, sequence: SequenceKey, now: float) -> list[Action]:
         """Raises NotFound for what is not stored here: what a generation left is not copied, but computed anew."""
@@ -150,7 +128,7 @@ class Giver:
             pin_ms=min(pin_ms, MAX_MILLIS),
             payload=wire.describe([payload]),
         )
-        return [_say(key, found, payload), *self._go_on(key)]
+        return [say(key, found, payload), *self._go_on(key)]
 
     def _pieces(self, reads: list[Read]) -> Iterator[bytes]:
         """Copies: what a window shows may change once its read is closed."""
@@ -169,7 +147,7 @@ class Giver:
         gift, actions = self._gifts[key], list[Action]()
         while gift.credit and gift.sent < gift.num_bytes:
             piece = next(gift.pieces)
-            actions.append(_say(key, Chunk(req_id=key[1], offset=gift.sent, payload=wire.describe([piece])), piece))
+            actions.append(say(key, Chunk(req_id=key[1], offset=gift.sent, payload=wire.describe([piece])), piece))
             gift.credit -= 1
             gift.sent += len(piece)
         if gift.sent == gift.num_bytes:
@@ -179,17 +157,9 @@ class Giver:
 
     def _drop(self, key: CopyKey) -> list[Action]:
         """It is over, however it went."""
-        self._parked.pop(key, None)
+        self._parked.drop(key)
         gift = self._gifts.pop(key, None)
         if gift is not None:
             for read in gift.reads:
                 self._store.close_read(read)
         return []
-
-
-def _say(key: CopyKey, message: Message, *payload: Buffer) -> ToCaller:
-    return ToCaller(key[0], [wire.encode(message), *payload])
-
-
-def _answer(key: CopyKey, error: KVCacheError) -> ToCaller:
-    return _say(key, wire.failed(key[1], error))

@@ -15,9 +15,10 @@ from bus.limits import CHUNK_BYTES
 from bus.messages import BlocksFound, Cancel, Chunk, Credit, Failed, Grant, PullBlocks
 from tests.unit.bus.any_message import any_frames
 from tests.unit.workers.core_bench import commands
+from workers.callers import GRACE_S, IDLE_S, MAX_PARKED
 from workers.calls import Action, ToCaller
 from workers.copy_api import BlocksRead, CopyBroke, Lend, Lent, ReadBlocks, Return
-from workers.peer_holder import GRACE_S, IDLE_S, MAX_COPIES, MAX_PARKED, Holder
+from workers.peer_holder import MAX_COPIES, Holder
 from workers.tickets import MAX_TICKETS
 
 TOKENS = bytes(4 * 4 * 10)  # ten blocks of four

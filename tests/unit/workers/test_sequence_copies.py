@@ -18,11 +18,12 @@ from bus.stats import LayerInfo, SequenceInfo, pack
 from bus.tensors import DType, TensorMeta
 from bus.wire import Buffer
 from tests.unit.bus.any_message import any_frames
+from workers.callers import GRACE_S, IDLE_S, MAX_PARKED
 from workers.calls import Action, Send, ToCaller, ToPeer
 from workers.holdings import HeldSequences
 from workers.keys import SequenceKey
 from workers.memory import HostMemory
-from workers.sequence_giver import GRACE_S, IDLE_S, MAX_GIVEN, MAX_PARKED, Giver
+from workers.sequence_giver import MAX_GIVEN, Giver
 from workers.sequence_taker import ID, MAX_TAKEN, SILENCE_S, WINDOW, Taker
 from workers.store import KVStore
 
