@@ -201,8 +201,9 @@ class BrokerStats(Figures, frozen=True):
     Of `prompt_tokens` that workers have prefilled, `foreseen_tokens` were in the index where they were sent, and
     `cached_tokens` were not computed.
     `sequences`: named ones of which it knows who holds them. `copied_sequences`: had another worker copy;
-    `failed_copies`: by the name of the code of why not. `waiting_copies`: to be made, or under way. version: of its
-    program.
+    `failed_copies`: by the name of the code of why not. `waiting_copies`: to be made, or under way.
+    `moved_sequences`: of those that were copied, to the worker that owns them since the ring has changed;
+    `sequences_to_move`: that are still to be, when there is time. version: of its program.
     """
 
     incarnation: int
@@ -236,6 +237,8 @@ class BrokerStats(Figures, frozen=True):
     copied_sequences: int = 0
     failed_copies: dict[str, int] = {}
     waiting_copies: int = 0
+    moved_sequences: int = 0
+    sequences_to_move: int = 0
 
 
 class ClusterStats(Figures, frozen=True):

@@ -36,6 +36,7 @@ from bus.messages import (
     HandedOver,
     ModelState,
     Release,
+    ReleaseSequence,
     Welcome,
     WorkerHello,
     WorkerSequences,
@@ -134,11 +135,16 @@ class WorkerCore:
                 return self._handed_over(number, message)
             case DropSequences():
                 return self._drop_sequences(number, frames)
+            case ReleaseSequence():
+                return self._requests.release_sequence(message)
             case Welcome():
                 return self._welcomed(link, message, now)
             case Goodbye():
                 log.info("broker %d leaves: %s", number, message.reason)
-                return self._lose(link, now)
+                self._waits_for.discard(number)
+                lost = self._lose(link, now)
+                link.said_goodbye(now)
+                return lost
             case Failed():
                 log.error("broker %d refuses this worker: %s", number, message.message)
                 return []
@@ -227,9 +233,8 @@ class WorkerCore:
         self._state = WorkerState.DRAINING
         self._drain_until = now + DRAIN_S
         self._requests.close()
-        self._waits_for = (
-            {link.number for link in self._links if link.welcome is not None} if len(self._held) else set()
-        )
+        if len(self._held):
+            self._waits_for = {link.number for link in self._links if link.may_be_back(DRAIN_S, now)}
         return [action for link in self._links for action in link.beat(self._state, self._load(link, now), now)]
 
     @property
@@ -330,22 +335,23 @@ class WorkerCore:
     def _welcomed(self, link: Link, welcome: Welcome, now: float) -> list[Action]:
         was_away = link.welcome is None
         if link.welcomed(welcome, now):
-            lost = [*self._peers.lose_session(link.number), *self._requests.replace_session(link.number, now)]
+            lost = [*self._peers.replace_session(link.number), *self._requests.replace_session(link.number, now)]
         elif was_away:
-            lost = self._requests.regain_session(link.number)
+            lost = [*self._peers.regain_session(link.number), *self._requests.regain_session(link.number)]
         else:
             return []
         log.info("broker %d welcomes this worker", link.number)
         self._nodes.joined(link.number)
         self._held.joined(link.number)
+        if self._state is WorkerState.DRAINING and len(self._held):
+            self._waits_for.add(link.number)  # it orders copies when it has heard what is here, and says when to go
         told = [*link.attach(), *link.beat(self._state, self._load(link, now), now)]
         return [*lost, *told, *self._tell_nodes(now)]
 
     def _lose(self, link: Link, now: float) -> list[Action]:
         link.left(now)
         self._nodes.left(link.number)
-        self._held.left(link.number)
-        self._waits_for.discard(link.number)
+        self._held.left(link.number)  # while draining it is waited for: it may be back in time
         return [*self._peers.lose_session(link.number), *self._requests.lose_session(link.number, now)]
 
     def _may_act(self, number: int, now: float) -> bool:

@@ -85,8 +85,17 @@ class Link:
     def granted(self, answer: BrokerBeat) -> None:
         self.lease.granted(answer.beat, answer.lease_ms)
 
+    def said_goodbye(self, now: float) -> None:
+        """The broker leaves, and has forgotten the session: begin again."""
+        self.left(now)
+        self._session = None
+
+    def may_be_back(self, within_s: float, now: float) -> bool:
+        """Whether we have joined it, or had and heard of it so lately that it may only be restarting."""
+        return self.welcome is not None or (self._session is not None and now - self._heard_at < within_s)
+
     def left(self, now: float) -> None:
-        """The broker said goodbye, or nothing can be sent to it: begin again."""
+        """It is silent, or nothing can be sent to it: begin again."""
         self.welcome = None
         self.lease.void()
         self._hello_due = now + HELLO_S

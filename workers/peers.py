@@ -56,6 +56,12 @@ class Peers:
     def lose_session(self, link: int) -> list[Action]:
         return self._taker.lose_session(link)
 
+    def replace_session(self, link: int) -> list[Action]:
+        return self._taker.replace_session(link)
+
+    def regain_session(self, link: int) -> list[Action]:
+        return self._taker.regain_session(link)
+
     def on_request(self, peer: bytes, frames: Frames, now: float) -> list[Action]:
         """A message at our own endpoint, from whoever can reach it."""
         party = self._giver if _is_of_sequence(frames) else self._holder

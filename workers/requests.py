@@ -38,6 +38,7 @@ from bus.messages import (
     ListSequences,
     Pin,
     Put,
+    ReleaseSequence,
     Reply,
     Resume,
     Tokenize,
@@ -140,6 +141,11 @@ class Requests:
             for newer in holdings.sequences
             for action in self._kv.outdate(SequenceKey(newer.tenant, newer.seq_id), newer.version)
         ]
+
+    def release_sequence(self, release: ReleaseSequence) -> list[Action]:
+        """Others have it too. Another broker's client may write to it just now, and then ours is the newer one."""
+        key = SequenceKey(release.tenant, release.seq_id)
+        return [] if self._kv.is_written(key) else self._kv.outdate(key, release.version + 1)
 
     def is_written(self, key: SequenceKey) -> bool:
         """Whether a client or a generation writes under this name just now."""

@@ -5,7 +5,7 @@
 
 A copy takes effect at once and whole, when its last byte has come, and only if nothing newer has been heard of here
 by then. It takes free room and evicts nothing: the broker finds another worker. Whatever goes wrong ends it without
-effect. Whoever ordered it is told what became of it, once.
+effect. Whoever ordered it is told what became of it, once; if that session was given up, when it is regained.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bus.errors import (
     ConnectionLost,
     DeadlineExceeded,
     Draining,
+    ErrorCode,
     KVCacheError,
     MalformedMessage,
     Overloaded,
@@ -92,6 +93,7 @@ class Taker:
         self._is_written = is_written
         self._outdate = outdate
         self._takings: dict[bytes, Taking] = {}
+        self._dropped: dict[int, list[Taking]] = {}  # with their session, by its link
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -120,11 +122,23 @@ class Taker:
         return [_say(taking, request)]
 
     def lose_session(self, link: int) -> list[Action]:
-        """The broker that ordered these is gone: nobody waits for them."""
+        """The session with the broker that ordered these is given up: they end."""
         takings = [taking for taking in self._takings.values() if taking.link == link]
         for taking in takings:
             self._drop(taking)
+        self._dropped[link] = [*self._dropped.get(link, []), *takings]
         return [_say(taking, Cancel(req_id=taking.req_id)) for taking in takings]
+
+    def replace_session(self, link: int) -> list[Action]:
+        """The broker knows us under another session, and nothing of what it ordered in any earlier one."""
+        actions = self.lose_session(link)
+        del self._dropped[link]
+        return actions
+
+    def regain_session(self, link: int) -> list[Action]:
+        """The broker has kept the session that we had given up: it waits to hear of what was dropped with it."""
+        code = ErrorCode.CONNECTION_LOST
+        return [_report(taking, code=code) for taking in self._dropped.pop(link, [])]
 
     # --- what holders say ---
 

@@ -72,7 +72,16 @@ from bus.messages.generating import (
     Tokenize,
     Tokenized,
 )
-from bus.messages.holding import AskNodes, DropSequences, NodeRun, NodeRuns, NodesChanged, NodesHeld, WorkerSequences
+from bus.messages.holding import (
+    AskNodes,
+    DropSequences,
+    NodeRun,
+    NodeRuns,
+    NodesChanged,
+    NodesHeld,
+    ReleaseSequence,
+    WorkerSequences,
+)
 from bus.messages.joining import (
     MAX_BEAT_MODELS,
     AttachBulk,
@@ -176,6 +185,7 @@ __all__ = [
     "QueryKind",
     "QueryReply",
     "Release",
+    "ReleaseSequence",
     "Replay",
     "Reply",
     "Resume",

@@ -29,7 +29,7 @@ from bus.messages.generating import (
     Tokenize,
     Tokenized,
 )
-from bus.messages.holding import AskNodes, DropSequences, NodesChanged, NodesHeld, WorkerSequences
+from bus.messages.holding import AskNodes, DropSequences, NodesChanged, NodesHeld, ReleaseSequence, WorkerSequences
 from bus.messages.joining import (
     AttachBulk,
     Beat,
@@ -98,6 +98,7 @@ ToWorker = (
     | AskNodes
     | Goodbye
     | DropSequences
+    | ReleaseSequence
     | CopySequence
     | HandedOver
     | Assign

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from bus.limits import MAX_CHANGED_NODES
-from bus.messages.fields import U32, U63, Message, Name, Parts
+from bus.messages.fields import U32, U63, Message, Name, Parts, SeqId
 
 
 class NodeRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -72,3 +72,12 @@ class DropSequences(Message, frozen=True):
     opcode = 89
     payloads = (1, 1)
     payload: Parts
+
+
+class ReleaseSequence(Message, frozen=True):
+    """Other workers have this sequence in this version: let go of it, unless it is newer here or being written."""
+
+    opcode = 90
+    tenant: Name
+    seq_id: SeqId
+    version: U63

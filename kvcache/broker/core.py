@@ -178,7 +178,8 @@ class BrokerCore:
                 case m.WorkerSequences():
                     holdings = unpack(wire.decode(frames).payload[0], Holdings)
                     self._sequences.told(worker, holdings, now, is_complete=message.is_complete)
-                    return self._sequences.take_late()
+                    moves = self._moves.told(worker, now) if message.is_complete else []
+                    return [*self._sequences.take_late(), *moves]
                 case m.SequenceCopied():
                     return self._moves.copied(worker, message, now)
                 case m.WorkerHello():
@@ -387,6 +388,8 @@ class BrokerCore:
             copied_sequences=self._moves.num_done,
             failed_copies=dict(self._moves.failed),
             waiting_copies=len(self._moves),
+            moved_sequences=self._moves.num_moved,
+            sequences_to_move=self._moves.num_to_move,
             pid=self.gauges.pid,
             version=self.gauges.version,
             rss_bytes=self.gauges.rss_bytes,

@@ -73,6 +73,10 @@ class Directory:
         """Those that more than one worker is to have."""
         return list(self._rf)
 
+    def recent(self) -> list[Name]:
+        """All that somebody holds, most recently used first."""
+        return list(reversed(self._held))
+
     def names_of(self, worker_id: str) -> list[Name]:
         """What a worker holds the newest version of, most recently used first."""
         names = self._names_of.get(worker_id, set())
@@ -132,25 +136,27 @@ class Directory:
             self._set(name, Place(place.version, tuple(holder for holder in place.holders if holder != worker_id)))
 
     def _set(self, name: Name, place: Place) -> None:
-        self._remove(name)
-        if not place.holders:
-            self._marks[name] = place.version
-            self._rf.pop(name, None)
-        else:
-            self._held[name] = place
+        self._marks.pop(name, None)
+        self._unlist(name)
+        if place.holders:
+            self._held[name] = place  # one that is known keeps its place in the order of use: being told of is no use
             for holder in place.holders:
                 self._names_of.setdefault(holder, set()).add(name)
+        else:
+            self._held.pop(name, None)
+            self._rf.pop(name, None)
+            self._marks[name] = place.version
         while len(self._held) > self._max_held:
             oldest = next(iter(self._held))
-            self._remove(oldest)
+            self._unlist(oldest)
+            del self._held[oldest]
             self._rf.pop(oldest, None)
         while len(self._marks) > self._max_marks:
             self._marks.popitem(last=False)
 
-    def _remove(self, name: Name) -> None:
-        self._marks.pop(name, None)
-        place = self._held.pop(name, NOWHERE)
-        for holder in place.holders:
+    def _unlist(self, name: Name) -> None:
+        """Nobody is said to hold it."""
+        for holder in self._held.get(name, NOWHERE).holders:
             names = self._names_of[holder]
             names.discard(name)
             if not names:

@@ -168,6 +168,8 @@ class Placement:
             begun = Choice(owner, f"consistent_hash: owner of {key.text}")
             return begun if holders or prompt is None else self._helped(tenant, message, begun, key, prompt, now)
         also = "also" if owner in holders else "not"
+        if self._moves.moves_to(Name(tenant, message.seq_id), owner):
+            also = "not yet"
         return Choice(chosen, f"holder: has {key.text}; its owner {owner} has it {also}")
 
     def _helped(

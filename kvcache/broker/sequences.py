@@ -64,6 +64,10 @@ class Sequences:
         """Those that more than one worker is to have."""
         return self._directory.replicated()
 
+    def recent(self) -> list[Name]:
+        """All that somebody holds, most recently used first."""
+        return self._directory.recent()
+
     def names_of(self, worker_id: str) -> list[Name]:
         """What a worker holds, most recently used first."""
         return self._directory.names_of(worker_id)
@@ -144,6 +148,10 @@ class Sequences:
     def deleted(self, name: Name, version: int) -> None:
         """No worker has it any more, and copies that turn up later are stale."""
         self._directory.mark(name, version)
+
+    def released(self, worker: Worker, name: Name) -> None:
+        """The worker is told to let go of it, which others have in the same version."""
+        self._directory.gone(worker.id, name, self._directory.find(name).version)
 
     def forget(self, worker: Worker) -> None:
         """The worker is lost, with all that it held."""

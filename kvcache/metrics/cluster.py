@@ -55,6 +55,16 @@ _BROKER: tuple[_Figure[BrokerStats], ...] = (
     _gauge("broker_queued_messages", "Messages that peers have not taken yet.", lambda it: it.queued_messages),
     _gauge("broker_indexed_nodes", "Nodes of prompts that the broker knows to be held.", lambda it: it.indexed_nodes),
     _gauge("broker_sequences", "Named sequences of which it knows who holds them.", lambda it: it.sequences),
+    _gauge("broker_waiting_copies", "Copies of sequences that are due or under way.", lambda it: it.waiting_copies),
+    _gauge(
+        "broker_sequences_to_move",
+        "Sequences that another worker owns since the ring has changed.",
+        lambda it: it.sequences_to_move,
+    ),
+    _count("broker_copied_sequences", "Sequences that a worker copied from another.", lambda it: it.copied_sequences),
+    _count(
+        "broker_moved_sequences", "Of them, to the worker that owns them since then.", lambda it: it.moved_sequences
+    ),
     _count("broker_requests", "Requests that arrived.", lambda it: it.requests),
     _count("broker_dropped_messages", "Messages to peers that take none.", lambda it: it.dropped_sends),
     _count("broker_malformed_messages", "Messages that could not be read.", lambda it: it.malformed),
@@ -194,6 +204,8 @@ def _broker(broker: BrokerStats) -> Iterable[Family]:
     codes.update(broker.failed)
     refusals = Family("broker_refusals", Kind.COUNTER, "Requests that the broker ended itself, by why.", ("code",))
     yield by_label(refusals, capped(codes, MAX_REASONS).items())
+    failed = Family("broker_failed_copies", Kind.COUNTER, "Copies of sequences that were not made, by why.", ("code",))
+    yield by_label(failed, capped(broker.failed_copies, MAX_REASONS).items())
     decisions = Family("routing_decisions", Kind.COUNTER, "Requests placed, by policy and why.", ("policy", "reason"))
     for reason, count in capped(broker.reasons, MAX_REASONS).items():
         policy, _, why = reason.partition(": ")

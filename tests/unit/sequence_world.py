@@ -14,6 +14,7 @@ from typing import Any
 from bus import messages as m
 from bus import wire
 from bus.errors import ErrorCode
+from bus.stats import BrokerStats, EngineStats
 from bus.tensors import DType, TensorMeta
 from bus.wire import Buffer
 from kvcache.broker.core import BrokerCore
@@ -38,13 +39,19 @@ RETRYABLE = {ErrorCode.WORKER_LOST, ErrorCode.NO_WORKERS, ErrorCode.OVERLOADED}
 
 @dataclass(eq=False)
 class Asked:
-    """One request of the client, and its end: `answer` is the value that was read, or a code; None: none yet."""
+    """One request of the client, and its end: `answer` is the value that was read, or a code; None: none yet.
+
+    values: all that was read, what was appended included. first: when it was asked for the first time, if this is
+    another attempt.
+    """
 
     kind: str
     seq_id: str
     value: int
     asked_at: int
     answer: int | ErrorCode | None = None
+    values: tuple[int, ...] = ()
+    first: int = 0
     ended_at: int | None = None
 
 
@@ -65,12 +72,15 @@ class Peer:
 
 
 class World:
-    """`num_pages`: of each worker's store; a sequence takes two."""
+    """`num_pages`: of the store of each worker that is started; a sequence takes two. busy: where requests wait."""
 
     def __init__(self, names: Sequence[str], num_pages: int = 64) -> None:
         self.now = 100.0
         self.history: list[Asked] = []
-        self._num_pages = num_pages
+        self.num_pages = num_pages
+        self.busy: set[str] = set()
+        self._broker_is_frozen = False
+        self._to_broker: list[tuple[bytes, list[Buffer]]] = []  # while it is frozen
         self._steps = itertools.count(1)
         self._waiting: dict[bytes, Asked] = {}
         self._incarnations = itertools.count(1)
@@ -90,21 +100,41 @@ class World:
 
     def owner(self, seq_id: str) -> str:
         """Who serves it now."""
+        return self._route(seq_id).worker_id
+
+    def why(self, seq_id: str) -> str:
+        """Why it is served there."""
+        return self._route(seq_id).reason
+
+    def read(self, seq_id: str) -> tuple[int, ...]:
+        """All that is stored of it."""
+        asked = self.ask("get", seq_id)
+        self.settle()
+        return asked.values
+
+    def stats(self) -> BrokerStats:
+        return self.broker.cluster_stats(self.now, m.QueryKind.STATS).broker
+
+    def _route(self, seq_id: str) -> m.Routed:
         route = m.Route(req_id=b"r" * 16, seq_id=seq_id)
         (send,) = self.broker.on_client(b"client", [wire.encode(route)], self.now, USER)
         routed = wire.decode([bytes(frame) for frame in send.frames]).message
         assert isinstance(routed, m.Routed), routed
-        return routed.worker_id
+        return routed
 
     def copies(self, seq_id: str) -> set[str]:
         """The workers that have it stored."""
         key = SequenceKey(USER, seq_id)
         return {name for name, peer in self.workers.items() if peer.store.has(key)}
 
+    def copies_on(self, name: str) -> int:
+        """How many sequences a worker has stored."""
+        return self.workers[name].store.stats(self.now).sequences
+
     def join(self, name: str) -> None:
         """A worker is started, and joins before any time has passed."""
         self.workers[name] = self._new_worker(name)
-        self._from_worker(name, self.workers[name].core.tick(EngineFigures(), self.now, rss_bytes=0, lag_s=0.0))
+        self._tick(name)
         self.settle()
 
     # --- faults ---
@@ -128,6 +158,16 @@ class World:
     def thaw(self, name: str) -> None:
         self.workers[name].frozen = False
 
+    def freeze_broker(self) -> None:
+        self._broker_is_frozen = True
+
+    def thaw_broker(self) -> None:
+        """It goes on, and reads what has come meanwhile."""
+        self._broker_is_frozen = False
+        letters, self._to_broker = self._to_broker, []
+        for link, frames in letters:
+            self._perform(self.broker.on_worker(link, frames, self.now, USER))
+
     def restart_broker(self) -> None:
         self._waiting.clear()
         self.broker = self._new_broker()
@@ -136,10 +176,11 @@ class World:
 
     # --- the client ---
 
-    def ask(self, kind: str, seq_id: str, value: int = 0, *, rf: int = 1) -> Asked:
-        """Send a request; its answer comes as the world runs."""
+    def ask(self, kind: str, seq_id: str, value: int = 0, *, rf: int = 1, again: Asked | None = None) -> Asked:
+        """Send a request; its answer comes as the world runs. again: what this is another attempt of."""
         asked = Asked(kind, seq_id, value, next(self._steps))
-        req_id = asked.asked_at.to_bytes(16, "big")
+        asked.first = asked.asked_at if again is None else again.first
+        req_id = asked.first.to_bytes(16, "big")
         self.history.append(asked)
         self._waiting[req_id] = asked
         head: dict[str, Any] = {"req_id": req_id, "attempt": 0, "deadline_ms": 60_000, "seq_id": seq_id}
@@ -149,6 +190,9 @@ class World:
             case "put":
                 data = [value.to_bytes(8, "big")] * 2
                 message = m.Put(**head, layer=0, k=META, v=META, payload=wire.describe(data), rf=rf)
+            case "append":
+                data = [value.to_bytes(8, "big")] * 2
+                message = m.Append(**head, layer=0, k=META, v=META, at=None, payload=wire.describe(data), rf=rf)
             case "get":
                 message = m.Get(**head, layer=0)
             case _:
@@ -191,19 +235,21 @@ class World:
         for frames in taken:
             self._from_worker(name, peer.core.on_control(0, frames, self.now))
 
-    def run(self, seconds: float) -> None:
-        """Let time pass, and everybody who is not frozen do what time brings about."""
+    def run(self, seconds: float, *, settles: bool = True) -> None:
+        """Let time pass, and everybody who is not frozen do what time brings about. settles: and read what has come."""
         for _ in range(round(seconds / TICK_S)):
             self.now += TICK_S
-            self._perform(self.broker.tick(self.now))
-            self._perform(self.broker.on_client(b"client", [wire.encode(m.Beat(beat=1))], self.now, USER))
+            if not self._broker_is_frozen:
+                self._perform(self.broker.tick(self.now))
+                self._perform(self.broker.on_client(b"client", [wire.encode(m.Beat(beat=1))], self.now, USER))
             for name, peer in list(self.workers.items()):
                 if peer.core.is_drained and not peer.frozen:
                     self._from_worker(name, peer.core.farewell())
                     del self.workers[name]
                 elif not peer.frozen:
-                    self._from_worker(name, peer.core.tick(EngineFigures(), self.now, rss_bytes=0, lag_s=0.0))
-            self.settle()
+                    self._tick(name)
+            if settles:
+                self.settle()
 
     def check(self) -> None:
         self.broker.check()
@@ -211,6 +257,10 @@ class World:
             peer.store.check()
 
     # --- details ---
+
+    def _tick(self, name: str) -> None:
+        figures = EngineFigures(engine=EngineStats(waiting=int(name in self.busy)))
+        self._from_worker(name, self.workers[name].core.tick(figures, self.now, rss_bytes=0, lag_s=0.0))
 
     def _new_broker(self) -> BrokerCore:
         wall_ns = int((WALL_S + self.now) * 1e9)
@@ -220,11 +270,14 @@ class World:
         return broker
 
     def _new_worker(self, name: str) -> Peer:
-        return Peer(name, self.now, next(self._incarnations), self._num_pages)
+        return Peer(name, self.now, next(self._incarnations), self.num_pages)
 
     def _from_worker(self, name: str, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, WorkerSend) and action.channel is Channel.CONTROL:
+                if self._broker_is_frozen:
+                    self._to_broker.append((name.encode(), list(action.frames)))
+                    continue
                 self._perform(self.broker.on_worker(name.encode(), list(action.frames), self.now, USER))
             elif isinstance(action, ToPeer):
                 self._post(name, action.url, list(action.frames), is_request=True)
@@ -249,7 +302,9 @@ class World:
             return
         asked.ended_at = next(self._steps)
         if isinstance(message, m.KvValue):
-            asked.answer = int.from_bytes(decoded.payload[0], "big")
+            k = bytes(decoded.payload[0])
+            asked.values = tuple(int.from_bytes(k[at : at + 8], "big") for at in range(0, len(k), 8))
+            asked.answer = asked.values[0]
         elif isinstance(message, m.Failed):
             asked.answer = ErrorCode(message.code)
         else:

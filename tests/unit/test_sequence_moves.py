@@ -7,7 +7,12 @@ import itertools
 import pytest
 
 from bus.errors import ErrorCode
-from tests.unit.sequence_world import DONE, World
+from kvcache.broker.directory import Name
+from kvcache.broker.homing import BURST_S, SHARE, Allowance
+from kvcache.broker.later import Later
+from kvcache.ring import HashRing
+from kvcache.routing.keys import sequence_key
+from tests.unit.sequence_world import DONE, TICK_S, USER, World
 
 
 @pytest.fixture
@@ -207,3 +212,221 @@ def test_a_write_to_two_where_nobody_is_left_to_have_the_second_is_refused_and_n
     assert world.tell("put", "s", 2, rf=2, seconds=0.5) is ErrorCode.CONFLICT
     world.join("c")
     assert world.tell("put", "s", 2, rf=2) == DONE
+
+
+# --- a worker that joins -------------------------------------------------------------------------
+
+
+def test_a_worker_that_joins_gets_what_it_owns_and_who_had_it_lets_go(world: World) -> None:
+    values = put_all(world, 40)
+    world.join("d")
+    assert world.copies_on("d") == 0, "not before the ring has settled"
+    world.run(3.0)
+    assert world.copies_on("d") > 4
+    assert {world.owner(seq_id) for seq_id in values if "d" in world.copies(seq_id)} == {"d"}
+    for seq_id, value in values.items():
+        assert world.copies(seq_id) == {world.owner(seq_id)}
+        assert world.tell("get", seq_id) == value
+    assert world.stats().moved_sequences == world.copies_on("d")
+    assert world.stats().sequences_to_move == 0
+    world.check()
+
+
+def test_what_was_used_last_moves_first(world: World) -> None:
+    values = put_all(world, 40)
+    to_move = [seq_id for seq_id in values if next(HashRing(dict.fromkeys("abcd", 100)).preference(key(seq_id))) == "d"]
+    wanted = to_move[0]
+    assert world.tell("get", wanted) == values[wanted]
+    world.join("d")
+    while not world.copies_on("d"):
+        world.run(TICK_S, settles=False)
+        for name in "abcd":
+            world.deliver(name, 1)
+    assert "d" in world.copies(wanted)
+
+
+def test_nothing_moves_while_requests_wait_at_an_end_of_it(world: World) -> None:
+    put_all(world, 40)
+    world.busy = {"a", "b", "c"}
+    world.join("d")
+    world.run(4.0)
+    assert world.copies_on("d") == 0
+    assert world.stats().sequences_to_move > 4
+    world.busy = {"a"}
+    world.run(3.0)
+    assert world.copies_on("d") > 0
+    assert world.stats().sequences_to_move == sum("a" in world.copies(f"s{n}") for n in range(40) if owns_d(n))
+
+
+def owns_d(number: int) -> bool:
+    return next(HashRing(dict.fromkeys("abcd", 100)).preference(key(f"s{number}"))) == "d"
+
+
+def key(seq_id: str) -> bytes:
+    return sequence_key(USER, seq_id).key
+
+
+def test_a_sequence_that_is_about_to_move_is_served_where_it_is_and_explained(world: World) -> None:
+    put_all(world, 40)
+    world.busy = {"a", "b", "c"}
+    world.join("d")
+    world.run(4.0)
+    seq_id = next(f"s{number}" for number in range(40) if owns_d(number))
+    assert world.why(seq_id).endswith("its owner d has it not yet")
+    world.busy = set()
+    world.run(1.0)
+    assert world.why(seq_id) == f"consistent_hash: owner of sequence {seq_id!r}"
+
+
+def test_a_write_that_overtakes_a_move_is_not_lost_and_the_sequence_moves_with_it(world: World) -> None:
+    put_all(world, 40)
+    seq_id = next(f"s{number}" for number in range(40) if owns_d(number))
+    world.tell("get", seq_id)
+    (holder,) = world.copies(seq_id)
+    world.freeze(holder)
+    world.join("d")
+    world.run(0.5)
+    world.thaw(holder)
+    world.run(0.8)
+    world.ask("append", seq_id, 77)
+    world.run(3.0)
+    assert world.read(seq_id) == (int(seq_id[1:]), 77)
+    assert world.copies(seq_id) == {"d"}
+
+
+def test_two_copies_move_so_that_the_two_that_the_ring_prefers_have_them(world: World) -> None:
+    values = put_all(world, 20, rf=2)
+    world.join("d")
+    world.run(3.0)
+    ring = HashRing(dict.fromkeys("abcd", 100))
+    for seq_id, value in values.items():
+        assert world.copies(seq_id) == set(list(ring.preference(key(seq_id)))[:2])
+        assert world.tell("get", seq_id) == value
+
+
+def test_a_newcomer_without_room_keeps_what_fits_and_nothing_is_lost() -> None:
+    world = World(("a", "b", "c"), num_pages=64)
+    values = put_all(world, 40)
+    world.num_pages = 4
+    world.join("d")
+    world.run(5.0)
+    assert world.copies_on("d") == 2
+    assert world.stats().failed_copies["NO_SPACE"] <= 3, "it is asked again ever more seldom"
+    assert all(world.tell("get", seq_id) == value for seq_id, value in values.items())
+
+
+@pytest.mark.parametrize("dies", ["the newcomer", "the holder"])
+def test_a_death_in_the_middle_of_a_move_costs_only_what_the_dead_had(world: World, dies: str) -> None:
+    values = put_all(world, 40)
+    seq_id = next(seq_id for seq_id in reversed(values) if owns_d(int(seq_id[1:])))
+    (holder,) = world.copies(seq_id)
+    world.join("d")
+    while "d" not in world.workers or not world.workers["d"].inbox:
+        world.run(TICK_S, settles=False)
+    world.deliver("d", 1)  # it asks for the first
+    world.kill("d" if dies == "the newcomer" else holder)
+    world.run(4.0)
+    lost = {seq_id for seq_id, value in values.items() if world.tell("get", seq_id) != value}
+    if dies == "the newcomer":
+        assert lost == set()
+    else:
+        assert all(ring_of_three(seq_id) == holder for seq_id in lost)
+    world.check()
+
+
+def ring_of_three(seq_id: str) -> str:
+    return next(HashRing(dict.fromkeys("abc", 100)).preference(key(seq_id)))
+
+
+def test_moves_take_no_more_than_their_part_of_the_time() -> None:
+    allowance = Allowance()
+    assert allowance.left("a", 0.0) == BURST_S
+    allowance.spend("a", 3.0, 0.0)
+    assert allowance.left("a", 0.0) == BURST_S - 3.0
+    assert allowance.left("a", 4.0) == pytest.approx(BURST_S - 3.0 + 4.0 * SHARE)
+    assert allowance.left("a", 1000.0) == BURST_S
+    allowance.keep({"b"})
+    assert allowance.left("a", 0.0) == BURST_S
+
+
+# --- a worker that leaves while its broker does ----------------------------------------------------
+
+
+def test_a_worker_that_drains_while_its_broker_restarts_still_hands_over(world: World) -> None:
+    values = put_all(world, 40)
+    world.freeze("b")
+    world.drain("a")  # its handover has only begun
+    world.restart_broker()
+    world.thaw("b")
+    world.run(4.0)
+    assert "a" not in world.workers
+    assert all(world.tell("get", seq_id) == value for seq_id, value in values.items())
+
+
+def test_a_worker_that_drains_and_regains_its_session_still_hands_over(world: World) -> None:
+    values = put_all(world, 40)
+    world.freeze_broker()
+    world.run(1.5)
+    world.drain("a")
+    world.thaw_broker()
+    world.run(4.0)
+    assert "a" not in world.workers, "it is told to go when nothing is left to be copied"
+    assert all(world.tell("get", seq_id) == value for seq_id, value in values.items())
+
+
+def test_a_worker_does_not_wait_for_ever_for_a_broker_that_is_gone(world: World) -> None:
+    put_all(world, 10)
+    world.freeze_broker()
+    world.drain("a")
+    world.run(9.5)
+    assert "a" in world.workers
+    world.run(1.0)
+    assert "a" not in world.workers
+
+
+def test_a_copy_that_was_dropped_with_a_session_is_told_of_when_the_session_is_regained(world: World) -> None:
+    """Else its broker would wait for as long as a copy may take."""
+    assert world.tell("put", "s", 1, rf=2) == DONE
+    world.kill(sorted(world.copies("s"))[0])
+    (left,) = world.copies("s")
+    world.freeze(left)  # it does not give the copy that is ordered now
+    world.run(0.1)
+    assert world.stats().waiting_copies == 1
+    world.freeze_broker()
+    world.run(1.5)
+    world.thaw(left)
+    world.thaw_broker()
+    world.run(1.0)
+    assert len(world.copies("s")) == 2
+
+
+def test_what_nobody_could_take_is_tried_again_when_there_may_be_room(world: World) -> None:
+    world.num_pages = 2
+    for name in ("a", "b", "c"):
+        world.kill(name)
+    world.run(2.0)
+    names = [owned(world, name, 1)[0] for name in ("a", "b", "c")]
+    assert world.tell("put", names[0], 1, rf=2) == DONE
+    (free,) = set(world.workers) - world.copies(names[0])
+    (lost,) = world.copies(names[0]) - {"a"}
+    assert world.tell("put", names["abc".index(free)], 2) == DONE  # so that there is no room for another copy
+    world.freeze(lost)
+    world.run(6.0)
+    assert world.copies(names[0]) == {"a", lost}
+    assert 2 <= world.stats().failed_copies["NO_SPACE"] <= 4, "after a second, two more, and four more"
+    assert world.tell("delete", names["abc".index(free)]) == DONE
+    world.run(5.0)
+    assert world.copies(names[0]) == {"a", lost, free}
+
+
+def test_the_time_between_rounds_doubles_up_to_a_minute() -> None:
+    later, name, now = Later(), Name("t", "s"), 0.0
+    waits = []
+    for rounds in range(1, 10):
+        later.add(name, rounds, now)
+        before = now
+        while not (due := later.take(now)):
+            now += 0.5
+        assert due == [(name, rounds)]
+        waits.append(now - before)
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 64, 64]

@@ -43,6 +43,7 @@ def test_a_sequence_is_written_and_read_on_its_owner(world: World) -> None:
 
 
 def test_what_was_written_while_its_owner_was_away_is_read_when_the_owner_is_back(world: World) -> None:
+    world.busy = set(world.workers)  # nothing moves to its owner yet
     owner = world.owner("s")
     world.kill(owner)
     assert world.tell("put", "s", 1, seconds=0.0) == DONE
@@ -54,6 +55,7 @@ def test_what_was_written_while_its_owner_was_away_is_read_when_the_owner_is_bac
 
 
 def test_a_copy_that_was_rewritten_elsewhere_is_never_read_again_and_dropped(world: World) -> None:
+    world.busy = set(world.workers)  # nothing moves to its owner yet
     owner = world.owner("s")
     world.tell("put", "s", 1)
     away(world, owner)
@@ -86,6 +88,7 @@ def test_a_copy_that_was_deleted_while_its_worker_was_away_does_not_come_back(wo
 
 
 def test_a_broker_that_starts_anew_learns_where_the_newest_copies_are_before_it_answers(world: World) -> None:
+    world.busy = set(world.workers)  # nothing moves to its owner yet
     owner = world.owner("s")
     world.tell("put", "s", 1)
     away(world, owner)
@@ -190,6 +193,7 @@ def test_both_copies_stay_when_a_later_write_asks_for_one(world: World) -> None:
 
 
 def test_a_write_of_which_one_copy_froze_is_not_acknowledged_and_the_frozen_one_never_read(world: World) -> None:
+    world.busy = set(world.workers)  # nothing moves to its owner yet
     world.tell("put", "s", 1, rf=2)
     frozen = world.owner("s")
     world.freeze(frozen)
