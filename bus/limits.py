@@ -34,5 +34,8 @@ MAX_CHAIN_NODES = 256
 MAX_CHANGED_NODES = 4096
 """Nodes in one report of what a worker holds."""
 
+MAX_RECEIPTS = 1000
+"""Changes to a sequence that a copy of it remembers, so that none takes effect twice."""
+
 MAX_COPIES = 2
 """Workers that a stored sequence may be written to at once."""

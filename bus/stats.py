@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from bus.errors import MalformedMessage
-from bus.limits import MAX_COPIES
+from bus.limits import MAX_COPIES, MAX_RECEIPTS
 from bus.wire import Buffer
 
 
@@ -331,6 +331,24 @@ class Holding(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 class Holdings(Figures, frozen=True):
     sequences: Annotated[tuple[Holding, ...], msgspec.Meta(max_length=1000)] = ()
+
+
+class Receipt(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A change to a sequence that took effect: whose request it was, under which id, a digest of what it asked for, and
+    the `length` and `count` that it was answered with. Who asks it again gets that answer, and changes nothing."""
+
+    client: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    req_id: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    body: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    length: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    count: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Snapshot(Figures, frozen=True):
+    """A sequence as it is copied: its layers, and the latest changes that made it what it is, oldest first."""
+
+    info: SequenceInfo
+    receipts: Annotated[tuple[Receipt, ...], msgspec.Meta(max_length=MAX_RECEIPTS)] = ()
 
 
 class Spelling(Figures, frozen=True):

@@ -79,8 +79,9 @@ class WorkerCore:
         self._held = HeldSequences(num_links)
         self._requests = Requests(hello.worker_id, store, self._held, self._may_act)
         self._nodes = NodeLog()
-        taker = Taker(hello.worker_id, store, self._held, self._requests.is_written, self._requests.outdate)
-        self._peers = Peers(hello.worker_id, Giver(store, self._held), taker)
+        requests = self._requests
+        taker = Taker(hello.worker_id, store, self._held, requests.is_written, requests.outdate, requests.adopt)
+        self._peers = Peers(hello.worker_id, Giver(store, self._held, requests.receipts), taker)
         self._waits_for: set[int] = set()  # while draining: brokers that may still have sequences copied from here
         self._malformed = 0
         self._state = WorkerState.LOADING if preloading else WorkerState.READY

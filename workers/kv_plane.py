@@ -34,7 +34,6 @@ from bus.messages import (
     KvValue,
     Length,
     ListSequences,
-    Message,
     Pin,
     Put,
     Tokenize,
@@ -150,7 +149,7 @@ class KVPlane:
             case _:
                 raise BadArgument(f"this request expects no {type(message).__name__.lower()}")
 
-    def repeat(self, call: Call, reply: Message) -> list[Action]:
+    def repeat(self, call: Call, reply: KvDone) -> list[Action]:
         """Answer a request again that took effect before; a write is not made again, but counts as new."""
         version = 0
         if isinstance(call.message, Put | Append):
@@ -273,7 +272,10 @@ class KVPlane:
 
     def _finish(self, call: Call, done: KvDone, *, version: int = 0) -> list[Action]:
         """Answer a change, and remember the answer: a retry must not change anything again."""
-        self._replies.keep(call.request, msgspec.structs.replace(done, duplicate=True))
+        assert isinstance(call.message, Put | Append | Delete | Pin | Unpin | FlushPrefixCache)
+        if not isinstance(call.message, FlushPrefixCache):
+            key = SequenceKey(call.request.tenant, call.message.seq_id)
+            self._replies.keep(call.request, key, msgspec.structs.replace(done, duplicate=True))
         return self._calls.finish(call, done, version=version)
 
     # --- reads ---

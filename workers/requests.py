@@ -44,7 +44,7 @@ from bus.messages import (
     Tokenize,
     Unpin,
 )
-from bus.stats import Holdings, StoreStats
+from bus.stats import Holdings, Receipt, StoreStats
 from bus.wire import Buffer, Frames
 from kvcache.logs import about
 from workers.calls import Action, Call, CallId, Calls
@@ -146,6 +146,14 @@ class Requests:
         """Others have it too. Another broker's client may write to it just now, and then ours is the newer one."""
         key = SequenceKey(release.tenant, release.seq_id)
         return [] if self._kv.is_written(key) else self._kv.outdate(key, release.version + 1)
+
+    def receipts(self, key: SequenceKey) -> tuple[Receipt, ...]:
+        """The changes that made this sequence what it is, the latest ones, for who takes a copy of it."""
+        return self._replies.receipts(key)
+
+    def adopt(self, key: SequenceKey, receipts: Sequence[Receipt], now: float) -> None:
+        """This sequence was copied to here, and with it what had been changed: it is not changed so again."""
+        self._replies.adopt(key, receipts, now)
 
     def is_written(self, key: SequenceKey) -> bool:
         """Whether a client or a generation writes under this name just now."""

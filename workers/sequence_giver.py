@@ -11,7 +11,7 @@ in every case the store's reads are closed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -20,7 +20,7 @@ from bus import wire
 from bus.errors import KVCacheError, MalformedMessage, NotFound, Overloaded
 from bus.limits import CHUNK_BYTES
 from bus.messages import MAX_MILLIS, Cancel, Chunk, Credit, Grant, PullSequence, SequenceFound
-from bus.stats import pack
+from bus.stats import Receipt, Snapshot, pack
 from bus.wire import Frames
 from workers.callers import IDLE_S, CopyKey, Parked, refuse, say
 from workers.calls import Action
@@ -46,13 +46,16 @@ class Gift:
 
 
 class Giver:
-    """All copies that others take of what lies in `store`; `held` knows the versions."""
+    """All copies that others take of what lies in `store`; `held` knows the versions, `receipts` the latest changes."""
 
-    def __init__(self, store: KVStore, held: HeldSequences) -> None:
+    def __init__(
+        self, store: KVStore, held: HeldSequences, receipts: Callable[[SequenceKey], tuple[Receipt, ...]]
+    ) -> None:
         self.malformed = 0
         self.num_given = 0
         self._store = store
         self._held = held
+        self._receipts = receipts
         self._parked = Parked[PullSequence]()
         self._gifts: dict[CopyKey, Gift] = {}
 
@@ -119,7 +122,7 @@ class Giver:
         pin_ms = 0 if pinned_s is None or math.isinf(pinned_s) else max(1, int(pinned_s * 1000))
         reads = [self._store.open_read(sequence, layer.layer) for layer in info.layers]
         self._gifts[key] = Gift(reads, self._pieces(reads), info.nbytes, min(request.credit, MAX_CREDIT), now)
-        payload = pack(info)
+        payload = pack(Snapshot(info=info, receipts=self._receipts(sequence)))
         found = SequenceFound(
             req_id=key[1],
             version=version,

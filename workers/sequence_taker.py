@@ -30,7 +30,7 @@ from bus.errors import (
 )
 from bus.messages import Cancel, Chunk, CopySequence, Credit, Failed, Message, PullSequence, SequenceCopied
 from bus.messages import SequenceFound as Found
-from bus.stats import LayerInfo, SequenceInfo, unpack
+from bus.stats import LayerInfo, Receipt, Snapshot, unpack
 from bus.tensors import TensorMeta, dtype_by_name
 from bus.wire import Buffer, Frames
 from workers.calls import Action, Channel, Send, ToPeer
@@ -57,6 +57,7 @@ class Taking:
     until: float
     moved_at: float
     found: Found | None = None
+    receipts: tuple[Receipt, ...] = ()
     is_pinned: bool = False
     transfers: list[Transfer] = field(default_factory=list)
     num_bytes: int = 0
@@ -75,7 +76,7 @@ class Taker:
     """All copies under way to this worker.
 
     is_written(sequence): whether a client or a generation writes to it just now. outdate(sequence, version): drop what
-    is here of it if it is older.
+    is here of it if it is older. adopt(sequence, receipts, now): these changes are in what is here now.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Taker:
         held: HeldSequences,
         is_written: Callable[[SequenceKey], bool],
         outdate: Callable[[SequenceKey, int], list[Action]],
+        adopt: Callable[[SequenceKey, Sequence[Receipt], float], None],
     ) -> None:
         self.num_taken = 0
         self._worker_id = worker_id
@@ -92,6 +94,7 @@ class Taker:
         self._held = held
         self._is_written = is_written
         self._outdate = outdate
+        self._adopt = adopt
         self._takings: dict[bytes, Taking] = {}
         self._dropped: dict[int, list[Taking]] = {}  # with their session, by its link
         self._numbers = itertools.count(1)
@@ -152,7 +155,7 @@ class Taker:
             message, payload = wire.decode_intact(frames)
             match message:
                 case Found():
-                    self._found(taking, message, unpack(payload[0], SequenceInfo), now)
+                    self._found(taking, message, unpack(payload[0], Snapshot), now)
                 case Chunk():
                     self._take(taking, message.offset, payload[0])
                 case Failed():
@@ -180,13 +183,14 @@ class Taker:
 
     # --- inside ---
 
-    def _found(self, taking: Taking, found: Found, info: SequenceInfo, now: float) -> None:
+    def _found(self, taking: Taking, found: Found, snapshot: Snapshot, now: float) -> None:
         """Take room for all of it. Raises what speaks against that; what was taken is given back with the copy."""
+        info = snapshot.info
         if taking.found is not None or not info.layers:
             raise MalformedMessage("a sequence is found once, and has layers")
         if found.version < taking.order.version:
             raise Conflict(f"version {found.version} is there, and {taking.order.version} exists")
-        taking.found, taking.is_pinned = found, info.pinned
+        taking.found, taking.receipts, taking.is_pinned = found, snapshot.receipts, info.pinned
         for layer in info.layers:
             k, v = _meta(layer, layer.k_shape), _meta(layer, layer.v_shape)
             transfer = self._store.begin_put(taking.key, layer.layer, k, v, now=now, may_evict=False)
@@ -226,6 +230,7 @@ class Taker:
         for transfer in taking.transfers:
             self._store.commit(transfer)
         taking.transfers.clear()
+        self._adopt(key, taking.receipts, now)
         self._held.took(key, found.version, found.copies, found.rf)
         if taking.is_pinned:
             self._store.pin(key, found.pin_ms / 1000 if found.pin_ms else None, now)

@@ -103,7 +103,7 @@ class SequenceFound(Message, frozen=True):
 
     version: that which the copy will be. rf: how many workers are to have it. copies: how many may have this version,
     this copy included. pin_ms: how long it stays pinned, if it is; 0: until it is unpinned. Payload:
-    `bus.stats.SequenceInfo`.
+    `bus.stats.Snapshot`.
     """
 
     opcode = 85

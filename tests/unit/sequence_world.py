@@ -52,6 +52,11 @@ class Asked:
     answer: int | ErrorCode | None = None
     values: tuple[int, ...] = ()
     first: int = 0
+
+    @property
+    def req_id(self) -> bytes:
+        return self.first.to_bytes(16, "big")
+
     ended_at: int | None = None
 
 
@@ -170,6 +175,8 @@ class World:
 
     def restart_broker(self) -> None:
         self._waiting.clear()
+        self._broker_is_frozen = False
+        self._to_broker.clear()
         self.broker = self._new_broker()
         for peer in self.workers.values():
             peer.inbox.clear()
@@ -180,7 +187,7 @@ class World:
         """Send a request; its answer comes as the world runs. again: what this is another attempt of."""
         asked = Asked(kind, seq_id, value, next(self._steps))
         asked.first = asked.asked_at if again is None else again.first
-        req_id = asked.first.to_bytes(16, "big")
+        req_id = asked.req_id
         self.history.append(asked)
         self._waiting[req_id] = asked
         head: dict[str, Any] = {"req_id": req_id, "attempt": 0, "deadline_ms": 60_000, "seq_id": seq_id}
@@ -211,6 +218,21 @@ class World:
             if asked.answer not in {None, *RETRYABLE} or self.now >= until:
                 return asked.answer
             self.run(TICK_S)
+
+    def append(
+        self, seq_id: str, value: int, *, rf: int = 1, seconds: float = 5.0, first: Asked | None = None
+    ) -> int | ErrorCode | None:
+        """Add to its end, whatever that is; tried again under one id, for as long as that may help. first: as `again`
+        of `ask`."""
+        asked, until = self.ask("append", seq_id, value, rf=rf, again=first), self.now + seconds
+        first = first or asked
+        while True:
+            self.settle()
+            if asked.answer not in {None, *RETRYABLE} or self.now >= until:
+                return asked.answer
+            self.run(TICK_S)
+            if asked.answer is not None or asked.req_id not in self._waiting:
+                asked = self.ask("append", seq_id, value, rf=rf, again=first)
 
     # --- time ---
 

@@ -12,7 +12,7 @@ from kvcache.broker.homing import BURST_S, SHARE, Allowance
 from kvcache.broker.later import Later
 from kvcache.ring import HashRing
 from kvcache.routing.keys import sequence_key
-from tests.unit.sequence_world import DONE, TICK_S, USER, World
+from tests.unit.sequence_world import DONE, TICK_S, USER, Asked, World
 
 
 @pytest.fixture
@@ -384,22 +384,6 @@ def test_a_worker_does_not_wait_for_ever_for_a_broker_that_is_gone(world: World)
     assert "a" not in world.workers
 
 
-def test_a_copy_that_was_dropped_with_a_session_is_told_of_when_the_session_is_regained(world: World) -> None:
-    """Else its broker would wait for as long as a copy may take."""
-    assert world.tell("put", "s", 1, rf=2) == DONE
-    world.kill(sorted(world.copies("s"))[0])
-    (left,) = world.copies("s")
-    world.freeze(left)  # it does not give the copy that is ordered now
-    world.run(0.1)
-    assert world.stats().waiting_copies == 1
-    world.freeze_broker()
-    world.run(1.5)
-    world.thaw(left)
-    world.thaw_broker()
-    world.run(1.0)
-    assert len(world.copies("s")) == 2
-
-
 def test_what_nobody_could_take_is_tried_again_when_there_may_be_room(world: World) -> None:
     world.num_pages = 2
     for name in ("a", "b", "c"):
@@ -430,3 +414,63 @@ def test_the_time_between_rounds_doubles_up_to_a_minute() -> None:
         assert due == [(name, rounds)]
         waits.append(now - before)
     assert waits == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+
+
+# --- once and no more ------------------------------------------------------------------------------
+
+
+def lose_answer(world: World, seq_id: str, value: int) -> Asked:
+    """An append that takes effect, of which nobody hears because the broker dies."""
+    asked = world.ask("append", seq_id, value)
+    world.freeze_broker()
+    world.settle()
+    world.restart_broker()
+    assert asked.answer is None
+    return asked
+
+
+def test_an_append_whose_answer_was_lost_is_not_applied_again_where_the_sequence_went(world: World) -> None:
+    assert world.tell("put", "s", 1) == DONE
+    (holder,) = world.copies("s")
+    asked = lose_answer(world, "s", 2)
+    world.run(3.0)
+    world.drain(holder)
+    world.run(1.0)
+    assert holder not in world.workers
+    again = world.ask("append", "s", 2, again=asked)
+    world.settle()
+    assert again.answer == DONE
+    assert world.read("s") == (1, 2)
+
+
+def test_an_append_whose_answer_was_lost_is_not_applied_again_by_a_newcomer(world: World) -> None:
+    seq_id = next(f"s{number}" for number in range(40) if owns_d(number))
+    assert world.tell("put", seq_id, 1) == DONE
+    asked = lose_answer(world, seq_id, 2)
+    world.join("d")
+    world.run(6.0)
+    assert world.copies(seq_id) == {"d"}
+    again = world.ask("append", seq_id, 2, again=asked)
+    world.settle()
+    assert (again.answer, world.read(seq_id)) == (DONE, (1, 2))
+    assert world.append(seq_id, 3) == DONE
+    assert world.read(seq_id) == (1, 2, 3)
+
+
+def test_an_append_to_two_of_which_one_died_is_applied_once_on_the_copy_that_is_made_anew(world: World) -> None:
+    assert world.tell("put", "s", 1, rf=2) == DONE
+    first, second = sorted(world.copies("s"))
+    world.freeze(second)
+    asked = world.ask("append", "s", 2, rf=2)
+    world.settle()
+    world.kill(second)
+    world.run(2.0)
+    assert asked.answer is ErrorCode.WORKER_LOST
+    again = world.ask("append", "s", 2, rf=2, again=asked)
+    world.settle()
+    assert again.answer == DONE
+    assert len(world.copies("s")) == 2
+    assert world.read("s") == (1, 2)
+    world.kill(first)
+    assert world.tell("get", "s") == 1
+    assert world.read("s") == (1, 2)

@@ -83,8 +83,15 @@ def test_opcodes_are_those_of_the_published_protocol() -> None:
         **{"ListSequences": 71, "KvDone": 72, "KvValue": 73, "KvListed": 74, "Credit": 75, "Chunk": 76},
         **{"FlushPrefixCache": 77},
         **{"Grant": 80, "PullBlocks": 81, "BlocksFound": 82},
-        **{"CopySequence": 83, "PullSequence": 84, "SequenceFound": 85, "SequenceCopied": 86, "HandedOver": 87},
-        **{"WorkerSequences": 88, "DropSequences": 89},
+        **{
+            "CopySequence": 83,
+            "PullSequence": 84,
+            "SequenceFound": 85,
+            "SequenceCopied": 86,
+            "HandedOver": 87,
+            "ReleaseSequence": 90,
+        },
+        **{"WorkerSequences": 88, "DropSequences": 89, "ReleaseSequence": 90},
         **{"Failed": 96, "Assign": 112, "Forward": 113, "Reply": 114, "Release": 115},
     }
 

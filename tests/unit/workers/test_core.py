@@ -23,6 +23,7 @@ from bus.messages import (
     Failed,
     Forward,
     Goodbye,
+    HandedOver,
     Hello,
     KvDone,
     Length,
@@ -554,6 +555,20 @@ def test_draining_is_told_at_once_refuses_what_is_new_and_waits_for_what_runs(be
     bench.forward(call, Cancel(req_id=bytes(16)))
     assert bench.core.is_drained
     assert messages(bench.core.farewell(), Goodbye) == [Goodbye(reason="drained")]
+
+
+def test_a_broker_that_is_back_while_a_worker_drains_may_have_its_sequences_copied(bench: CoreBench) -> None:
+    bench.assign(put(bench), DATA, DATA, version=5)
+    was_drained = []
+    for happens in (
+        lambda: bench.core.drain(bench.now),
+        lambda: bench.control(Goodbye(reason="restarting")),  # nobody is left to wait for, unless it is back in time
+        lambda: bench.join(session=b"T" * 16),
+        lambda: bench.control(HandedOver(num_left=0)),
+    ):
+        happens()
+        was_drained.append(bench.core.is_drained)
+    assert was_drained == [False, True, False, True]
 
 
 def test_after_ten_seconds_of_draining_what_still_runs_fails_as_lost(bench: CoreBench) -> None:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
 from bus import wire
 from bus.errors import ErrorCode
-from bus.messages import Append, Delete, DropSequences, Generate, Get, KvDone, Put, WorkerHello, WorkerSequences
+from bus.messages import (
+    Append,
+    Chunk,
+    Delete,
+    DropSequences,
+    Generate,
+    Get,
+    KvDone,
+    Put,
+    ReleaseSequence,
+    WorkerHello,
+    WorkerSequences,
+)
 from bus.stats import Holding, Holdings, pack, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, answers, commands, messages, sends
@@ -153,6 +166,32 @@ def test_an_older_copy_is_dropped_when_the_broker_says_so(bench: CoreBench) -> N
     assert bench.store.has(S)
     drop(bench, 6)
     assert not bench.store.has(S)
+
+
+def release(bench: CoreBench, version: int) -> None:
+    bench.control(ReleaseSequence(tenant="t", seq_id="s", version=version))
+
+
+def test_a_copy_that_others_have_too_is_let_go_of_unless_it_is_newer(bench: CoreBench) -> None:
+    put(bench, 5)
+    release(bench, 4)
+    assert bench.store.has(S)
+    release(bench, 5)
+    assert not bench.store.has(S)
+    assert announced(bench.tick()) == [("s", 5, False)]
+
+
+def test_a_copy_that_is_just_being_written_is_not_let_go_of(bench: CoreBench) -> None:
+    """By the client of another broker: what it writes is newer than what others have."""
+    put(bench, 5)
+    message = Append(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s", layer=0, k=META, v=META)
+    call, _ = bench.assign(message, version=6)
+    release(bench, 5)
+    assert bench.store.has(S)
+    chunk = Chunk(req_id=bytes(16), offset=0, payload=())
+    bench.forward(call, chunk, DATA, bulk=True)
+    actions = bench.forward(call, msgspec.structs.replace(chunk, offset=len(DATA)), DATA, bulk=True)
+    assert version_of(actions) == 6
 
 
 def test_an_order_to_drop_that_cannot_be_read_changes_nothing(bench: CoreBench) -> None:

@@ -14,7 +14,7 @@ from bus import messages as m
 from bus import wire
 from bus.errors import ErrorCode
 from bus.limits import CHUNK_BYTES
-from bus.stats import LayerInfo, SequenceInfo, pack
+from bus.stats import LayerInfo, SequenceInfo, Snapshot, pack
 from bus.tensors import DType, TensorMeta
 from bus.wire import Buffer
 from tests.unit.bus.any_message import any_frames
@@ -23,6 +23,7 @@ from workers.calls import Action, Send, ToCaller, ToPeer
 from workers.holdings import HeldSequences
 from workers.keys import SequenceKey
 from workers.memory import HostMemory
+from workers.replies import Replies
 from workers.sequence_giver import MAX_GIVEN, Giver
 from workers.sequence_taker import ID, MAX_TAKEN, SILENCE_S, WINDOW, Taker
 from workers.store import KVStore
@@ -39,8 +40,12 @@ class End:
         self.store = KVStore(HostMemory(num_pages * PAGE), PAGE)
         self.held = HeldSequences(1)
         self.written = False
-        self.giver = Giver(self.store, self.held)
-        self.taker = Taker("taker", self.store, self.held, lambda key: self.written, self.outdate)
+        self.replies = Replies()
+        self.giver = Giver(self.store, self.held, self.replies.receipts)
+        self.taker = Taker("taker", self.store, self.held, self.is_written, self.outdate, self.replies.adopt)
+
+    def is_written(self, key: SequenceKey) -> bool:
+        return self.written
 
     def outdate(self, key: SequenceKey, newest: int) -> list[Action]:
         if 0 < self.held.version(key) < newest:
@@ -251,6 +256,18 @@ def test_silence_budget_and_lost_links_end_a_copy_without_effect() -> None:
     assert len(taker) == 0
 
 
+def test_what_was_dropped_with_a_session_is_told_if_that_is_regained_and_not_if_there_is_another() -> None:
+    for regains in (True, False):
+        taker = End().taker
+        begin(taker, order(1))
+        taker.lose_session(0)
+        begin(taker, order(2, seq_id="other"))
+        taker.lose_session(0)
+        told = taker.regain_session(0) if regains else taker.replace_session(0)
+        assert codes(told) == [ErrorCode.CONNECTION_LOST] * 2 * regains
+        assert codes(taker.regain_session(0)) == [], "once"
+
+
 def test_a_taker_that_falls_silent_is_forgotten_and_what_it_read_is_let_go() -> None:
     source, target = End(), End()
     source.put(0, 30_000, 1, version=5)
@@ -294,7 +311,7 @@ LAYER = LayerInfo(layer=0, length=5, k_shape=(5, 2, 64), v_shape=(5, 2, 64), dty
 
 
 def info(*layers: LayerInfo) -> bytes:
-    return pack(SequenceInfo(seq_id="s", kind="stored", nbytes=0, pinned=False, layers=layers))
+    return pack(Snapshot(info=SequenceInfo(seq_id="s", kind="stored", nbytes=0, pinned=False, layers=layers)))
 
 
 def lying(taker: Taker, *messages: tuple[m.Message, bytes]) -> list[ErrorCode]:
