@@ -203,7 +203,8 @@ class BrokerStats(Figures, frozen=True):
     `sequences`: named ones of which it knows who holds them. `copied_sequences`: had another worker copy;
     `failed_copies`: by the name of the code of why not. `waiting_copies`: to be made, or under way.
     `moved_sequences`: of those that were copied, to the worker that owns them since the ring has changed;
-    `sequences_to_move`: that are still to be, when there is time. version: of its program.
+    `sequences_to_move`: that are still to be, when there is time. `warmed_prompts`: whose KV it had a worker fetch
+    before that was asked for them; `prompts_to_warm`: still to be. version: of its program.
     """
 
     incarnation: int
@@ -237,6 +238,8 @@ class BrokerStats(Figures, frozen=True):
     copied_sequences: int = 0
     failed_copies: dict[str, int] = {}
     waiting_copies: int = 0
+    warmed_prompts: int = 0
+    prompts_to_warm: int = 0
     moved_sequences: int = 0
     sequences_to_move: int = 0
 

@@ -270,7 +270,8 @@ class BrokerCore:
         self._knowledge.tick(now)
         sends = [*self._requests.end_overdue(now), *self._sessions.end_silent(now)]
         asks = [send for worker in self._workers.by_id.values() for send in self._ask(worker, now)]
-        return [*sends, *asks, *self._moves.tick(now), *self._sequences.take_late()]
+        warming = [] if self._requests.is_draining else self._requests.warm(now)
+        return [*sends, *asks, *self._moves.tick(now), *self._sequences.take_late(), *warming]
 
     def take_news(self) -> list[News]:
         """What there is to log since the last time."""
@@ -298,6 +299,7 @@ class BrokerCore:
         """Assert that the books agree with each other."""
         self._requests.calls.check()
         self._requests.streams.check()
+        self._requests.demand.check()
         self._sessions.check()
         self._knowledge.check()
         self._sequences.check()
@@ -388,6 +390,8 @@ class BrokerCore:
             copied_sequences=self._moves.num_done,
             failed_copies=dict(self._moves.failed),
             waiting_copies=len(self._moves),
+            warmed_prompts=self._requests.num_warmed,
+            prompts_to_warm=len(self._requests.demand),
             moved_sequences=self._moves.num_moved,
             sequences_to_move=self._moves.num_to_move,
             pid=self.gauges.pid,

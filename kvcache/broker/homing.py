@@ -181,5 +181,4 @@ class Homing:
         worker = self._workers.by_id.get(worker_id)
         if worker is None or worker_id in self._under_way or self._allowance.left(worker_id, now) <= 0:
             return False
-        is_busy = worker.beat is not None and worker.beat.waiting > 0
-        return not is_busy and self._workers.is_available(worker, now)
+        return not worker.has_waiting and self._workers.is_available(worker, now)

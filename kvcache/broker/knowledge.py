@@ -171,6 +171,8 @@ class Knowledge:
         self._leave(call, now)
         self._rates.prefilled(worker.id, report.num_tokens, report.num_cached, worker.decodes, report.compute_ms / 1000)
         worker.decodes += 1
+        if call.is_own:
+            return
         self.hits = HitCounts(
             self.hits.prompt_tokens + report.num_tokens,
             self.hits.foreseen_tokens + min(prefill.hit_tokens, report.num_tokens),

@@ -67,6 +67,11 @@ class Call:
     span: Span | None = None
     on_bulk: bool = False
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the broker itself asked, and nobody waits for an answer."""
+        return not self.client.link
+
 
 @dataclass(slots=True)
 class Prefill:
@@ -96,7 +101,10 @@ class Gather:
 
 @dataclass(slots=True, eq=False)
 class Client:
-    """A client's session. calls: by the request id the client chose, which only means something within it."""
+    """A client's session. calls: by the request id the client chose, which only means something within it.
+
+    link: empty for the broker itself, which has no session.
+    """
 
     link: bytes
     session: bytes
@@ -137,6 +145,11 @@ class Worker:
     @property
     def id(self) -> str:
         return self.hello.worker_id
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether requests wait there, by its own word."""
+        return self.beat is not None and self.beat.waiting > 0
 
 
 class Workers:

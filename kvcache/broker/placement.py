@@ -99,6 +99,10 @@ class Placement:
         self._count(choice)
         return choice, workers
 
+    def key(self, tenant: str, message: m.Generate, now: float) -> RoutingKey:
+        """What the prompt is keyed by now, which is empty if nothing is known of it."""
+        return self._peek(tenant, message.chain, now)
+
     def explain(self, tenant: str, message: m.Generate | m.Route, place: Place, now: float) -> Explanation:
         """The same decision with everything it rested on."""
         ring, beliefs, choice = self._workers.ring, self._knowledge.beliefs(now), place.choice

@@ -40,6 +40,7 @@ from kvcache.broker.placement import NAMED, RETRY_AFTER_MS, SPELLED, Place, Plac
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.sequences import Sequences
 from kvcache.broker.streams import Streams
+from kvcache.broker.warming import Demand
 
 MAX_CALLS_PER_CLIENT = 4096
 
@@ -71,6 +72,8 @@ class Requests:
         self._sequences = sequences
         self._moves = moves
         self._serves_from = serves_from
+        self.demand = Demand(workers, knowledge, new_id)
+        self.num_warmed = 0
 
     # --- from clients ----------------------------------------------------------------------------
 
@@ -104,8 +107,19 @@ class Requests:
             self._journal.began(call, message, place.choice.reason, now)
         if isinstance(message, m.Generate) and place.prompt is not None:
             self._knowledge.dispatched(call, message, place.prompt, place.choice, now)
+            self._note_demand(client, message, frames, now)
         version = self._sequences.next_version(now) if name and isinstance(message, m.Generate) else 0
         return [*explanation, *self.dispatch.assign(call, message, place.choice, frames, version)]
+
+    def warm(self, now: float) -> list[Send]:
+        """Requests of the broker's own, that have workers fetch what they will be asked for (`warming`)."""
+        sends: list[Send] = []
+        for it in self.demand.tick(now):
+            own = Client(b"", b"", bytes(16), it.tenant, now)
+            call = self.calls.begin(own, it.worker, it.message.req_id, now + it.message.deadline_ms / 1000, None)
+            self._knowledge.dispatched(call, it.message, it.prompt, it.choice, now)
+            sends += self.dispatch.assign(call, it.message, it.choice, it.frames, 0)
+        return sends
 
     def follow_up(self, client: Client, req_id: bytes, frames: Sequence[Buffer], port: Port) -> list[Send]:
         """More of a request in flight; of one that has ended meanwhile, nothing is left to tell anybody."""
@@ -148,6 +162,11 @@ class Requests:
     def _answer(self, call: Call, reply: m.Reply, frames: Sequence[Buffer], port: Port) -> list[Send]:
         if call.gather is not None:
             return self._gathered(call, reply, frames[1:])
+        if call.is_own:
+            if reply.final:
+                self.num_warmed += not wire.is_failure(frames[1:])
+                self._end(call, "failed" if wire.is_failure(frames[1:]) else DONE)
+            return []
         link = call.client.link if port is Port.CLIENT else call.client.bulk_link
         if not link:
             return self.fail(call, ConnectionLost("this client has no connection for bulk data"))
@@ -172,7 +191,7 @@ class Requests:
         calls = self.calls.of(client, req_id)
         for call in calls:
             self._end(call, error.code.name)
-        return [self.refuse(client, req_id, error), *map(_release, calls)]
+        return [*self._tell(client, req_id, error), *map(_release, calls)]
 
     def end_overdue(self, now: float) -> list[Send]:
         """Fail the calls whose time is up; let go of streams that have idled for long enough."""
@@ -202,12 +221,16 @@ class Requests:
                 sends += self._end_part(call)
             else:
                 self._end(call, error.code.name)
-                sends.append(self.refuse(call.client, call.req_id, error))
+                sends += self._tell(call.client, call.req_id, error)
         return sends
 
     def refuse(self, client: Client, req_id: bytes, error: KVCacheError) -> Send:
         self.failed[error.code.name] += 1
         return to_client(client, wire.failed(req_id, error))
+
+    def _tell(self, client: Client, req_id: bytes, error: KVCacheError) -> list[Send]:
+        """The bad end of a request, for who asked; the broker itself need not hear of its own."""
+        return [self.refuse(client, req_id, error)] if client.link else []
 
     # --- requests of several workers -------------------------------------------------------------
 
@@ -331,8 +354,15 @@ class Requests:
         )
         return to_client(client, routed, payload)
 
+    def _note_demand(self, client: Client, message: m.Generate, frames: Sequence[Buffer], now: float) -> None:
+        key = self.placement.key(client.user_id, message, now)
+        if key.key and not message.seq_id and not message.epoch:
+            self.demand.asked(client.user_id, key, message, frames[1], now)
+
     def _end(self, call: Call, how: str) -> None:
         is_over = self.calls.end(call)
+        if call.is_own:
+            self.demand.ended(call.worker.id)
         self._journal.ended(call, how)
         self._knowledge.ended(call)
         if call.stream is not None:

@@ -65,6 +65,8 @@ _BROKER: tuple[_Figure[BrokerStats], ...] = (
     _count(
         "broker_moved_sequences", "Of them, to the worker that owns them since then.", lambda it: it.moved_sequences
     ),
+    _gauge("broker_prompts_to_warm", "Prompts that new owners are still to fetch.", lambda it: it.prompts_to_warm),
+    _count("broker_warmed_prompts", "Prompts that workers fetched before being asked.", lambda it: it.warmed_prompts),
     _count("broker_requests", "Requests that arrived.", lambda it: it.requests),
     _count("broker_dropped_messages", "Messages to peers that take none.", lambda it: it.dropped_sends),
     _count("broker_malformed_messages", "Messages that could not be read.", lambda it: it.malformed),

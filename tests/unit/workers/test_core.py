@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -560,13 +562,14 @@ def test_draining_is_told_at_once_refuses_what_is_new_and_waits_for_what_runs(be
 def test_a_broker_that_is_back_while_a_worker_drains_may_have_its_sequences_copied(bench: CoreBench) -> None:
     bench.assign(put(bench), DATA, DATA, version=5)
     was_drained = []
-    for happens in (
+    happens: list[Callable[[], object]] = [
         lambda: bench.core.drain(bench.now),
         lambda: bench.control(Goodbye(reason="restarting")),  # nobody is left to wait for, unless it is back in time
         lambda: bench.join(session=b"T" * 16),
         lambda: bench.control(HandedOver(num_left=0)),
-    ):
-        happens()
+    ]
+    for happen in happens:
+        happen()
         was_drained.append(bench.core.is_drained)
     assert was_drained == [False, True, False, True]
 
