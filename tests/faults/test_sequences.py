@@ -11,6 +11,7 @@ from bus.errors import Conflict, DeadlineExceeded, NotFound, NoWorkers
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster
 from tests.harness.fixtures import TINY_FLAGS
+from tests.harness.peers import stored
 from tests.harness.placement import owned_by
 from tests.harness.waiting import until, until_serving
 
@@ -21,13 +22,6 @@ ROW = (2, 8)  # heads and head_dim of what is put here, in float32
 
 def rows(num_tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((num_tokens, *ROW), np.float32)
-
-
-async def stored(client: AsyncClient, worker_id: str) -> int | None:
-    """How many sequences a worker has stored, by its last report."""
-    views = {view.worker_id: view for view in (await client.stats()).workers}
-    stats = views[worker_id].stats
-    return None if stats is None else stats.store.sequences
 
 
 async def listed(client: AsyncClient, names: list[str]) -> set[str]:
@@ -80,30 +74,6 @@ async def test_a_frozen_owner_never_answers_what_was_rewritten_elsewhere(cluster
     assert (await client.kv.get(rewritten, 0)).k.tobytes() == new.tobytes()
     assert [info.num_tokens for info in await client.kv.list(rewritten)] == [20]
     for name in (rewritten, kept):
-        await client.kv.delete(name)
-
-
-async def test_a_worker_that_joins_gets_what_it_owns(cluster: Cluster, client: AsyncClient) -> None:
-    ids = [f"join-{number}" for number in range(30)]
-    for number, name in enumerate(ids):
-        await client.kv.put(name, 0, rows(10, number), rows(10))
-    await client.kv.put(ids[0], 1, rows(60_000, 99), rows(60_000))  # in chunks, should it move
-    cluster.add_worker("newcomer", "--no-preload", *TINY_FLAGS)
-    try:
-
-        async def is_done() -> bool:
-            broker = (await client.stats()).broker
-            return bool(await stored(client, "newcomer")) and broker.sequences_to_move == broker.waiting_copies == 0
-
-        await until_serving(client, "newcomer")
-        await until(is_done, "what the newcomer owns is there")
-        for number, name in enumerate(ids):
-            assert (await client.kv.get(name, 0)).k.tobytes() == rows(10, number).tobytes()
-            assert (await client.route(name)).reason.startswith("consistent_hash: owner")
-    finally:
-        cluster.drop_worker("newcomer")  # it drains: what it has goes back
-    for number, name in enumerate(ids):
-        assert (await client.kv.get(name, 0)).k.tobytes() == rows(10, number).tobytes()
         await client.kv.delete(name)
 
 

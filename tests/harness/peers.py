@@ -34,3 +34,10 @@ async def raw_peer(client: AsyncClient, worker_id: str) -> AsyncIterator[RawPeer
             yield peer
         finally:
             peer.close()
+
+
+async def stored(client: AsyncClient, worker_id: str) -> int | None:
+    """How many sequences a worker has stored, by its last report."""
+    views = {view.worker_id: view for view in (await client.stats()).workers}
+    stats = views[worker_id].stats
+    return None if stats is None else stats.store.sequences
