@@ -204,7 +204,8 @@ class BrokerStats(Figures, frozen=True):
     `failed_copies`: by the name of the code of why not. `waiting_copies`: to be made, or under way.
     `moved_sequences`: of those that were copied, to the worker that owns them since the ring has changed;
     `sequences_to_move`: that are still to be, when there is time. `warmed_prompts`: whose KV it had a worker fetch
-    before that was asked for them; `prompts_to_warm`: still to be. version: of its program.
+    before that was asked for them; `prompts_to_warm`: still to be.
+    `peer_messages_relayed`: between workers that cannot reach each other. version: of its program.
     """
 
     incarnation: int
@@ -225,6 +226,7 @@ class BrokerStats(Figures, frozen=True):
     pulls_ordered: int = 0
     malformed: int = 0
     unwelcome: int = 0
+    peer_messages_relayed: int = 0
     refused_subscriptions: int = 0
     dropped_sends: int = 0
     queued_messages: int = 0

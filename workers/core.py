@@ -35,6 +35,7 @@ from bus.messages import (
     Grant,
     HandedOver,
     ModelState,
+    Relay,
     Release,
     ReleaseSequence,
     Welcome,
@@ -117,7 +118,7 @@ class WorkerCore:
             return self._unreadable(number, error)
         match message:
             case Assign():
-                return self._requests.assigned(number, message, frames[1:], now)
+                return self._requests.assigned(number, self._peers.route(number, message, now), frames[1:], now)
             case Forward():
                 return self._requests.forwarded(number, message, frames[1:], now)
             case BrokerBeat():
@@ -153,7 +154,7 @@ class WorkerCore:
                 return self._unreadable(number, MalformedMessage("not a message for a worker's control lane"))
 
     def on_bulk(self, number: int, frames: Frames, now: float) -> list[Action]:
-        """A message on a broker's bulk lane: a change to a sequence, or a chunk of one."""
+        """A message on a broker's bulk lane: a change to a sequence, a chunk of one, or what another worker says."""
         self._links[number].heard(now)
         try:
             envelope = wire.decode_header(frames[0]) if frames else None
@@ -164,6 +165,8 @@ class WorkerCore:
                 return self._requests.assigned(number, envelope, frames[1:], now)
             case Forward():
                 return self._requests.forwarded(number, envelope, frames[1:], now)
+            case Relay():
+                return self._peers.on_relay(number, envelope, frames[1:], now)
             case _:
                 return self._unreadable(number, MalformedMessage("not a message for a worker's bulk lane"))
 
@@ -188,10 +191,10 @@ class WorkerCore:
         """A message of the worker at `url`, which this one copies from."""
         return self._peers.on_answer(url, frames, now)
 
-    def on_peer_unsent(self, action: ToPeer | ToCaller) -> list[Action]:
+    def on_peer_unsent(self, action: ToPeer | ToCaller, now: float) -> list[Action]:
         """A message to another worker could not be sent: what was to be copied will not be."""
         if isinstance(action, ToPeer):
-            return self._peers.lose_peer(action.url)
+            return self._peers.lose_peer(action.url, now)
         return self._peers.lose_caller(action.peer)
 
     def on_unsent(self, send: Send, now: float) -> list[Action]:

@@ -1,7 +1,8 @@
 """What this worker has to do with other workers: those that copy from it, and those that it copies from.
 
 Blocks of prompts and whole named sequences are copied by parts of their own, over the same connections. The id of a
-copy says which: those of sequences begin with `workers.sequence_taker.ID`.
+copy says which: those of sequences begin with `workers.sequence_taker.ID`. Who cannot be reached directly is copied
+from through the broker (`workers.relays`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from typing import assert_never
 import msgspec
 
 from bus import wire
-from bus.messages import CopySequence, Grant
+from bus.messages import Assign, CopySequence, Grant, Relay
 from bus.stats import PeerStats
 from bus.wire import Frames
 from workers.calls import Action
 from workers.copy_api import BlocksRead, CopyBroke, CopyEvent, Filled, Lent, Wanted
 from workers.peer_holder import Holder
 from workers.peer_puller import Puller
+from workers.relays import Reach, relayed
 from workers.sequence_giver import Giver
 from workers.sequence_taker import ID, Taker
 
@@ -30,6 +32,7 @@ class Peers:
         self._puller = Puller(worker_id, taker.uses)
         self._giver = giver
         self._taker = taker
+        self._reach = Reach()
 
     @property
     def malformed(self) -> int:
@@ -50,8 +53,24 @@ class Peers:
 
     def ordered(self, link: int, order: CopySequence, now: float, *, is_closed: bool) -> list[Action]:
         """A broker has us copy a sequence. is_closed: nothing new is taken any more."""
-        self._puller.use(order.url, now)
-        return self._taker.ordered(link, order, now, is_closed=is_closed)
+        url = self._reach.address(link, order.url, order.worker_id, now)
+        self._puller.use(url, now)
+        self._reach.asked(url, now)
+        return self._taker.ordered(link, msgspec.structs.replace(order, url=url), now, is_closed=is_closed)
+
+    def route(self, link: int, assign: Assign, now: float) -> Assign:
+        """The same assignment, with the address at which to ask whom it says to pull from."""
+        if assign.pull is None:
+            return assign
+        url = self._reach.address(link, assign.pull.url, assign.pull.worker_id, now)
+        return msgspec.structs.replace(assign, pull=msgspec.structs.replace(assign.pull, url=url))
+
+    def on_relay(self, link: int, relay: Relay, frames: Frames, now: float) -> list[Action]:
+        """What another worker says by way of a broker."""
+        address = relayed(link, relay.worker_id)
+        if relay.is_answer:
+            return self.on_answer(address, frames, now)
+        return self.on_request(address.encode(), frames, now)
 
     def lose_session(self, link: int) -> list[Action]:
         return self._taker.lose_session(link)
@@ -69,6 +88,7 @@ class Peers:
 
     def on_answer(self, url: str, frames: Frames, now: float) -> list[Action]:
         """A message of a worker that we copy from."""
+        self._reach.heard(url)
         if not _is_of_sequence(frames):
             return self._puller.on_message(url, frames, now)
         self._puller.use(url, now)
@@ -77,12 +97,14 @@ class Peers:
     def lose_caller(self, peer: bytes) -> list[Action]:
         return [*self._holder.lose(peer), *self._giver.lose(peer)]
 
-    def lose_peer(self, url: str) -> list[Action]:
+    def lose_peer(self, url: str, now: float) -> list[Action]:
+        self._reach.lost(url, now)
         return [*self._puller.lose(url), *self._taker.lose(url)]
 
     def on_engine(self, event: CopyEvent, now: float) -> list[Action]:
         match event:
             case Wanted():
+                self._reach.asked(event.order.url, now)
                 return self._puller.begin(event, now)
             case Filled():
                 return self._puller.on_engine(event, now)
@@ -94,6 +116,7 @@ class Peers:
                 assert_never(event)
 
     def tick(self, now: float) -> list[Action]:
+        self._reach.tick(now)
         parts = (self._holder, self._puller, self._giver, self._taker)
         return [action for part in parts for action in part.tick(now)]
 

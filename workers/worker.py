@@ -37,6 +37,7 @@ from workers.loading import Models
 from workers.memory import HostMemory
 from workers.model_budget import ModelBudget
 from workers.peer_sockets import PeerSockets
+from workers.relays import through_broker
 from workers.store import KVStore
 from workers.tasks import MAX_NUM_SEQS, CacheConfig
 
@@ -221,7 +222,8 @@ class Worker:
                 case Forget():
                     self._lanes[action.link, Channel.CONTROL].forget_queue()
                 case ToPeer() | ToCaller():
-                    self._send_to_peer(action)
+                    relay = through_broker(action)
+                    self._send_to_peer(action) if relay is None else self._send(relay)
                 case HangUp():
                     self._peers.hang_up(action.url)
                 case Announce():
@@ -250,7 +252,7 @@ class Worker:
                 frames = [*frames[:-1], bytes(len(frames[-1]))]
             is_sent = self._peers.answer(action.peer, frames)
         if not is_sent:
-            self._perform(self._core.on_peer_unsent(action))
+            self._perform(self._core.on_peer_unsent(action, time.monotonic()))
 
     def _reach(self, point: str) -> bool:
         """Whether a test wants what is sent here corrupted or dropped."""

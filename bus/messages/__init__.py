@@ -8,7 +8,7 @@ docs/PROTOCOL.md holds the same as a table, and a test compares the two.
 """
 
 from bus.messages.asking import Query, QueryKind, QueryReply, Route, Routed
-from bus.messages.calls import Assign, Failed, Forward, Prefilled, Release, Reply
+from bus.messages.calls import Assign, Failed, Forward, Prefilled, Relay, Release, Reply
 from bus.messages.copying import (
     BlocksFound,
     CopySequence,
@@ -184,6 +184,7 @@ __all__ = [
     "Query",
     "QueryKind",
     "QueryReply",
+    "Relay",
     "Release",
     "ReleaseSequence",
     "Replay",

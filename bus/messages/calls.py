@@ -71,6 +71,18 @@ class Release(Message, frozen=True):
     call: U63
 
 
+class Relay(Message, frozen=True):
+    """Envelope, worker to broker and on to another worker of the same user, for two that cannot reach each other.
+
+    worker_id: on the way to the broker, for whom; from there, by whom. is_answer: of who is copied from; else it is a
+    request. What one worker says to the other follows untouched.
+    """
+
+    opcode = 117
+    worker_id: Name
+    is_answer: bool
+
+
 class Prefilled(Message, frozen=True):
     """Worker to broker: this call's first token is out. How much was computed for it, and in what time.
 

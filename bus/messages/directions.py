@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bus.messages.asking import Query, QueryReply, Route, Routed
-from bus.messages.calls import Assign, Failed, Forward, Prefilled, Release, Reply
+from bus.messages.calls import Assign, Failed, Forward, Prefilled, Relay, Release, Reply
 from bus.messages.copying import (
     BlocksFound,
     CopySequence,
@@ -90,6 +90,7 @@ WorkerToBroker = (
     | SequenceCopied
     | Goodbye
     | Reply
+    | Relay
     | Prefilled
 )
 ToWorker = (
@@ -103,6 +104,7 @@ ToWorker = (
     | HandedOver
     | Assign
     | Forward
+    | Relay
     | Release
     | Grant
     | Failed

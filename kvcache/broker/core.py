@@ -69,7 +69,7 @@ class BrokerCore:
         self._config = config
         self._incarnation = incarnation
         self._started_at = now
-        self._malformed = self._unwelcome = 0
+        self._malformed = self._unwelcome = self._relayed = 0
         self._workers = Workers(3 * config.heartbeat_ms / 1000, config.max_inflight)
         self._sequences = Sequences(self._workers, wall_ms=incarnation // 1_000_000, now=now)
         self._knowledge = Knowledge(self._workers)
@@ -224,6 +224,9 @@ class BrokerCore:
         if isinstance(owner, Worker) and isinstance(message, m.Reply):
             owner.heard_at = now
             return self._requests.reply(owner, message, frames, Port.CLIENT_BULK, now)
+        if isinstance(owner, Worker) and isinstance(message, m.Relay):
+            owner.heard_at = now
+            return self._relay(owner, message, frames[1:])
         if not isinstance(message, m.AttachBulk) or not self._sessions.attach(link, message, Worker, user_id):
             self._unwelcome += 1
         return []
@@ -312,6 +315,15 @@ class BrokerCore:
         worker = self._workers.by_link.get(link)
         return [*sends, *self._moves.changed(worker, now)] if worker is not None and worker is not before else sends
 
+    def _relay(self, sender: Worker, message: m.Relay, frames: Sequence[Buffer]) -> list[Send]:
+        """Hand on what one worker says to another. If that one is gone its silence says so."""
+        to = self._workers.by_id.get(message.worker_id)
+        if to is None or to is sender or to.user_id != sender.user_id or not to.bulk_link:
+            return []
+        self._relayed += 1
+        envelope = wire.encode(m.Relay(worker_id=sender.id, is_answer=message.is_answer))
+        return [Send(Port.WORKER_BULK, to.bulk_link, [envelope, *frames])]
+
     def _ask(self, worker: Worker, now: float) -> list[Send]:
         """Ask a worker for what is missing of its reports."""
         after = self._knowledge.ask(worker, now)
@@ -381,6 +393,7 @@ class BrokerCore:
             pulls_ordered=self._requests.dispatch.pulls_ordered,
             malformed=self._malformed,
             unwelcome=self._unwelcome,
+            peer_messages_relayed=self._relayed,
             workers_lost=self._sessions.workers_lost,
             indexed_nodes=self._knowledge.index.num_nodes,
             prompt_tokens=self._knowledge.hits.prompt_tokens,

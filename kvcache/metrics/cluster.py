@@ -77,6 +77,11 @@ _BROKER: tuple[_Figure[BrokerStats], ...] = (
         lambda it: it.refused_subscriptions,
     ),
     _count("broker_relayed_messages", "Messages with tokens, from workers to readers.", lambda it: it.tokens_relayed),
+    _count(
+        "broker_relayed_peer_messages",
+        "Messages between workers that cannot reach each other.",
+        lambda it: it.peer_messages_relayed,
+    ),
     _count("broker_pulls_ordered", "Prefixes that workers were told to copy from others.", lambda it: it.pulls_ordered),
     _count("workers_lost", "Workers that died or fell silent.", lambda it: it.workers_lost),
     _count("routed_prompt_tokens", "Tokens of prompts that workers have prefilled.", lambda it: it.prompt_tokens),

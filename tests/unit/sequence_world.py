@@ -26,6 +26,7 @@ from workers.core import WorkerCore
 from workers.engine_api import EngineFigures
 from workers.keys import SequenceKey
 from workers.memory import HostMemory
+from workers.relays import through_broker
 from workers.store import KVStore
 
 META = TensorMeta(DType.UINT8, (1, 1, 8))
@@ -69,6 +70,7 @@ class Peer:
         self.core = WorkerCore(hello, self.store, num_links=1, preloading=(), now=now)
         self.inbox: list[list[Buffer]] = []
         self.letters: list[tuple[str, bool, list[Buffer]]] = []  # of other workers: from whom, whether it is a request
+        self.bulk: list[list[Buffer]] = []
         self.frozen = False
 
     @property
@@ -77,13 +79,17 @@ class Peer:
 
 
 class World:
-    """`num_pages`: of the store of each worker that is started; a sequence takes two. busy: where requests wait."""
+    """`num_pages`: of the store of each worker that is started; a sequence takes two. busy: where requests wait.
+
+    has_walls: whether no worker can reach another.
+    """
 
     def __init__(self, names: Sequence[str], num_pages: int = 64) -> None:
         self.now = 100.0
         self.history: list[Asked] = []
         self.num_pages = num_pages
         self.busy: set[str] = set()
+        self.has_walls = False
         self._broker_is_frozen = False
         self._to_broker: list[tuple[bytes, list[Buffer]]] = []  # while it is frozen
         self._steps = itertools.count(1)
@@ -238,7 +244,7 @@ class World:
 
     def settle(self) -> None:
         """Deliver what is on its way, without letting time pass."""
-        while any((peer.inbox or peer.letters) and not peer.frozen for peer in self.workers.values()):
+        while any((peer.inbox or peer.letters or peer.bulk) and not peer.frozen for peer in self.workers.values()):
             for name in list(self.workers):
                 self.deliver(name, 100)
 
@@ -253,6 +259,9 @@ class World:
                 self._from_worker(name, peer.core.on_peer_request(other.encode(), frames, self.now))
             else:
                 self._from_worker(name, peer.core.on_peer_answer(other, frames, self.now))
+        pieces, peer.bulk = peer.bulk[:count], peer.bulk[count:]
+        for frames in pieces:
+            self._from_worker(name, peer.core.on_bulk(0, frames, self.now))
         taken, peer.inbox = peer.inbox[:count], peer.inbox[count:]
         for frames in taken:
             self._from_worker(name, peer.core.on_control(0, frames, self.now))
@@ -301,19 +310,25 @@ class World:
                     self._to_broker.append((name.encode(), list(action.frames)))
                     continue
                 self._perform(self.broker.on_worker(name.encode(), list(action.frames), self.now, USER))
+            elif isinstance(action, WorkerSend):
+                self._perform(self.broker.on_worker_bulk(b"bulk " + name.encode(), list(action.frames), self.now, USER))
+            elif isinstance(action, ToPeer | ToCaller) and (relay := through_broker(action)) is not None:
+                self._from_worker(name, [relay])
             elif isinstance(action, ToPeer):
                 self._post(name, action.url, list(action.frames), is_request=True)
             elif isinstance(action, ToCaller):
                 self._post(name, action.peer.decode(), list(action.frames), is_request=False)
 
     def _post(self, name: str, to: str, frames: list[Buffer], *, is_request: bool) -> None:
-        if to in self.workers:
+        if to in self.workers and not self.has_walls:
             self.workers[to].letters.append((name, is_request, frames))
 
     def _perform(self, sends: list[Send]) -> None:
         for send in sends:
             if send.port is Port.WORKER and send.link.decode() in self.workers:
                 self.workers[send.link.decode()].inbox.append([bytes(frame) for frame in send.frames])
+            elif send.port is Port.WORKER_BULK and (peer := self.workers.get(send.link.decode()[len("bulk ") :])):
+                peer.bulk.append([bytes(frame) for frame in send.frames])
             elif send.port is Port.CLIENT:
                 self._answered(wire.decode([bytes(frame) for frame in send.frames]))
 

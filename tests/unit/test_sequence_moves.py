@@ -416,6 +416,35 @@ def test_the_time_between_rounds_doubles_up_to_a_minute() -> None:
     assert waits == [1, 2, 4, 8, 16, 32, 64, 64, 64]
 
 
+# --- workers that cannot reach each other ----------------------------------------------------------
+
+
+def test_what_cannot_be_copied_directly_is_copied_through_the_broker(world: World) -> None:
+    values = put_all(world, 40)
+    world.has_walls = True
+    world.join("d")
+    world.run(3.0)
+    for _ in range(60):  # that nobody answers is found out of each worker, and what that cost is paid off
+        if not world.stats().sequences_to_move:
+            break
+        world.run(1.0)
+    assert world.copies_on("d") > 4
+    assert world.stats().peer_messages_relayed > 0
+    world.drain("a")
+    world.run(8.0)
+    assert "a" not in world.workers
+    assert all(world.tell("get", seq_id) == value for seq_id, value in values.items())
+    world.check()
+
+
+def test_what_can_be_copied_directly_is(world: World) -> None:
+    put_all(world, 40)
+    world.join("d")
+    world.run(3.0)
+    assert world.copies_on("d") > 4
+    assert world.stats().peer_messages_relayed == 0
+
+
 # --- once and no more ------------------------------------------------------------------------------
 
 

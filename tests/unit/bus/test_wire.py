@@ -92,7 +92,7 @@ def test_opcodes_are_those_of_the_published_protocol() -> None:
             "ReleaseSequence": 90,
         },
         **{"WorkerSequences": 88, "DropSequences": 89, "ReleaseSequence": 90},
-        **{"Failed": 96, "Assign": 112, "Forward": 113, "Reply": 114, "Release": 115},
+        **{"Failed": 96, "Assign": 112, "Forward": 113, "Reply": 114, "Release": 115, "Relay": 117},
     }
 
 

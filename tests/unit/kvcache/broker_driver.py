@@ -31,7 +31,7 @@ def read(sends: list[Send]) -> list[Heard]:
     for send in sends:
         frames = [bytes(frame) for frame in send.frames]
         message = wire.decode_envelope(frames)
-        inner = tuple(frames[1:]) if isinstance(message, m.Assign | m.Forward) else ()
+        inner = tuple(frames[1:]) if isinstance(message, m.Assign | m.Forward | m.Relay) else ()
         if not inner:
             message = wire.decode(frames).message
         heard.append(Heard(send.port, send.link, message, inner))

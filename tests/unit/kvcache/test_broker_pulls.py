@@ -9,7 +9,7 @@ import pytest
 from bus import messages as m
 from kvcache.broker.pulls import MAX_PULL_TOKENS, MAX_TICKET_MS
 from kvcache.broker.sends import Port
-from tests.unit.kvcache.broker_driver import PROMPT, USER, Driver, Heard, generate
+from tests.unit.kvcache.broker_driver import PROMPT, USER, Driver, Heard, generate, worker_hello
 
 URL = "tcp://127.0.0.1:4000"
 
@@ -97,3 +97,28 @@ def test_orders_are_counted(driver: Driver) -> None:
     for number in range(4):
         submit(driver, number, pull_from="one")
     assert driver.core.cluster_stats(driver.now, m.QueryKind.STATS).broker.pulls_ordered == 2
+
+
+def attach(driver: Driver, link: bytes, worker_id: str, **fields: Any) -> None:  # noqa: ANN401  # any field of the hello
+    user = fields.pop("user", USER)
+    (heard,) = driver.worker(link, worker_hello(worker_id, **fields), user=user)
+    driver.worker_bulk(b"bulk-" + link, m.AttachBulk(session=heard.message.session), user=user)
+
+
+def test_what_one_worker_says_to_another_is_handed_on_as_it_is(driver: Driver) -> None:
+    attach(driver, b"w1", "one", peer_url=URL)
+    attach(driver, b"w2", "two", peer_url=URL)
+    (heard,) = driver.worker_bulk(b"bulk-w1", m.Relay(worker_id="two", is_answer=True), b"not read", b"here")
+    assert (heard.port, heard.link, heard.inner) == (Port.WORKER_BULK, b"bulk-w2", (b"not read", b"here"))
+    assert heard.message == m.Relay(worker_id="one", is_answer=True), "the broker says who it is"
+    assert driver.stats().peer_messages_relayed == 1
+
+
+@pytest.mark.parametrize("to", ["nobody", "one", "without bulk", "another user's"])
+def test_what_cannot_be_handed_on_is_dropped(driver: Driver, to: str) -> None:
+    attach(driver, b"w1", "one", peer_url=URL)
+    driver.join_worker(b"w3", "without bulk")
+    attach(driver, b"w4", "another user's", user="somebody")
+    assert driver.worker_bulk(b"bulk-w1", m.Relay(worker_id=to, is_answer=False), b"x") == []
+    assert driver.worker_bulk(b"stranger", m.Relay(worker_id="one", is_answer=False), b"x") == []
+    assert driver.stats().peer_messages_relayed == 0

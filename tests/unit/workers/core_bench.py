@@ -17,6 +17,7 @@ from bus.messages import (
     Generate,
     Message,
     PromptKind,
+    PullOrder,
     Reply,
     Sampling,
     Welcome,
@@ -100,6 +101,7 @@ class CoreBench:
         newest: int = 0,
         version: int = 0,
         bulk: bool = False,
+        pull: PullOrder | None = None,
     ) -> tuple[int, list[Action]]:
         """Hand a request to the worker; its payload is described if the message does not."""
         call = next(self._calls)
@@ -111,6 +113,7 @@ class CoreBench:
             client=client,
             deadline_ms=deadline_ms,
             reason="because",
+            pull=pull,
             newest=newest,
             version=version,
         )
