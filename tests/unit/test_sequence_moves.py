@@ -194,7 +194,7 @@ def test_a_write_of_which_one_worker_died_is_told_again_and_gets_another_copy(wo
     owner = world.owner("s")
     world.freeze(owner)
     pending = world.ask("put", "s", 1, rf=2)
-    (other,) = [name for name in world.workers if name != owner and world.workers[name].inbox]
+    (other,) = [name for name in world.workers if name != owner and world.workers[name].bulk]
     world.deliver(other, 10)
     world.kill(owner)
     world.run(0.1)
