@@ -41,8 +41,10 @@ from tests.unit.kvcache.scripted_broker import (
 
 
 @pytest_asyncio.fixture
-async def broker() -> AsyncIterator[ScriptedBroker]:
+async def broker(request: pytest.FixtureRequest) -> AsyncIterator[ScriptedBroker]:
+    """Its parameter, if any, is how many bytes a chunk may have; a client may hear so as soon as there is one."""
     async with scripted_broker() as broker:
+        broker.chunk_bytes = getattr(request, "param", broker.chunk_bytes)
         yield broker
 
 
@@ -414,10 +416,10 @@ async def test_a_small_put_travels_within_its_message(broker: ScriptedBroker, cl
     assert (ack.length, ack.durability, ack.duplicate) == (2, "mem1", True)
 
 
+@pytest.mark.parametrize("broker", [4000], indirect=True)
 async def test_what_fits_a_chunk_travels_within_its_message_on_the_bulk_lane(
     broker: ScriptedBroker, client: AsyncClient
 ) -> None:
-    broker.chunk_bytes = 4000
     k = np.arange(1000, dtype=np.uint16).reshape(500, 1, 2)
     put = asyncio.create_task(client.kv.put("s", 3, k, k + 1))
     asked, payload = await broker.expect(m.Put)
@@ -432,10 +434,10 @@ async def test_what_fits_a_chunk_travels_within_its_message_on_the_bulk_lane(
     assert (await small).length == 1
 
 
+@pytest.mark.parametrize("broker", [300], indirect=True)
 async def test_a_large_append_is_followed_by_a_window_of_chunks_and_more_under_credit(
     broker: ScriptedBroker, client: AsyncClient
 ) -> None:
-    broker.chunk_bytes = 300
     k = np.random.default_rng(0).integers(0, 255, (250, 2, 5)).astype(np.uint8)
     v = np.random.default_rng(1).integers(0, 255, (250, 2, 3)).astype(np.uint8)
     append = asyncio.create_task(client.kv.append("s", 0, k, v, at=7))
@@ -478,8 +480,8 @@ async def test_a_retried_put_begins_its_chunks_again(broker: ScriptedBroker, cli
         await put
 
 
+@pytest.mark.parametrize("broker", [1 << 20], indirect=True)
 async def test_a_put_that_has_failed_sends_no_more(broker: ScriptedBroker, client: AsyncClient) -> None:
-    broker.chunk_bytes = 1 << 20
     k = np.zeros((40, 1024, 1024), np.uint8)
     put = asyncio.create_task(client.kv.put("s", 0, k, k[:, :, :1]))
     asked, _ = await broker.expect(m.Put)
