@@ -287,13 +287,18 @@ class KVPlane:
         return self._send_value(call, message, value, Download(pieces, value, lambda: self._store.close_read(read)))
 
     def _send_value(self, call: Call, message: Get, value: KvValue, download: Download) -> list[Action]:
-        """Answer with K and V in one message if they fit a chunk, else announce them and send what is credited."""
-        if download.num_bytes <= CHUNK_BYTES:
+        """Answer with K and V in one message if they fit a chunk, else announce them and send what is credited.
+
+        Without credit what is not small is only announced.
+        """
+        if download.num_bytes <= (CHUNK_BYTES if message.credit else MAX_INLINE_BYTES):
             payload = download.take_whole()
             value = msgspec.structs.replace(value, payload=wire.describe(payload))
             channel = Channel.CONTROL if download.num_bytes <= MAX_INLINE_BYTES else Channel.BULK
             return self._calls.finish(call, value, *payload, channel=channel)
         self._work[call.id] = download
+        if not message.credit:
+            return self._calls.say(call, value)
         download.grant(message.credit)
         # On the lane of the chunks: the last of those could overtake it, and end the call at the broker before it.
         return [*self._calls.say(call, value, channel=Channel.BULK), *self._send_chunks(call, download)]

@@ -6,7 +6,7 @@ Messages and `now` go in, actions come out; sockets and clocks are in `connectio
 - nothing is sent before a broker has welcomed us, and all that was under way is sent again to one that knows
   nothing of it, under the same ids;
 - at most `MAX_OUT` requests are out, generations aside, so that one client's thousand calls wait here rather than
-  overrun a worker; each begins in its turn;
+  overrun a worker; each begins in its turn, and at most `MAX_READS` of them have chunks on their way to us;
 - only what may end better is tried again: within its deadline, a few times, and within the budget, which a worker's
   loss does not touch. While a broker restarts, the deadline alone is the limit.
 """
@@ -31,12 +31,24 @@ from bus.errors import (
     WorkerLost,
     error_from_wire,
 )
-from bus.messages import AttachBulk, BrokerBeat, Failed, Goodbye, Message, StreamBeat, StreamTokens, SubAck, Welcome
+from bus.messages import (
+    AttachBulk,
+    BrokerBeat,
+    Failed,
+    Goodbye,
+    KvValue,
+    Message,
+    StreamBeat,
+    StreamTokens,
+    SubAck,
+    Welcome,
+)
 from bus.wire import Buffer
 from kvcache.client.calls import NO_ACTIONS, Action, Call, Fail, Settle, ToBulk, ToControl, Unwatch, Watch
 from kvcache.client.retries import RetryBudget, retry_delay
 from kvcache.client.session import Session
 from kvcache.client.streams import GenerateCall
+from kvcache.client.transfers import ReadCall
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +58,9 @@ RESTART_GRACE_S = 10.0
 REJOIN_SPREAD_S = 0.1
 MAX_PENDING = 4096
 MAX_OUT = 256
+MAX_READS = 7
+"""Each may have `GET_CREDIT` chunks and what announces them under way: together they fit into the 64 messages that a
+broker or a worker keeps for a peer beyond what it can send, and refuses more."""
 ATTACH_S = 1.0
 
 
@@ -89,6 +104,8 @@ class ClientCore:
         self._attach_by: float | None = None  # the bulk lane is not known to be ours yet; then go on without
         self._out: set[bytes] = set()  # keys of the calls that are out and count
         self._queue: deque[Pending] = deque()  # those that have not begun because too many were out
+        self._reading: set[bytes] = set()  # keys of the reads that may have chunks under way
+        self._announced: deque[Pending] = deque()  # reads whose values wait until they may
 
     @property
     def is_joined(self) -> bool:
@@ -144,10 +161,10 @@ class ClientCore:
                 self._session.leave(now)
                 return []
             case Failed():
-                return self._on_failed(message, now)
+                actions = self._on_failed(message, now)
             case _:
                 actions = self._answered(getattr(message, "req_id", b""), message, payload, now)
-                return [*actions, *self._begin_queued(now)] if self._queue else actions
+        return [*actions, *self._begin_queued(now)] if self._queue or self._announced else actions
 
     def on_attached(self, now: float) -> list[Action]:
         """The bulk lane has said whose it is: what is asked for now can be answered on it."""
@@ -238,6 +255,8 @@ class ClientCore:
                 self._queue.append(pending)
                 return []
             self._out.add(pending.call.key)
+        if isinstance(pending.call, ReadCall):
+            pending.call.has_turn = self._take_turn(pending.call.key)
         attempt, pending.attempt = pending.attempt, pending.attempt + 1
         pending.is_out = True
         try:
@@ -248,14 +267,26 @@ class ClientCore:
         return self._apply(pending, actions, now)
 
     def _begin_queued(self, now: float) -> list[Action]:
-        """Let those begin that have waited for others to end, as far as there is room."""
+        """Let those begin, or go on, that have waited for others to end, as far as there is room."""
         actions: list[Action] = []
+        while self._announced and len(self._reading) < MAX_READS:
+            pending = self._announced.popleft()
+            if isinstance(pending.call, ReadCall) and pending.is_out and pending.call.waits:
+                self._take_turn(pending.call.key)
+                actions += pending.call.go_on()
         while self._queue and self._can_begin and len(self._out) < MAX_OUT:
             pending = self._queue.popleft()
             pending.is_queued = False
             if pending.call.key in self._pending:
                 actions += self._begin(pending, now)
         return actions
+
+    def _take_turn(self, key: bytes) -> bool:
+        """Let a read have chunks under way, if there is room for them."""
+        if len(self._reading) >= MAX_READS:
+            return False
+        self._reading.add(key)
+        return True
 
     def _welcomed(self, message: Welcome, now: float) -> list[Action]:
         if not self._session.welcome(message, now):
@@ -277,6 +308,8 @@ class ClientCore:
             actions = pending.call.receive(message, payload, now)
         except KVCacheError as error:
             return self._failed(pending, error, now, tell=True)
+        if isinstance(message, KvValue) and isinstance(pending.call, ReadCall) and pending.call.waits:
+            self._announced.append(pending)
         return self._apply(pending, actions, now)
 
     def _on_failed(self, message: Failed, now: float) -> list[Action]:
@@ -346,6 +379,7 @@ class ClientCore:
         pending.is_out = False
         pending.not_before = now
         self._out.discard(pending.call.key)
+        self._reading.discard(pending.call.key)
         self._by_request.pop(pending.call.req_id, None)
         return self._apply(pending, pending.call.leave(tell=tell), now)
 
@@ -355,6 +389,7 @@ class ClientCore:
     def _end(self, pending: Pending, *, tell: bool) -> list[Action]:
         self._pending.pop(pending.call.key, None)
         self._out.discard(pending.call.key)
+        self._reading.discard(pending.call.key)
         self._by_request.pop(pending.call.req_id, None)
         actions = list(pending.call.leave(tell=tell))
         for action in actions:

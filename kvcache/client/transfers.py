@@ -88,9 +88,13 @@ class WriteCall:
 
 class ReadCall:
     """A get. It has no effect to repeat, so each attempt has an id of its own and no chunk of an earlier one can
-    be taken for one of this."""
+    be taken for one of this.
+
+    has_turn: whether chunks may be on their way to it now. Without, a value that is not small is only announced.
+    """
 
     progress = 0
+    has_turn = True
 
     def __init__(
         self,
@@ -124,9 +128,19 @@ class ReadCall:
             layer=layer,
             start=start,
             stop=stop,
-            credit=GET_CREDIT,
+            credit=GET_CREDIT if self.has_turn else 0,
         )
         return [ToControl(get)]
+
+    @property
+    def waits(self) -> bool:
+        """Whether its value was announced, and nothing of it comes before `go_on`."""
+        return self._value is not None and not self.has_turn
+
+    def go_on(self) -> Sequence[Action]:
+        """Its turn has come."""
+        self.has_turn = True
+        return [ToControl(Credit(req_id=self.req_id, chunks=GET_CREDIT))]
 
     def receive(self, message: Message, payload: Sequence[Buffer], now: float) -> Sequence[Action]:
         match message:

@@ -23,24 +23,27 @@ from bus.errors import (
     DeadlineExceeded,
     KVCacheError,
     MalformedMessage,
+    NotFound,
     NoWorkers,
     Overloaded,
     TooLarge,
     UnsupportedVersion,
     WorkerLost,
 )
+from bus.sockets import BULK
 from bus.streams import Deliver, stream_digest, token_bytes
 from bus.tensors import DType, TensorMeta
 from kvcache.client import requests
 from kvcache.client.calls import Action, Emit, Fail, Settle, ToBulk, ToControl, Unwatch, Watch
 from kvcache.client.config import client_config
-from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, ClientCore
+from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, MAX_READS, ClientCore
 from kvcache.client.prompts import check_index, check_name, check_seconds, make_prompt, optional_name
 from kvcache.client.results import Alternative, Done, Start, Token
 from kvcache.client.retries import RetryBudget, retry_delay
 from kvcache.client.session import Session
 from kvcache.client.streams import GenerateCall, Wanted
 from kvcache.client.tokens import as_tokens
+from kvcache.client.transfers import GET_CREDIT
 
 A = TypeVar("A")
 _ids = count(1)
@@ -361,6 +364,42 @@ def test_a_thousand_calls_are_sent_a_few_hundred_at_a_time_in_their_order() -> N
         actions = client.on_message(m.KvDone(req_id=asked[number], length=1), (), 0.1)
         asked += [message.req_id for message in sent(actions, m.Length)]
     assert asked == [call.key for call in calls[:-1]]
+
+
+def large(req_id: bytes) -> m.KvValue:
+    meta = TensorMeta(DType.UINT8, (300, 1, 1))
+    return m.KvValue(req_id=req_id, k=meta, v=meta, length=300)
+
+
+def test_no_more_chunks_are_asked_for_at_a_time_than_a_lane_keeps() -> None:
+    """All reads are out at once, as small values need nothing else; those beyond a few have their value announced."""
+    client = core()
+    gets = [requests.get(new_id(), 60.0, new_id, f"s{number}", 0, 0, None) for number in range(20)]
+    asked = [message for call in gets for message in sent(client.submit(call, 0.0), m.Get)]
+    assert [message.credit for message in asked] == [GET_CREDIT] * MAX_READS + [0] * (20 - MAX_READS)
+    assert BULK.queue_limit >= MAX_READS * (GET_CREDIT + 1)
+    for call in gets:
+        assert client.on_message(large(call.key), (), 0.0) == []
+    ends = [wire.failed(call.key, NotFound("x")) for call in gets[:3]]
+    granted = [message for end in ends for message in sent(client.on_message(end, (), 0.1), m.Credit)]
+    assert granted == [m.Credit(req_id=call.key, chunks=GET_CREDIT) for call in gets[MAX_READS : MAX_READS + 3]]
+    client.abandon(gets[10].key)
+    client.abandon(gets[3].key)
+    assert sent(client.tick(0.2), m.Credit) == [m.Credit(req_id=gets[11].key, chunks=GET_CREDIT)]
+
+
+def test_a_read_that_waited_for_its_turn_and_begins_again_is_not_asked_to_go_on_twice() -> None:
+    client = core()
+    gets = [requests.get(new_id(), 60.0, new_id, f"s{number}", 0, 0, None) for number in range(MAX_READS + 1)]
+    for call in gets:
+        client.submit(call, 0.0)
+    waiting = gets[-1]
+    assert client.on_message(large(waiting.key), (), 0.0) == []
+    client.on_message(failed(waiting.key, WorkerLost("x")), (), 0.0)
+    client.on_message(wire.failed(gets[0].key, NotFound("x")), (), 0.0)
+    actions = client.tick(0.3)
+    assert [message.credit for message in sent(actions, m.Get)] == [GET_CREDIT]
+    assert sent(actions, m.Credit) == []
 
 
 def test_calls_that_wait_to_be_tried_again_take_nobodys_turn() -> None:

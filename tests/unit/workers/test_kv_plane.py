@@ -304,6 +304,20 @@ def test_a_download_whose_last_chunk_finds_the_lane_full_is_answered_all_the_sam
     assert [send.call.number for send in sends(refused) if send.call is not None] == [call]
 
 
+def test_without_credit_a_value_that_is_not_small_is_only_announced(bench: CoreBench) -> None:
+    """On the lane of requests: no chunk can overtake it, as none is sent before the client asks for some."""
+    k, v = stored(bench, CHUNK_BYTES // 128)  # K and V fit one message together
+    call, actions = bench.assign(get(bench, credit=0))
+    said = only(answers(actions))
+    assert (said.final, said.channel, said.payload) == (False, Channel.CONTROL, [])
+    chunks = answers(bench.forward(call, Credit(req_id=bytes(16), chunks=8)))
+    assert [(one.channel, one.final) for one in chunks] == [(Channel.BULK, False), (Channel.BULK, True)]
+    assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
+    bench.assign(put(bench, 1), data(64), data(64))
+    _, actions = bench.assign(get(bench, credit=0))
+    assert only(answers(actions)).final, "what is small comes at once"
+
+
 def test_a_download_reads_what_was_there_when_it_began(bench: CoreBench) -> None:
     k, v = stored(bench, 4 * CHUNK_BYTES // 64)
     call, actions = bench.assign(get(bench, credit=1))
@@ -471,8 +485,7 @@ def test_what_is_put_under_a_name_whose_generation_was_given_up_is_what_is_read(
     upload_call: int | None = None
     if is_committed:
         stored(bench, 10)
-    else:
-        upload_call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
+    upload_call = None if is_committed else bench.assign(put(bench, CHUNK_BYTES // 64))[0]
     dropped = commands(bench.engine(Retained(KEY)), DropKV)
     assert [command.sequence for command in dropped] == [KEY]
     if upload_call is not None:
