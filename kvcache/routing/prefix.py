@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import inf
-
-from msgspec.structs import replace
+from operator import attrgetter
 
 from kvcache.ring import HashRing
 from kvcache.routing.links import PULL_SHARE
@@ -38,6 +37,9 @@ PULL_START_S = 0.01
 LEAST_BUDGET_S = 0.1
 """A pull is never given less: one step of either engine may be in its way."""
 
+_FIRST_TOKEN = attrgetter("first_token_s")
+_TOTAL = attrgetter("total_s")
+
 NOBODY = Refusal("every worker is full or has fallen silent")
 
 
@@ -46,7 +48,7 @@ def prefix(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]) -> C
     estimates = estimate_all(request, ring, beliefs)
     if not estimates:
         return NOBODY
-    soonest = min(estimates, key=lambda estimate: estimate.first_token_s)
+    soonest = min(estimates, key=_FIRST_TOKEN)
     if soonest.first_token_s > request.deadline_s and beliefs[soonest.worker_id].rates.is_learned:
         text = f"a first token would take {soonest.first_token_s:.1f} s, and {request.deadline_s:.1f} s are left"
         return Refusal(f"prefix: {text}", retry_after_s=max(0.2, soonest.first_token_s - request.deadline_s))
@@ -58,7 +60,9 @@ def estimate_all(request: Request, ring: HashRing, beliefs: Mapping[str, Belief]
     """What the request would cost on each available worker, in the ring's own order."""
     source = _longest(request, beliefs)
     return [
-        _estimate(request, worker, beliefs[worker], source) for worker in ring.workers if beliefs[worker].is_available
+        _estimate(request, worker, belief, source)
+        for worker in ring.workers
+        if (belief := beliefs[worker]).is_available
     ]
 
 
@@ -77,26 +81,30 @@ def _longest(request: Request, beliefs: Mapping[str, Belief]) -> Pull | None:
 
 
 def _estimate(request: Request, worker: str, belief: Belief, source: Pull | None) -> Estimate:
-    rates, hit = belief.rates, request.hits.get(worker, 0)
-    queue_s = max(0.0, belief.queue_s(request.now))
-    prefill_s = rates.prefill_s(request.num_tokens, min(hit, request.num_tokens), belief.decodes)
-    start_s, pull = queue_s, None
+    """Once for each worker and request, so it is written for speed: by the thousand it is most of a decision."""
+    rates, num_tokens, decodes = belief.rates, request.num_tokens, belief.decodes
+    hit = request.hits.get(worker, 0)
+    queue_s = start_s = max(0.0, belief.busy_until - request.now, belief.behind_s)
+    prefill_s = rates.prefill_s(num_tokens, hit if hit < num_tokens else num_tokens, decodes)
+    pull = None
     if source is not None and source.num_tokens > hit and rates.pull_s < inf:
-        covered = min(source.num_tokens, request.num_tokens)
+        covered = min(source.num_tokens, num_tokens)
         pulled_s = PULL_START_S + rates.pull_s * (covered - hit)
-        helped_s = rates.prefill_s(request.num_tokens, covered, belief.decodes)
-        saved_s = prefill_s - helped_s
-        if pulled_s <= PULL_SHARE * saved_s:
-            pull = replace(source, budget_s=max(LEAST_BUDGET_S, saved_s))
-            start_s, prefill_s = max(queue_s, pulled_s), helped_s
+        if pulled_s <= PULL_SHARE * prefill_s:  # which is more than a pull can save
+            helped_s = rates.prefill_s(num_tokens, covered, decodes)
+            saved_s = prefill_s - helped_s
+            if pulled_s <= PULL_SHARE * saved_s:
+                pull = Pull(source.source, source.num_tokens, max(LEAST_BUDGET_S, saved_s))
+                start_s, prefill_s = max(queue_s, pulled_s), helped_s
     first_token_s = start_s + prefill_s
     delay_s = request.delay_price * prefill_s * (queue_s + prefill_s / 2)
     return Estimate(worker, hit, queue_s, prefill_s, first_token_s, delay_s, first_token_s + delay_s, pull)
 
 
 def _near(estimates: list[Estimate], beliefs: Mapping[str, Belief]) -> dict[str, Estimate]:
-    least = min(estimate.total_s for estimate in estimates)
-    is_exact = all(beliefs[estimate.worker_id].index is IndexState.EXACT for estimate in estimates)
+    least = min(map(_TOTAL, estimates))
+    exact = IndexState.EXACT
+    is_exact = all(beliefs[estimate.worker_id].index is exact for estimate in estimates)
     limit = least + max(NEAR_S, (NEAR if is_exact else NEAR_BLIND) * least)
     return {estimate.worker_id: estimate for estimate in estimates if estimate.total_s <= limit}
 

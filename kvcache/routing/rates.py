@@ -82,6 +82,7 @@ class RateBook:
         self._learners: dict[str, RateLearner] = {}
         self._tokens = self._context = self._decodes = 0.0  # tokens computed, and sums over them; old ones fade
         self._least: float | None = None
+        self._median: Rates | None = None
 
     def prefilled(self, worker: str, num_tokens: int, num_cached: int, decodes: int, seconds: float) -> None:
         """As `RateLearner.prefilled`, of this worker."""
@@ -92,7 +93,7 @@ class RateBook:
         self._tokens = FADE * self._tokens + computed
         self._context = FADE * self._context + computed * (num_tokens + num_cached) / 2
         self._decodes = FADE * self._decodes + computed * decodes
-        self._least = None
+        self._least = self._median = None
 
     def rates(self, worker: str, idle_s: float = 0.0) -> Rates:
         """As learned; of a worker that has had nothing to compute for `idle_s`, as hoped."""
@@ -114,7 +115,7 @@ class RateBook:
 
     def forget(self, worker: str) -> None:
         self._learners.pop(worker, None)
-        self._least = None
+        self._least = self._median = None
 
     def _hoped(self, rates: Rates, idle_s: float) -> Rates:
         """All three nearer to the quickest worker's by one factor, so that lengths keep their proportions."""
@@ -136,6 +137,12 @@ class RateBook:
         return rates.token_s * self._tokens + rates.context_s * self._context + rates.decode_s * self._decodes
 
     def _typical(self) -> Rates:
+        """Kept until a rate changes: a cluster of a thousand asks for it as often at each tick while it is young."""
+        if self._median is None:
+            self._median = self._middle()
+        return self._median
+
+    def _middle(self) -> Rates:
         known = [learner.rates for learner in self._learners.values() if learner.rates.is_learned]
         if not known:
             return self._prior

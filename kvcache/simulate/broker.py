@@ -50,17 +50,17 @@ class ModelBroker:
         self._turns: dict[str, float] = {}
         self._turn = 0.0
         self._beliefs: dict[str, Belief] = {}
-        self._ring = HashRing({})
+        self._ring = HashRing(
+            dict.fromkeys(workers, UNIT_WEIGHT)
+        )  # once: of a thousand workers it has 8 million points
         for worker in workers:
-            self.joined(worker, state)
+            self._meet(worker, state)
 
     # --- workers come and go ----------------------------------------------------------------------
 
-    def joined(self, worker: str, state: IndexState = IndexState.EXACT) -> None:
-        self._states[worker] = state
-        self._turns[worker] = self._turn
+    def joined(self, worker: str) -> None:
         self._ring = HashRing({**self._ring.weights, worker: UNIT_WEIGHT})
-        self._refresh(worker)
+        self._meet(worker, IndexState.EXACT)
 
     def left(self, worker: str) -> None:
         self._ring = HashRing({name: weight for name, weight in self._ring.weights.items() if name != worker})
@@ -158,6 +158,11 @@ class ModelBroker:
     @property
     def beliefs(self) -> Mapping[str, Belief]:
         return self._beliefs
+
+    def _meet(self, worker: str, state: IndexState) -> None:
+        self._states[worker] = state
+        self._turns[worker] = self._turn
+        self._refresh(worker)
 
     def _hits(self, arrival: Arrival) -> tuple[dict[str, int], dict[str, int]]:
         """Leading tokens that each worker holds, and that it holds or is computing already."""

@@ -35,6 +35,7 @@ from kvcache.simulate.costs import Costs
 from kvcache.simulate.routers import PolicyRouter
 from kvcache.simulate.simulation import Result, Setup, Simulation
 from kvcache.simulate.traces import Arrival
+from kvcache.simulate.worker import Engine
 
 MODEL = "smollm2"
 MOST_TOKENS = 8000
@@ -44,12 +45,14 @@ LOAD = 0.3
 LINK_TOKENS = 1024
 LINK_RUNS = 3
 BESIDE_TOKENS = 512
-BESIDE_RUNS = 3
+BESIDE_RUNS = 5
 NUM_DECODES = 4
 DECODED_TOKENS = 256
 """By each of those beside which a prefill is timed: they are stopped when it is over."""
 BLOCK_TOKENS = 32
-"""The workers' own: what does not fill a block with its output is not found again."""
+"""The workers' own."""
+ENGINE = Engine(step_tokens=256, block_tokens=BLOCK_TOKENS)
+"""As the workers are started."""
 STATUS_S = 2.5
 """Workers report their figures each second."""
 TIMEOUT_S = 600.0
@@ -93,7 +96,10 @@ def check(
     """Start workers, measure their costs, foretell and replay. Raises BadArgument for a trace that does not fit."""
     prompts = [divided(arrival, divide) for arrival in trace]
     say(f"starting a broker and {num_workers} workers, loading {MODEL}")
-    with cluster(num_workers) as url, Client(url, timeout=TIMEOUT_S) as client:
+    with (
+        cluster(num_workers, "--max-num-batched-tokens", str(ENGINE.step_tokens)) as url,
+        Client(url, timeout=TIMEOUT_S) as client,
+    ):
         costs = calibrate(client, say=say)
         say("prefills beside decodes, and beside other workers")
         decode_s, crowding = _beside(client, costs)
@@ -102,7 +108,9 @@ def check(
         costs = msgspec.structs.replace(costs, pull_s=_link_s(client), pull_start_s=0.0)
         prompts = paced(prompts, costs, seconds, num_workers)
         names = tuple(sorted(view.worker_id for view in client.workers()))
-        setup = Setup(num_workers=num_workers, cache_tokens=_cache_tokens(client), costs=costs, names=names)
+        setup = Setup(
+            num_workers=num_workers, cache_tokens=_cache_tokens(client), costs=costs, names=names, engine=ENGINE
+        )
         before = _pulled_tokens(client)
         say(f"{len(prompts)} requests in {prompts[-1].arrival.at:.0f} s")
         served = asyncio.run(_replay(url, prompts))
@@ -137,8 +145,7 @@ def divided(arrival: Arrival, divide: int) -> Prompt:
     chain = routing_chain(token_ids)
     ends = tuple(min(len(token_ids), depth * ROUTING_BLOCK_TOKENS) for depth in ROUTING_DEPTHS[: len(chain)])
     output = max(1, round(arrival.output_tokens / divide))
-    found = min(len(token_ids), (len(token_ids) + output - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
-    fine = token_nodes(token_ids[:found], dict(zip(ends, chain, strict=True)))
+    fine = token_nodes(token_ids, dict(zip(ends, chain, strict=True)))
     return Prompt(Arrival(arrival.at, len(token_ids), output, chain, ends, fine), token_ids)
 
 
@@ -243,8 +250,9 @@ def _beside(client: Client, costs: Costs) -> tuple[float, float]:
         begun = [begin(worker, BESIDE_TOKENS, 1) for worker in workers]
         return statistics.median(it.result().timings.prefill_ms for it in begun) / 1000
 
-    alone_s = statistics.median(seconds(names[0]) for _ in range(BESIDE_RUNS))
-    together_s = statistics.median(seconds(*names) for _ in range(BESIDE_RUNS))
+    # In turns, because what else runs on this machine comes and goes.
+    runs = [(seconds(names[0]), seconds(*names)) for _ in range(BESIDE_RUNS)]
+    alone_s, together_s = map(statistics.median, zip(*runs, strict=True))
     decodes = [begin(names[0], BLOCK_TOKENS, DECODED_TOKENS) for _ in range(NUM_DECODES)]
     for it in decodes:
         next(event for event in it if isinstance(event, Token))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from msgspec.structs import replace as replace_struct
@@ -14,7 +15,7 @@ from kvcache.simulate.costs import Costs, read_costs
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.simulation import Change, Setup
 from kvcache.simulate.synthetic import KINDS, multiplied, synthetic, with_prefixes
-from kvcache.simulate.traces import Arrival, faster, read_trace
+from kvcache.simulate.traces import Arrival, faster, read_trace, tells_prefixes
 
 SYNTHETIC = "synthetic:"
 RIVALS = tuple(rivals(0, 0))
@@ -22,12 +23,13 @@ CHANGES = "T:add  T:remove:WORKER  T:slow:WORKER:FACTOR  T:restart  T:restart:bl
 SWEPT = ("workers", "cache-tokens", "speed", "scale")
 MAX_SCALE = 65_535
 EPILOG = f"""\
-TRACE is a file (Mooncake JSONL, Azure CSV, or what `kvcache record` wrote) or {SYNTHETIC}KIND, KIND one of
+TRACE is a file (Mooncake JSONL, Azure or BurstGPT CSV, or what `kvcache record` wrote) or {SYNTHETIC}KIND, KIND one of
 {", ".join(KINDS)}.
 Policies: {", ".join(POLICIES)};
 rivals, for comparison: {", ".join(RIVALS)}; or all.
 Changes: {CHANGES}
 (T in seconds, WORKER a number from 0).
+A JSONL trace whose timestamps are seconds and not milliseconds: --speed 0.001.
 """
 
 
@@ -99,9 +101,7 @@ def plan(given: argparse.Namespace) -> Plan:
         event_loss=given.event_loss,
         changes=tuple(parse_change(text, given.workers) for text in given.change),
     )
-    trace = faster(_trace(given.trace), given.speed)
-    if given.until is not None:
-        trace = [arrival for arrival in trace if arrival.at <= given.until / given.speed]
+    trace = faster(_trace(given.trace, inf if given.until is None else given.until), given.speed)
     chosen = Plan(trace, setup, _policies(given.policy), given.seeds, given.slo, _sweep(given.sweep))
     return scaled(chosen, given.scale)
 
@@ -160,14 +160,14 @@ def _worker(text: str, num_workers: int, whole: str) -> int:
     return int(text)
 
 
-def _trace(name: str | None) -> list[Arrival]:
+def _trace(name: str | None, until_s: float) -> list[Arrival]:
     if name is None:
         raise BadArgument(f"name a trace: a file, or {SYNTHETIC} and one of {', '.join(KINDS)}")
     if name.startswith(SYNTHETIC):
-        return synthetic(name.removeprefix(SYNTHETIC))
+        return [arrival for arrival in synthetic(name.removeprefix(SYNTHETIC)) if arrival.at <= until_s]
     path = Path(name)
-    trace = read_trace(path)
-    return with_prefixes(trace) if path.suffix.lower() == ".csv" else trace
+    trace = read_trace(path, until_s)
+    return trace if tells_prefixes(path) else with_prefixes(trace)
 
 
 def _policies(text: str) -> list[str]:

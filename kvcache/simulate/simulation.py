@@ -20,7 +20,7 @@ from kvcache.simulate.broker import ModelBroker
 from kvcache.simulate.costs import Costs
 from kvcache.simulate.routers import Router
 from kvcache.simulate.traces import Arrival
-from kvcache.simulate.worker import Job, ModelWorker, Order
+from kvcache.simulate.worker import Engine, Job, ModelWorker, Order
 
 BEAT_S = 0.25
 EVENT_DELAY_S = 0.02
@@ -45,7 +45,7 @@ class Change:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """event_loss: the share of event batches that never arrive and are never repaired. can_pull: workers may pull.
-    names: of the workers, drawn from the seed if there are none.
+    names: of the workers, drawn from the seed if there are none. engine: None for one prefill at a time.
     """
 
     num_workers: int = 8
@@ -58,6 +58,7 @@ class Setup:
     changes: tuple[Change, ...] = ()
     seed: int = 0
     names: tuple[str, ...] = ()
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.num_brokers < 1 or self.cache_tokens < 0:
@@ -164,21 +165,21 @@ class Simulation:
     def _start(self, worker: ModelWorker, now: float) -> None:
         if worker.name not in self._workers:
             return
-        started = worker.start(now, self._num_beside(worker) if self._setup.costs.crowding else 0)
-        if started is not None:
-            job, done_at = started
-            self._at(done_at, lambda now: self._prefilled(worker, job, now))
+        until = worker.start(now, self._num_beside(worker) if self._setup.costs.crowding else 0)
+        if until is not None:
+            self._at(until, lambda now: self._stepped(worker, now))
 
     def _num_beside(self, worker: ModelWorker) -> int:
         return sum(other.is_busy for other in self._workers.values() if other is not worker)
 
-    def _prefilled(self, worker: ModelWorker, job: Job, now: float) -> None:
+    def _stepped(self, worker: ModelWorker, now: float) -> None:
         if worker.name not in self._workers:
             return
-        if job.remaining_s > 0.0:
-            worker.pause()
-            self._start(worker, now)
-            return
+        for job in worker.step_over():
+            self._prefilled(worker, job, now)
+        self._start(worker, now)
+
+    def _prefilled(self, worker: ModelWorker, job: Job, now: float) -> None:
         stored, evicted, ends_at = worker.finish_prefill(job, now)
         outcome = self._outcomes[job.number]
         outcome.ttft_s, outcome.worker = now - job.arrival.at, worker.name
@@ -187,7 +188,6 @@ class Simulation:
             job.broker.first_token(job, worker.name, now)
         self._tell(worker, stored, evicted, now)
         self._at(ends_at, lambda now: self._finish(worker, job))
-        self._start(worker, now)
 
     def _finish(self, worker: ModelWorker, job: Job) -> None:
         if worker.name not in self._workers:
@@ -260,7 +260,8 @@ class Simulation:
                 broker.knows(worker.name, IndexState.EXACT)
 
     def _make_worker(self, name: str) -> ModelWorker:
-        return ModelWorker(name, self._setup.costs, self._setup.cache_tokens, self._setup.order)
+        setup = self._setup
+        return ModelWorker(name, setup.costs, setup.cache_tokens, setup.order, setup.engine)
 
     def _make_broker(self, state: IndexState = IndexState.EXACT) -> ModelBroker:
         can_pull = self._setup.can_pull and self._setup.costs.pull_s is not None

@@ -1,20 +1,23 @@
 """Traces: requests with their times, lengths and prefixes, from files of several formats.
 
 Mooncake JSONL: one object a line with `timestamp` (ms), `input_length`, `output_length` and `hash_ids`, chained ids
-of 512-token blocks (Qin et al., FAST '25). Recorded JSONL: what `kvcache record` wrote. Azure CSV: `TIMESTAMP`,
-`ContextTokens`, `GeneratedTokens` and no prefixes, for which `synthetic.with_prefixes` states a model.
-A line that cannot be understood is an error that names it; a trace is never silently shorter than its file.
+of 512-token blocks (Qin et al., FAST '25); what it has no ids for is taken to be nobody else's. Recorded JSONL: what
+`kvcache record` wrote. CSV of Azure (2023, 2024) or BurstGPT: times and lengths and no prefixes, for which
+`synthetic.with_prefixes` states a model.
+A file is read line by line; a line that cannot be understood is an error that names it; a trace is never silently
+shorter than its file.
 """
 
 from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -22,10 +25,24 @@ from bus.errors import BadArgument
 from kvcache.hashing import ROUTING_NODE_BYTES
 
 MOONCAKE_BLOCK_TOKENS = 512
-AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+MAX_TOKENS = 2**24
+"""Of one prompt. Far beyond any model's, and no line of a few bytes makes more than 32,768 nodes."""
+MAX_LINE = 2**22
+"""Characters: a line of that prompt's ids has fewer."""
+MAX_REQUESTS = 2_000_000
+"""That are kept in memory, at 1 to 20 KB each. There are public traces of 20 times as many."""
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
+
+
+class Columns(NamedTuple):
+    """What a kind of CSV calls them; seconds: a time's text as seconds."""
+
+    time: str
+    tokens_in: str
+    tokens_out: str
+    seconds: Callable[[str], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +90,19 @@ def block_ends(num_tokens: int, block_tokens: int) -> tuple[int, ...]:
     return (*range(block_tokens, num_tokens, block_tokens), num_tokens)
 
 
-def read_trace(path: Path) -> list[Arrival]:
-    """All arrivals in order of time, from 0 on. The format is told by the file. Raises BadArgument."""
+def read_trace(path: Path, until_s: float = inf) -> list[Arrival]:
+    """All arrivals of the first `until_s` seconds in order of time, from 0 on. The format is told by the file.
+
+    Lines may be in any order. Raises BadArgument.
+    """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            first = file.readline()
-            lines = itertools.chain([first], file)
-            arrivals = list(_read_azure(path, lines) if first.startswith(AZURE_COLUMNS[0]) else _read_json(path, lines))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = _bounded(path, iter(lambda: file.readline(MAX_LINE + 1), ""))
+            first = next(lines, "")
+            columns = _columns(first)
+            lines = itertools.chain([first], lines)
+            read = _read_csv(path, lines, columns) if columns is not None else _read_json(path, lines)
+            arrivals = _earliest(path, read, until_s)
     except OSError as error:
         raise BadArgument(f"the trace {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -87,12 +110,46 @@ def read_trace(path: Path) -> list[Arrival]:
     if not arrivals:
         raise BadArgument(f"the trace {path} has no requests")
     arrivals.sort(key=lambda arrival: arrival.at)
-    return [replace(arrival, at=arrival.at - arrivals[0].at) for arrival in arrivals]
+    start = arrivals[0].at
+    return [replace(arrival, at=arrival.at - start) for arrival in arrivals if arrival.at - start <= until_s]
+
+
+def tells_prefixes(path: Path) -> bool:
+    """Whether the trace's format says what prompts share. Raises BadArgument if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return _columns(file.readline(MAX_LINE)) is None
+    except OSError as error:
+        raise BadArgument(f"the trace {path} cannot be read: {error.strerror}") from None
 
 
 def faster(arrivals: Iterable[Arrival], speed: float) -> list[Arrival]:
     """The same requests, `speed` times as many in a second."""
     return [replace(arrival, at=arrival.at / speed) for arrival in arrivals]
+
+
+def _bounded(path: Path, lines: Iterator[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if len(line) > MAX_LINE:
+            raise BadArgument(
+                f"{path}, line {number}: it has more than {MAX_LINE} characters; one request a line, please"
+            )
+        yield line
+
+
+def _earliest(path: Path, arrivals: Iterable[Arrival], until_s: float) -> list[Arrival]:
+    """Those that may be of the first `until_s` seconds, as far as those before them tell when it begins."""
+    kept: list[Arrival] = []
+    begins = inf
+    for arrival in arrivals:
+        begins = min(begins, arrival.at)
+        if arrival.at <= begins + until_s:
+            kept.append(arrival)
+        if len(kept) > MAX_REQUESTS:
+            raise BadArgument(
+                f"the trace {path} has more than {MAX_REQUESTS:,} requests; --until S takes its beginning"
+            )
+    return kept
 
 
 def _read_json(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
@@ -101,20 +158,28 @@ def _read_json(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
         if not line.strip():
             continue
         try:
-            yield _from_recorded(recorded(line)) if '"ends"' in line else _from_mooncake(mooncake(line))
+            if '"ends"' in line:
+                yield _from_recorded(recorded(line), number)
+            else:
+                yield _from_mooncake(mooncake(line), number)
         except (msgspec.DecodeError, BadArgument) as error:
             raise BadArgument(f"{path}, line {number}: {error}") from None
 
 
-def _from_mooncake(line: MooncakeLine) -> Arrival:
+def _from_mooncake(line: MooncakeLine, number: int) -> Arrival:
     ends = block_ends(line.input_length, MOONCAKE_BLOCK_TOKENS)
-    if len(ends) != len(line.hash_ids):
+    if len(ends) < len(line.hash_ids):
         raise BadArgument(f"{line.input_length} tokens make {len(ends)} blocks of 512, not {len(line.hash_ids)}")
-    chain = tuple(node_of(number) for number in line.hash_ids)
+    chain = (*map(node_of, line.hash_ids), *_own(number, len(ends))[len(line.hash_ids) :])
     return Arrival(line.timestamp / 1000, line.input_length, line.output_length, chain, ends)
 
 
-def _from_recorded(line: RecordedLine) -> Arrival:
+def _own(number: int, num_nodes: int) -> tuple[bytes, ...]:
+    """Nodes of the request in this line, and of nobody else: no trace's number has the first bit."""
+    return tuple(node_of(1 << 63 | number << 16 | index) for index in range(num_nodes))
+
+
+def _from_recorded(line: RecordedLine, number: int) -> Arrival:
     ends = tuple(line.ends)
     if len(ends) != len(line.hash_ids) or list(ends) != sorted(ends) or (ends and ends[-1] > line.input_length):
         raise BadArgument("ends must be one for each of hash_ids, rise, and not go beyond input_length")
@@ -124,22 +189,48 @@ def _from_recorded(line: RecordedLine) -> Arrival:
         raise BadArgument("hash_ids of a record must be hexadecimal") from None
     if any(len(node) != ROUTING_NODE_BYTES for node in chain):
         raise BadArgument(f"hash_ids of a record must be of {ROUTING_NODE_BYTES} bytes each")
+    if not chain:  # its client sent none
+        chain, ends = _own(number, 1), (line.input_length,)
     return Arrival(line.timestamp / 1000, line.input_length, line.output_length, chain, ends)
 
 
-def _read_azure(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
-    """Every prompt its own: no node is shared."""
+def _read_csv(path: Path, lines: Iterable[str], columns: Columns) -> Iterator[Arrival]:
+    """Every prompt its own: no node is shared. One of no tokens has one, with which every prompt begins."""
     reader = csv.DictReader(lines)
-    missing = set(AZURE_COLUMNS) - set(reader.fieldnames or ())
+    missing = set(columns[:3]) - set(reader.fieldnames or ())
     if missing:
         raise BadArgument(f"{path}, line 1: there is no column {', '.join(sorted(missing))}")
-    for number, row in enumerate(reader):
-        try:
-            at = datetime.fromisoformat(row["TIMESTAMP"].strip()).timestamp()
-            num_tokens, output_tokens = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-        except (ValueError, AttributeError, TypeError) as error:
-            raise BadArgument(f"{path}, line {number + 2}: {error}") from None
-        if num_tokens < 1 or output_tokens < 0:
-            raise BadArgument(f"{path}, line {number + 2}: {num_tokens} tokens in and {output_tokens} out cannot be")
-        ends = block_ends(num_tokens, MOONCAKE_BLOCK_TOKENS)
-        yield Arrival(at, num_tokens, output_tokens, tuple(node_of(number << 24 | i) for i in range(len(ends))), ends)
+    try:
+        for row in reader:
+            at = columns.seconds(row[columns.time].strip())
+            num_tokens, output_tokens = (_tokens(row[name]) for name in columns[1:3])
+            if not 0 <= at < inf:
+                raise BadArgument(f"{at} is no time")
+            ends = block_ends(max(1, num_tokens), MOONCAKE_BLOCK_TOKENS)
+            yield Arrival(at, ends[-1], output_tokens, _own(reader.line_num, len(ends)), ends)
+    except (ValueError, AttributeError, TypeError, OverflowError, csv.Error, BadArgument) as error:
+        raise BadArgument(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _columns(header: str) -> Columns | None:
+    """What kind of CSV has this first line; None if it is none."""
+    names = {name.strip(' "\r\n') for name in header.split(",")}
+    return next((columns for columns in (AZURE, BURST_GPT) if columns.time in names), None)
+
+
+def _tokens(text: str) -> int:
+    """A count, which may be written as a float."""
+    number = float(text)
+    if not number.is_integer() or not 0 <= number <= MAX_TOKENS:
+        raise BadArgument(f"{text} is no number of tokens from 0 to {MAX_TOKENS}")
+    return int(number)
+
+
+def _moment(text: str) -> float:
+    """Without a zone it is UTC, so that no summer begins in the middle."""
+    moment = datetime.fromisoformat(text)
+    return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+
+
+AZURE = Columns("TIMESTAMP", "ContextTokens", "GeneratedTokens", _moment)
+BURST_GPT = Columns("Timestamp", "Request tokens", "Response tokens", float)

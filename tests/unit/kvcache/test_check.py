@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bus.errors import BadArgument
 from kvcache.routing.prefix import prefix
-from kvcache.simulate.check import LOAD, Figures, Prompt, Report, divided, paced, show
+from kvcache.simulate.check import ENGINE, LOAD, Figures, Prompt, Report, divided, paced, show
 from kvcache.simulate.costs import Costs
 from kvcache.simulate.routers import PolicyRouter
 from kvcache.simulate.simulation import Setup, Simulation
@@ -41,20 +41,40 @@ def test_what_prompts_share_they_share_when_their_lengths_are_divided() -> None:
     assert one == divided(ask(0.0, (1, 4096), (2, 1000)), 16)
 
 
-def test_what_a_worker_finds_again_is_modelled_to_the_token_of_whole_blocks() -> None:
-    """As a worker has it: all that is alike, also within a block, of prompts that filled it."""
+def test_what_a_worker_finds_again_is_modelled_to_the_token() -> None:
     one, two = divided(ask(0.0, (1, 5120), (2, 4000)), 100), divided(ask(1.0, (1, 5120), (3, 6000)), 100)
     assert shared(one, two) == 51
     alike = [node for node, other in zip(one.arrival.fine, two.arrival.fine, strict=False) if node == other]
     assert alike == list(one.arrival.fine[:51])
-    assert (len(one.token_ids), len(one.arrival.fine)) == (91, 64)
-    named = {end: node for end, node in zip(one.arrival.ends, one.arrival.chain, strict=True) if end <= 64}
-    assert named
+    assert (len(one.token_ids), len(one.arrival.fine)) == (91, 91)
+    named = dict(zip(one.arrival.ends, one.arrival.chain, strict=True))
     assert {end: one.arrival.fine[end - 1] for end in named} == named
 
-    trace = [one.arrival, two.arrival]
-    outcomes = Simulation(trace, Setup(num_workers=1, costs=COSTS), lambda: PolicyRouter(prefix)).run().outcomes
-    assert [outcome.hit_tokens for outcome in outcomes] == [0, 51]
+    assert hits(one, two) == [0, 51]
+
+
+def test_the_beginning_of_a_block_is_found_on_arrival_only_because_then_it_is_copied() -> None:
+    """Of requests that come together none finds it, as real workers admit them all before one is computed."""
+    one, two, three = (divided(ask(at, (1, 1536), (2 + who, 4000)), 96) for who, at in enumerate((0.0, 0.001, 5.0)))
+    assert shared(one, three) == 16
+    assert hits(one, two, three) == [0, 0, 16]
+
+
+def test_whole_blocks_are_found_by_who_waits_for_them() -> None:
+    one, two = (divided(ask(0.001 * who, (1, 6144), (2 + who, 4000)), 96) for who in range(2))
+    assert shared(one, two) == 64
+    assert hits(one, two) == [0, 64]
+
+
+def test_only_prompts_that_fill_a_block_are_found_again() -> None:
+    one, two = divided(ask(0.0, (1, 2800)), 100), divided(ask(1.0, (1, 2800), (2, 200)), 100)
+    assert (len(one.token_ids), hits(one, two)) == (28, [0, 0])
+
+
+def hits(*prompts: Prompt) -> list[int]:
+    trace = [prompt.arrival for prompt in prompts]
+    setup = Setup(num_workers=1, costs=COSTS, engine=ENGINE)
+    return [outcome.hit_tokens for outcome in Simulation(trace, setup, lambda: PolicyRouter(prefix)).run().outcomes]
 
 
 def test_very_short_prompts_have_a_token_left() -> None:

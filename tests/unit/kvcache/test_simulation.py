@@ -22,6 +22,7 @@ from kvcache.simulate.routers import PolicyRouter, Router
 from kvcache.simulate.simulation import Change, Result, Setup, Simulation
 from kvcache.simulate.synthetic import chain_of
 from kvcache.simulate.traces import Arrival, block_ends
+from kvcache.simulate.worker import Engine
 
 COSTS = Costs(token_s=1e-3, context_s=0.0, step_s=0.01, pull_s=1e-4, pull_start_s=0.0)
 ROUTERS: dict[str, Callable[[], Router]] = {
@@ -80,6 +81,35 @@ def test_shorter_prefills_overtake_longer_ones_as_in_our_own_workers() -> None:
     first, second = ttft(run(trace, num_workers=1))
     assert first == pytest.approx(4.1)
     assert second == pytest.approx(0.25)  # after the slice that was running
+
+
+def test_prompts_that_share_a_step_have_their_first_tokens_together() -> None:
+    """The long one came first and has the first step of 256 tokens to itself; the next one takes some of all three."""
+    trace = [ask(0.0, (1, 400)), ask(0.0, (2, 100)), ask(0.0, (3, 100))]
+    quick = msgspec.structs.replace(COSTS, step_s=0.001)
+    result = run(trace, num_workers=1, costs=quick, engine=Engine(256, 32))
+    assert ttft(result) == [0.6, 0.512, 0.512]
+    assert sum(result.busy_s.values()) == pytest.approx(0.6)
+
+
+def test_no_step_is_shorter_than_one_of_decodes() -> None:
+    slow = msgspec.structs.replace(COSTS, step_s=0.3)
+    result = run([ask(0.0, (1, 10)), ask(9.0, (2, 300))], num_workers=1, costs=slow, engine=Engine(256, 32))
+    assert ttft(result) == [0.3, 0.6]
+    assert sum(result.busy_s.values()) == pytest.approx(0.9)
+
+
+def test_a_ring_is_built_once_however_many_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each that joins would take a thousand workers an hour."""
+    built: list[Mapping[str, int]] = []
+
+    def build(weights: Mapping[str, int]) -> HashRing:
+        built.append(weights)
+        return HashRing(weights)
+
+    monkeypatch.setattr("kvcache.simulate.broker.HashRing", build)
+    run(traffic(3), num_workers=20)
+    assert [len(weights) for weights in built] == [20]
 
 
 def test_a_second_request_for_a_prefix_in_work_joins_it() -> None:

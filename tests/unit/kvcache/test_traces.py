@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus.errors import BadArgument
+from kvcache.simulate import traces
 from kvcache.simulate.report import optimum
+from kvcache.simulate.rivals import rivals
+from kvcache.simulate.simulation import Setup, Simulation
 from kvcache.simulate.synthetic import BLOCK_TOKENS, KINDS, chain_of, multiplied, synthetic, with_prefixes
-from kvcache.simulate.traces import Arrival, block_ends, faster, node_of, read_trace
+from kvcache.simulate.traces import Arrival, block_ends, faster, node_of, read_trace, tells_prefixes
 
 MOONCAKE = """\
 {"timestamp": 3000, "input_length": 600, "output_length": 7, "hash_ids": [0, 2]}
@@ -22,6 +25,12 @@ AZURE = """\
 TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
 2023-11-16 18:15:50.9951690,1030,109
+"""
+
+BURST_GPT = """\
+Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type
+5,ChatGPT,472,18,490,Conversation log
+45.5,GPT-4,1087.0,0,1087,API log
 """
 
 
@@ -46,6 +55,53 @@ def test_an_azure_trace_has_times_and_lengths_and_shares_nothing(tmp_path: Path)
     assert not set(first.chain) & set(second.chain)
 
 
+def test_a_trace_of_burst_gpt_has_seconds_and_may_have_empty_answers(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufeff" + BURST_GPT, "burst.txt")
+    first, second = read_trace(path)
+    assert (first.at, first.num_tokens, first.output_tokens) == (0.0, 472, 18)
+    assert (second.at, second.num_tokens, second.output_tokens) == (40.5, 1087, 0)
+    assert not tells_prefixes(path)
+    assert tells_prefixes(write(tmp_path, MOONCAKE, "azure.csv"))
+
+
+def test_the_azure_trace_of_2024_has_zones_and_may_have_empty_prompts(tmp_path: Path) -> None:
+    rows = "2024-05-10 00:00:00.009930+00:00,0,1\n2024-05-10 02:00:01.009930+02:00,7,1\n2024-05-10 00:00:02.00993,7,1\n"
+    trace = read_trace(write(tmp_path, f"{AZURE.splitlines()[0]}\n{rows}", "azure.csv"))
+    assert [(round(it.at, 6), it.num_tokens) for it in trace] == [(0.0, 1), (1.0, 7), (2.0, 7)]
+
+
+def test_blocks_without_an_id_are_shared_with_nobody(tmp_path: Path) -> None:
+    line = '{"timestamp": 0, "input_length": 1500, "output_length": 0, "hash_ids": [7]}\n'
+    bare = '{"timestamp": 0, "input_length": 900, "output_length": 0, "hash_ids": []}\n'
+    recorded = '{"timestamp": 0, "input_length": 90, "output_length": 0, "hash_ids": [], "ends": []}\n'
+    trace = read_trace(write(tmp_path, 2 * line + 2 * bare + 2 * recorded))
+    assert [arrival.ends for arrival in trace] == 2 * [(512, 1024, 1500)] + 2 * [(512, 900)] + 2 * [(90,)]
+    nodes = [node for arrival in trace for node in arrival.chain]
+    assert len(set(nodes)) == len(nodes) - 1
+    assert trace[0].chain[0] == trace[1].chain[0] == node_of(7)
+    for make in rivals(0, 1000).values():
+        outcomes = Simulation(trace, Setup(num_workers=2), make).run().outcomes
+        assert sum(outcome.hit_tokens for outcome in outcomes) in {0, 512}
+
+
+def test_only_the_beginning_is_kept_if_no_more_is_wanted(tmp_path: Path) -> None:
+    """Whatever the order of the lines: the one at second 1 is the first, so 2.5 is within 2 s of it and 4 is not."""
+    line = '{{"timestamp": {}, "input_length": 5, "output_length": 1, "hash_ids": [1]}}\n'
+    path = write(tmp_path, "".join(map(line.format, (4000, 2500, 9000, 1000, 3001))))
+    assert [arrival.at for arrival in read_trace(path, 2.0)] == [0.0, 1.5]
+    assert len(read_trace(path)) == 5
+
+
+def test_a_trace_beyond_its_bounds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "MAX_REQUESTS", 1)
+    path = write(tmp_path, MOONCAKE)
+    with pytest.raises(BadArgument, match="more than 1 requests; --until S"):
+        read_trace(path)
+    monkeypatch.setattr(traces, "MAX_LINE", 80)
+    with pytest.raises(BadArgument, match="line 1: it has more than 80 characters"):
+        read_trace(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -53,7 +109,14 @@ def test_an_azure_trace_has_times_and_lengths_and_shares_nothing(tmp_path: Path)
         ("\n\n", "no requests"),
         (MOONCAKE + "{}", "line 3: Object missing required field"),
         (MOONCAKE + "nonsense", "line 3: JSON is malformed"),
-        ('{"timestamp": 0, "input_length": 600, "output_length": 7, "hash_ids": [0]}', "2 blocks of 512, not 1"),
+        ('{"timestamp": 0, "input_length": 600, "output_length": 7, "hash_ids": [0, 1, 2]}', "2 blocks of 512, not 3"),
+        (
+            '{"timestamp": 0, "input_length": 90000000, "output_length": 7, "hash_ids": []}',
+            "Expected `int` <= 16777216",
+        ),
+        ('{"timestamp": 0, "input_length": 6, "output_length": 7, "hash_ids": [-1]}', "Expected `int` >= 0"),
+        ('{"input_length": 6, "output_length": 7, "hash_ids": [1]}', "missing required field `timestamp`"),
+        ("[" + MOONCAKE.replace("\n", ",") + "]", "line 1: Expected `object`, got `array`"),
         (
             '{"timestamp": 0, "input_length": 6, "output_length": 7, "hash_ids": ["00ff"], "ends": [6]}',
             "hash_ids of a record must be of 8 bytes",
@@ -62,8 +125,12 @@ def test_an_azure_trace_has_times_and_lengths_and_shares_nothing(tmp_path: Path)
         ('{"timestamp": 0, "input_length": 0, "output_length": 7, "hash_ids": []}', "line 1: Expected `int` >= 1"),
         ("TIMESTAMP,Tokens\n1,2\n", "no column ContextTokens, GeneratedTokens"),
         (AZURE + "yesterday,1,2\n", "line 4: Invalid isoformat string"),
-        (AZURE + "2023-11-16 18:15:46,0,2\n", "line 4: 0 tokens in and 2 out"),
-        (AZURE + "2023-11-16 18:15:46,1\n", "line 4: int()"),
+        (AZURE + "2023-11-16 18:15:46,-1,2\n", "line 4: -1 is no number of tokens"),
+        (AZURE + "2023-11-16 18:15:46,1.5,2\n", "line 4: 1.5 is no number of tokens"),
+        (AZURE + "2023-11-16 18:15:46,nan,2\n", "line 4: nan is no number of tokens"),
+        (AZURE + "2023-11-16 18:15:46,1\n", "line 4: float()"),
+        (BURST_GPT + "inf,ChatGPT,1,2,3,API log\n", "line 4: inf is no time"),
+        (BURST_GPT + "soon,ChatGPT,1,2,3,API log\n", "line 4: could not convert"),
     ],
 )
 def test_a_line_that_makes_no_sense_is_named(tmp_path: Path, text: str, message: str) -> None:
