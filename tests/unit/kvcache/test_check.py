@@ -61,8 +61,10 @@ def test_the_beginning_of_a_block_is_found_on_arrival_only_because_then_it_is_co
 
 
 def test_whole_blocks_are_found_by_who_waits_for_them() -> None:
-    one, two = (divided(ask(0.001 * who, (1, 6144), (2 + who, 4000)), 96) for who in range(2))
+    """The first takes two steps, and the second one comes during the first of them."""
+    one, two = (divided(ask(0.001 * who, (1, 6144), (2 + who, own)), 96) for who, own in enumerate((40_000, 4000)))
     assert shared(one, two) == 64
+    assert ENGINE.step_tokens < len(one.token_ids) < 2 * ENGINE.step_tokens
     assert hits(one, two) == [0, 64]
 
 
