@@ -9,11 +9,9 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from types import FrameType
 
 import numpy as np
 import pytest
@@ -233,32 +231,37 @@ def test_closing_while_other_threads_ask_hangs_nobody(machine: Machine) -> None:
         assert not thread.is_alive()
 
 
-def test_whoever_is_interrupted_leaves_nothing_behind(client: Client, machine: Machine) -> None:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise InterruptedError
-
-    def interrupt_main() -> None:
-        assert machine.was_asked.wait(10.0)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-
+INTERRUPTED = """
+import gc, sys, time, weakref
+import numpy as np
+from kvcache import Client
+with Client(sys.argv[1]) as client:
     k = np.zeros((1, 1, 4), np.float32)
     sent = weakref.ref(k)
-    before = signal.signal(signal.SIGUSR1, interrupt)
-    thread = threading.Thread(target=interrupt_main)
-    thread.start()
     try:
-        with pytest.raises(InterruptedError):
-            client.kv.put("silence", 0, k, k, deadline=600.0)
-    finally:
-        thread.join()
-        signal.signal(signal.SIGUSR1, before)
+        client.kv.put("silence", 0, k, k, deadline=600.0)
+    except KeyboardInterrupt:
+        pass
     del k
-    until = time.monotonic() + 10.0
+    until = time.monotonic() + 30.0
     while sent() is not None and time.monotonic() < until:
         gc.collect()
         time.sleep(0.01)
     assert sent() is None, "the client still holds what was to be sent"
     assert client.kv.length("a", 0) == 7
+"""
+
+
+def test_whoever_is_interrupted_leaves_nothing_behind(machine: Machine) -> None:
+    """In a process of its own: OpenVINO gives a thread that loads it a stack for signals too small for any handler."""
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED, machine.url], stderr=subprocess.PIPE) as child:
+        try:
+            assert machine.was_asked.wait(30.0)
+            child.send_signal(signal.SIGINT)
+            _, said = child.communicate(timeout=50.0)
+        finally:
+            child.kill()
+    assert (child.returncode, said) == (0, b"")
 
 
 def test_an_error_holds_nothing_of_what_was_sent(client: Client) -> None:
