@@ -6,6 +6,7 @@ an id that others were asked within already; the SDK is told that id by its own 
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -22,6 +23,11 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, Status,
 from bus.traces import Attributes, Span, TraceContext, parse_traceparent
 
 FLUSH_S = 3.0
+MAX_TRACESTATE = 512
+"""Characters, which is what W3C asks everybody to keep (Trace Context, 3.3.1.5)."""
+
+# It would repeat in our log what a stranger wrote where a `tracestate` should be.
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
 
 class OtelTracer:
@@ -38,7 +44,8 @@ class OtelTracer:
 
     def begin(self, name: str, traceparent: str, attributes: Attributes, tracestate: str = "") -> OtelSpan:
         parent = parse_traceparent(traceparent)
-        within = Context() if parent is None else _within(parent, TraceState.from_header([tracestate]))
+        state = TraceState.from_header([tracestate]) if len(tracestate) <= MAX_TRACESTATE else None
+        within = Context() if parent is None else _within(parent, state)
         return OtelSpan(self._tracer.start_span(name, within, SpanKind.SERVER, attributes))
 
     def record(self, span: Span, now: float) -> None:

@@ -135,13 +135,14 @@ def pack_together(layers: Sequence[nn.Linear]) -> PackedLinear:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether packing helps and this torch can do it."""
-    operators = ("_linear_pointwise", "_reorder_linear_weight")
+    """Whether packing helps, and this torch and this processor can do it: without AVX-512 they cannot."""
+    operators = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     return (
         dtype is torch.bfloat16
         and device.type == "cpu"
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 

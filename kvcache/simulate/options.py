@@ -15,7 +15,7 @@ from kvcache.simulate.costs import Costs, read_costs
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.simulation import Change, Setup
 from kvcache.simulate.synthetic import KINDS, multiplied, synthetic, with_prefixes
-from kvcache.simulate.traces import Arrival, faster, read_trace, tells_prefixes
+from kvcache.simulate.traces import Arrival, faster, read_trace
 
 SYNTHETIC = "synthetic:"
 RIVALS = tuple(rivals(0, 0))
@@ -167,7 +167,7 @@ def _trace(name: str | None, until_s: float) -> list[Arrival]:
         return [arrival for arrival in synthetic(name.removeprefix(SYNTHETIC)) if arrival.at <= until_s]
     path = Path(name)
     trace = read_trace(path, until_s)
-    return trace if tells_prefixes(path) else with_prefixes(trace)
+    return trace if trace.tells_prefixes else with_prefixes(trace)
 
 
 def _policies(text: str) -> list[str]:

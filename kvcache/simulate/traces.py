@@ -90,7 +90,15 @@ def block_ends(num_tokens: int, block_tokens: int) -> tuple[int, ...]:
     return (*range(block_tokens, num_tokens, block_tokens), num_tokens)
 
 
-def read_trace(path: Path, until_s: float = inf) -> list[Arrival]:
+class Trace(list[Arrival]):
+    """Arrivals from a file, and whether its format says what prompts share."""
+
+    def __init__(self, arrivals: Iterable[Arrival], tells_prefixes: bool) -> None:
+        super().__init__(arrivals)
+        self.tells_prefixes = tells_prefixes
+
+
+def read_trace(path: Path, until_s: float = inf) -> Trace:
     """All arrivals of the first `until_s` seconds in order of time, from 0 on. The format is told by the file.
 
     Lines may be in any order. Raises BadArgument.
@@ -111,16 +119,8 @@ def read_trace(path: Path, until_s: float = inf) -> list[Arrival]:
         raise BadArgument(f"the trace {path} has no requests")
     arrivals.sort(key=lambda arrival: arrival.at)
     start = arrivals[0].at
-    return [replace(arrival, at=arrival.at - start) for arrival in arrivals if arrival.at - start <= until_s]
-
-
-def tells_prefixes(path: Path) -> bool:
-    """Whether the trace's format says what prompts share. Raises BadArgument if it cannot be read."""
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return _columns(file.readline(MAX_LINE)) is None
-    except OSError as error:
-        raise BadArgument(f"the trace {path} cannot be read: {error.strerror}") from None
+    first_s = (replace(arrival, at=arrival.at - start) for arrival in arrivals if arrival.at - start <= until_s)
+    return Trace(first_s, tells_prefixes=columns is None)
 
 
 def faster(arrivals: Iterable[Arrival], speed: float) -> list[Arrival]:
@@ -162,7 +162,7 @@ def _read_json(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
                 yield _from_recorded(recorded(line), number)
             else:
                 yield _from_mooncake(mooncake(line), number)
-        except (msgspec.DecodeError, BadArgument) as error:
+        except (msgspec.DecodeError, RecursionError, BadArgument) as error:
             raise BadArgument(f"{path}, line {number}: {error}") from None
 
 
@@ -197,18 +197,18 @@ def _from_recorded(line: RecordedLine, number: int) -> Arrival:
 def _read_csv(path: Path, lines: Iterable[str], columns: Columns) -> Iterator[Arrival]:
     """Every prompt its own: no node is shared. One of no tokens has one, with which every prompt begins."""
     reader = csv.DictReader(lines)
-    missing = set(columns[:3]) - set(reader.fieldnames or ())
-    if missing:
-        raise BadArgument(f"{path}, line 1: there is no column {', '.join(sorted(missing))}")
     try:
+        missing = set(columns[:3]) - set(reader.fieldnames or ())
+        if missing:
+            raise ValueError(f"there is no column {', '.join(sorted(missing))}")
         for row in reader:
             at = columns.seconds(row[columns.time].strip())
             num_tokens, output_tokens = (_tokens(row[name]) for name in columns[1:3])
             if not 0 <= at < inf:
-                raise BadArgument(f"{at} is no time")
+                raise ValueError(f"{at} is no time")
             ends = block_ends(max(1, num_tokens), MOONCAKE_BLOCK_TOKENS)
             yield Arrival(at, ends[-1], output_tokens, _own(reader.line_num, len(ends)), ends)
-    except (ValueError, AttributeError, TypeError, OverflowError, csv.Error, BadArgument) as error:
+    except (ValueError, AttributeError, TypeError, OverflowError, csv.Error) as error:
         raise BadArgument(f"{path}, line {reader.line_num}: {error}") from None
 
 
@@ -222,7 +222,7 @@ def _tokens(text: str) -> int:
     """A count, which may be written as a float."""
     number = float(text)
     if not number.is_integer() or not 0 <= number <= MAX_TOKENS:
-        raise BadArgument(f"{text} is no number of tokens from 0 to {MAX_TOKENS}")
+        raise ValueError(f"{text} is no number of tokens from 0 to {MAX_TOKENS}")
     return int(number)
 
 

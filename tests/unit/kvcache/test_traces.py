@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from kvcache.simulate.report import optimum
 from kvcache.simulate.rivals import rivals
 from kvcache.simulate.simulation import Setup, Simulation
 from kvcache.simulate.synthetic import BLOCK_TOKENS, KINDS, chain_of, multiplied, synthetic, with_prefixes
-from kvcache.simulate.traces import Arrival, block_ends, faster, node_of, read_trace, tells_prefixes
+from kvcache.simulate.traces import Arrival, block_ends, faster, node_of, read_trace
 
 MOONCAKE = """\
 {"timestamp": 3000, "input_length": 600, "output_length": 7, "hash_ids": [0, 2]}
@@ -60,8 +62,8 @@ def test_a_trace_of_burst_gpt_has_seconds_and_may_have_empty_answers(tmp_path: P
     first, second = read_trace(path)
     assert (first.at, first.num_tokens, first.output_tokens) == (0.0, 472, 18)
     assert (second.at, second.num_tokens, second.output_tokens) == (40.5, 1087, 0)
-    assert not tells_prefixes(path)
-    assert tells_prefixes(write(tmp_path, MOONCAKE, "azure.csv"))
+    assert not read_trace(path).tells_prefixes
+    assert read_trace(write(tmp_path, MOONCAKE, "azure.csv")).tells_prefixes
 
 
 def test_the_azure_trace_of_2024_has_zones_and_may_have_empty_prompts(tmp_path: Path) -> None:
@@ -123,7 +125,9 @@ def test_a_trace_beyond_its_bounds_is_refused(tmp_path: Path, monkeypatch: pytes
         ),
         ('{"timestamp": -1, "input_length": 6, "output_length": 7, "hash_ids": [0]}', "line 1: Expected `float` >= 0"),
         ('{"timestamp": 0, "input_length": 0, "output_length": 7, "hash_ids": []}', "line 1: Expected `int` >= 1"),
-        ("TIMESTAMP,Tokens\n1,2\n", "no column ContextTokens, GeneratedTokens"),
+        ('{"timestamp": 0, "x": ' + 100_000 * "[", "line 1: "),
+        ("TIMESTAMP,Tokens\n1,2\n", "line 1: there is no column ContextTokens, GeneratedTokens"),
+        (f"TIMESTAMP,{200_000 * 'x'},ContextTokens,GeneratedTokens\n", "field larger than field limit"),
         (AZURE + "yesterday,1,2\n", "line 4: Invalid isoformat string"),
         (AZURE + "2023-11-16 18:15:46,-1,2\n", "line 4: -1 is no number of tokens"),
         (AZURE + "2023-11-16 18:15:46,1.5,2\n", "line 4: 1.5 is no number of tokens"),
@@ -145,6 +149,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadArgument, match="is not text"):
         read_trace(tmp_path / "binary")
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(AZURE,), daemon=True)
+    writer.start()
+    trace = read_trace(pipe)
+    writer.join(30.0)
+    assert (len(trace), trace.tells_prefixes) == (2, False)
 
 
 def test_a_faster_trace_has_the_same_requests_in_less_time(tmp_path: Path) -> None:

@@ -99,6 +99,21 @@ def test_gateway_broker_and_worker_make_one_trace(monkeypatch: pytest.MonkeyPatc
     assert made["kvcache.broker"].resource.attributes["service.name"] == "broker"
 
 
+def test_what_a_stranger_calls_a_tracestate_is_not_repeated_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from kvcache.otel import MAX_TRACESTATE, OtelTracer
+
+    spans = InMemorySpanExporter()
+    tracer = OtelTracer("gateway", "1", spans)
+    for state in ("a=\u00e9", 60_000 * "x", ",".join(f"k{number}=v" for number in range(MAX_TRACESTATE))):
+        tracer.begin("x", f"00-{'a' * 32}-{'b' * 16}-01", {}, state).end({})
+    tracer.close()
+    assert [dict(span.context.trace_state) for span in spans.get_finished_spans()] == [{}, {}, {}]
+    assert caplog.records == []
+
+
 def test_sampling_is_the_callers_or_else_the_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("opentelemetry.sdk")
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter

@@ -126,7 +126,7 @@ class CountingModels:
 
     def load(self, name: str, pool_bytes: int, report: Report) -> Model:
         if self._may_load is not None:
-            assert self._may_load.wait(10.0)
+            assert self._may_load.wait(30.0)
         return CountingModel()
 
 
@@ -374,7 +374,10 @@ async def test_tokens_are_published_and_the_end_is_answered(url: str) -> None:
         assert end.num_tokens == 3
 
 
-async def test_what_a_step_made_for_all_streams_is_published_in_one_message(url: str) -> None:
+async def test_what_a_step_made_for_all_streams_is_published_in_one_message(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.engine.ENCODE_S", 30.0)  # or a stream may be over before the next is encoded
     may_load = threading.Event()
     streams = [bytes([number]) * 16 for number in range(3)]
     async with serving(url, may_load=may_load) as (broker, _):
