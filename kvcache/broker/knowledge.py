@@ -27,25 +27,29 @@ from kvcache.routing.ledger import WorkLedger
 from kvcache.routing.links import LinkBook
 from kvcache.routing.pending import PendingPrefixes
 from kvcache.routing.rates import RateBook
+from kvcache.routing.shares import Beginning, Shares
 from kvcache.routing.views import Belief, Choice, Request
 
 TEXT_BYTES_PER_TOKEN = 4.0
 """Of a text, before any worker has told how many tokens came of one; the usual figure for English."""
 TEXT_MEMORY = 32
 """Texts after which one counts 1/e in what is known of bytes per token."""
+SHARE_NODES = 8
+"""Shares of traffic are counted for every 8th node: each 256 of the first 2,048 tokens, then twice as far apart."""
 NOT_THE_LINK = {ErrorCode.NOT_FOUND.name, ErrorCode.OVERLOADED.name}
 """Failures of a pull that say nothing of the next: the holder had evicted it, there were too many at once."""
 
 
 class Prompt(NamedTuple):
     """A prompt as far as a broker can tell. hits: its leading tokens that each worker holds or is computing; held: that
-    it holds already, if others can copy from it.
+    it holds already, if others can copy from it. beginnings: those of which the share of the traffic is known.
     """
 
     keys: Keys
     num_tokens: int
     hits: dict[str, int]
     held: dict[str, int]
+    beginnings: list[Beginning]
 
 
 class HitCounts(NamedTuple):
@@ -68,6 +72,7 @@ class Knowledge:
         self._rates = RateBook()
         self._links = LinkBook()
         self._pending = PendingPrefixes()
+        self._shares = Shares()
         self._text_bytes_per_token = TEXT_BYTES_PER_TOKEN
         self._heard_at = 0.0  # of time: ends are dated with it, which is right to within a tick
         self._ring: HashRing | None = None
@@ -136,7 +141,8 @@ class Knowledge:
         held = {worker: hit for worker, hit in hits.items() if self._workers.by_id[worker].hello.peer_url}
         for worker, depth in self._pending.lookup(keys).items():
             hits[worker] = max(covered(depth), hits.get(worker, 0))
-        return Prompt(keys, num_tokens, hits, held)
+        depths = range(SHARE_NODES, len(keys) + 1, SHARE_NODES)
+        return Prompt(keys, num_tokens, hits, held, [(keys[depth - 1], covered(depth)) for depth in depths])
 
     def dispatched(self, call: Call, message: m.Generate, prompt: Prompt, choice: Choice, now: float) -> None:
         """A generation went to its worker."""
@@ -156,6 +162,7 @@ class Knowledge:
         self._rates.tried(worker.id, self._ledger.idle_s(worker.id, now))
         self._ledger.dispatched(call.id, worker.id, seconds, now)
         self._pending.dispatched(call.id, worker.id, prompt.keys)
+        self._shares.arrived(prompt.beginnings, now)
 
     def pulls(self, call: Call) -> None:
         """The call's worker was told to fetch KV for it first."""
@@ -197,8 +204,17 @@ class Knowledge:
 
     def request(self, tenant: str, key: RoutingKey, prompt: Prompt, deadline_s: float, now: float) -> Request:
         """What is to be placed."""
-        price = self._ledger.delay_price(now, len(self._workers.ring))
-        return Request(key, now, prompt.num_tokens, prompt.hits, prompt.held, deadline_s, price, tenant)
+        return Request(
+            key,
+            now,
+            prompt.num_tokens,
+            prompt.hits,
+            prompt.held,
+            deadline_s,
+            self._ledger.delay_price(now, len(self._workers.ring)),
+            tenant,
+            self._shares.due_tokens(prompt.beginnings, prompt.hits, self.beliefs(now), now),
+        )
 
     def beliefs(self, now: float) -> Mapping[str, Belief]:
         """Of each worker on the ring."""

@@ -3,13 +3,17 @@
 For every worker, in seconds, from rates that were learned and work that was counted when it was dispatched:
 
     first token  = max(queue, pull) + prefill of what neither its cache nor the pull covers
-    delay        = price * prefill * (queue + prefill / 2)
+    delay        = price * (prefill * queue + own ** 2 / 2)
     total        = first token + delay
 
 `delay` is what the prefill takes from others: each later request at that worker waits longer by it until the
 queue has run empty, and price, arrivals a second over the worker's idle share, says how many those are. It is the
 size-aware value function of a first-come queue (Hyytiä, Penttinen, Aalto 2012, "Size- and state-aware dispatching",
 section 3). With it a cached prefix is worth more the busier the cluster is, and an idle cluster answers soonest.
+
+`own` is the prefill without what makes a copy that is due: a beginning which a share of the traffic has is due on that
+share of the workers (`kvcache.routing.shares`). Its copies are each paid once, and those who come while one is made
+have others to go to; so it is cheap where nobody waits, and only a queue that waits for it anyway is charged.
 
 Estimates are not exact, so all workers near the best are equals, and among equals what is lasting decides: the
 longest prefix already there, then the ring's order. So prompts that share a beginning meet without any index, on
@@ -97,7 +101,10 @@ def _estimate(request: Request, worker: str, belief: Belief, source: Pull | None
                 pull = Pull(source.source, source.num_tokens, max(LEAST_BUDGET_S, saved_s))
                 start_s, prefill_s = max(queue_s, pulled_s), helped_s
     first_token_s = start_s + prefill_s
-    delay_s = request.delay_price * prefill_s * (queue_s + prefill_s / 2)
+    own_s = prefill_s
+    if request.due_tokens > (hit if pull is None else pull.num_tokens):
+        own_s = rates.prefill_s(num_tokens, min(request.due_tokens, num_tokens), decodes)
+    delay_s = request.delay_price * (prefill_s * queue_s + own_s * own_s / 2)
     return Estimate(worker, hit, queue_s, prefill_s, first_token_s, delay_s, first_token_s + delay_s, pull)
 
 

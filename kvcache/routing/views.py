@@ -86,7 +86,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     num_tokens: of its prompt, estimated from bytes where only a worker can tell. hits: how many leading tokens of
     it a worker holds or is computing; whoever has none may be left out. held: of those, what is there already, which
     is all that others can fetch. deadline_s: what remains of its time.
-    delay_price: see `kvcache.routing.ledger.WorkLedger.delay_price`.
+    delay_price: see `kvcache.routing.ledger.WorkLedger.delay_price`. due_tokens: of its leading tokens another copy is
+    due, see `kvcache.routing.shares`.
     """
 
     key: RoutingKey
@@ -97,6 +98,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     deadline_s: float = inf
     delay_price: float = 0.0
     tenant: str = ""
+    due_tokens: int = 0
 
 
 class Pull(msgspec.Struct, frozen=True, gc=False):

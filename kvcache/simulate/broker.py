@@ -19,6 +19,7 @@ from kvcache.routing.ledger import WorkLedger
 from kvcache.routing.links import LinkBook
 from kvcache.routing.pending import PendingPrefixes
 from kvcache.routing.rates import RateBook
+from kvcache.routing.shares import Shares
 from kvcache.routing.views import Belief, Choice, IndexState, Refusal, Request
 from kvcache.simulate.routers import Router
 from kvcache.simulate.traces import Arrival
@@ -40,6 +41,7 @@ class ModelBroker:
         self._index = NodeIndex(secret=TENANT_SECRET)
         self._ledger = WorkLedger()
         self._pending = PendingPrefixes()
+        self._shares = Shares()
         self._book = RateBook()
         self._links = LinkBook()
         self._can_pull = can_pull
@@ -97,6 +99,9 @@ class ModelBroker:
             hits=hits,
             held=held,
             delay_price=self._ledger.delay_price(now, len(self._ring)),
+            due_tokens=self._shares.due_tokens(
+                tuple(zip(arrival.chain, arrival.ends, strict=True)), hits, self._beliefs, now
+            ),
         )
         return self.router.choose(arrival, request, self._ring, self._beliefs)
 
@@ -109,6 +114,7 @@ class ModelBroker:
         self._book.tried(worker, self._ledger.idle_s(worker, now))
         self._ledger.dispatched(job.number, worker, seconds, now)
         self._pending.dispatched(job.number, worker, arrival.chain)
+        self._shares.arrived(zip(arrival.chain, arrival.ends, strict=True), now)
         if job.pulled_tokens:
             self._links.ordered(job.number, worker)
         self._inflight[worker] += 1

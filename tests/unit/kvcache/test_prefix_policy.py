@@ -7,11 +7,12 @@ from math import inf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvcache.ring import HashRing
 from kvcache.routing.keys import NO_KEY, RoutingKey
 from kvcache.routing.links import PULL_SHARE
-from kvcache.routing.prefix import LEAST_BUDGET_S, NEAR, NEAR_BLIND, NEAR_S, PULL_START_S, prefix
+from kvcache.routing.prefix import LEAST_BUDGET_S, NEAR, NEAR_BLIND, NEAR_S, PULL_START_S, estimate_one, prefix
 from kvcache.routing.views import Belief, Choice, IndexState, Pull, Rates, Refusal, Request
 
 RATES = Rates(token_s=1e-3, is_learned=True)
@@ -39,19 +40,21 @@ BELIEFS = st.builds(
 )
 CLUSTERS = st.fixed_dictionaries(dict.fromkeys("abcd", BELIEFS))
 REQUESTS = st.builds(
-    lambda key, num_tokens, hits, held, price: Request(
+    lambda key, num_tokens, hits, held, price, due_tokens: Request(
         key,
         now=1.0,
         num_tokens=num_tokens,
         hits={w: min(h, num_tokens) for w, h in hits.items()},
         held={w: min(h, num_tokens) for w, h in hits.items() if w in held},
         delay_price=price,
+        due_tokens=due_tokens,
     ),
     st.sampled_from([KEY, NO_KEY]),
     st.integers(0, 100_000),
     st.dictionaries(st.sampled_from("abcdx"), st.integers(0, 100_000)),
     st.sets(st.sampled_from("abcdx")),
     st.floats(0, 20),
+    st.integers(0, 100_000),
 )
 
 
@@ -138,6 +141,37 @@ def test_work_that_is_saved_counts_for_more_when_others_wait_for_it() -> None:
     beliefs = idle(c=believe(12.0))
     assert choose(calm, **beliefs).worker_id != "c"
     assert choose(busy, **beliefs).worker_id == "c"
+
+
+def test_a_copy_that_is_due_is_made_on_a_worker_that_is_idle() -> None:
+    """Elsewhere it is a burden on those who come next; where it is due they have it too."""
+    request = Request(KEY, num_tokens=10_000, hits={"c": 8000}, delay_price=2.0)
+    due = replace(request, due_tokens=8000)
+    assert choose(request, **idle(c=believe(12.0))).worker_id == "c"
+    assert choose(due, **idle(c=believe(12.0))).worker_id != "c"
+    assert choose(due, **idle(c=believe(0.5))).worker_id == "c"  # which is sooner
+    assert choose(due, **dict.fromkeys("abd", believe(3.0)), c=believe(12.0)).worker_id == "c"  # others wait there
+
+
+@pytest.mark.parametrize(
+    ("due_tokens", "hit_tokens", "own_s"),
+    [(0, 0, 10.0), (8000, 0, 2.0), (8000, 8000, 2.0), (8000, 9000, 1.0), (20_000, 0, 0.0)],
+)
+def test_of_a_prefill_only_what_no_due_copy_holds_delays_those_who_come_next(
+    due_tokens: int, hit_tokens: int, own_s: float
+) -> None:
+    request = Request(KEY, num_tokens=10_000, hits={"a": hit_tokens}, delay_price=0.5, due_tokens=due_tokens)
+    estimate = estimate_one(request, "a", idle(a=believe(3.0)))
+    prefill_s = (10_000 - hit_tokens) * RATES.token_s
+    assert estimate.delay_s == pytest.approx(0.5 * (prefill_s * 3.0 + own_s**2 / 2))
+
+
+def test_what_is_pulled_of_a_due_copy_leaves_the_rest_of_it_due() -> None:
+    request = Request(KEY, num_tokens=10_000, hits={"c": 6000}, held={"c": 6000}, delay_price=0.5, due_tokens=8000)
+    estimate = estimate_one(request, "a", idle(a=believe(0.0, LINKED), c=believe()))
+    assert estimate.pull is not None
+    assert estimate.prefill_s == pytest.approx(4.0)
+    assert estimate.delay_s == pytest.approx(0.5 * 2.0**2 / 2)
 
 
 def test_a_busy_holder_is_pulled_from_where_the_link_is_quick() -> None:

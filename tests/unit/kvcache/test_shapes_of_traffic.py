@@ -35,12 +35,21 @@ SHAPES: dict[str, tuple[float, Callable[[random.Random, int], list[Part]]]] = {
     "a few beginnings": (0.1, lambda draw, number: [(draw.randrange(30), 6000), own(draw, number, 300)]),
 }
 """Seconds between two requests on average, and what is in them."""
+HOT_COUNT = 400
+HOT_SHAPES: dict[str, tuple[float, Callable[[random.Random, int], list[Part]]]] = {
+    "one beginning": (0.07, lambda draw, number: [(0, 12_000), own(draw, number, 1500)]),
+    "another beginning every 60 requests": (
+        0.04,
+        lambda draw, number: [(number // 60, 10_000), own(draw, number, 200)],
+    ),
+}
+"""Everybody has the beginning, so that all workers are to have it soon; and not all at once, while many wait."""
 
 
-def traffic(shape: str) -> list[Arrival]:
-    pause_s, parts_of = SHAPES[shape]
+def traffic(shape: str, count: int = COUNT) -> list[Arrival]:
+    pause_s, parts_of = (SHAPES | HOT_SHAPES)[shape]
     draw = random.Random(shape)
-    times = accumulate(draw.expovariate(1 / pause_s) for _ in range(COUNT))
+    times = accumulate(draw.expovariate(1 / pause_s) for _ in range(count))
     trace = []
     for number, at in enumerate(times):
         parts = parts_of(draw, number)
@@ -49,11 +58,12 @@ def traffic(shape: str) -> list[Arrival]:
     return trace
 
 
-def times_s(trace: list[Arrival], policy: str) -> tuple[float, float]:
+def times_s(trace: list[Arrival], policy: str, can_pull: bool = True) -> tuple[float, float]:
     """Mean and 90th percentile of the times to first token."""
-    result = Simulation(trace, Setup(num_workers=4), lambda: PolicyRouter(POLICIES[policy])).run()
+    setup = Setup(num_workers=4, can_pull=can_pull)
+    result = Simulation(trace, setup, lambda: PolicyRouter(POLICIES[policy])).run()
     ttft = [outcome.ttft_s for outcome in result.outcomes if outcome.ttft_s is not None]
-    assert len(ttft) == COUNT
+    assert len(ttft) == len(trace)
     return float(np.mean(ttft)), float(np.quantile(ttft, 0.9))
 
 
@@ -65,3 +75,14 @@ def test_no_shape_of_traffic_is_served_worse_than_by_a_simpler_rule(shape: str) 
         its_mean_s, its_p90_s = times_s(trace, other)
         assert mean_s <= WORSE * its_mean_s, other
         assert p90_s <= WORSE * its_p90_s, other
+
+
+@pytest.mark.parametrize("can_pull", [True, False])
+@pytest.mark.parametrize("shape", HOT_SHAPES)
+def test_a_beginning_that_everybody_has_is_soon_where_it_is_wanted(shape: str, can_pull: bool) -> None:
+    trace = traffic(shape, HOT_COUNT)
+    mean_s, p90_s = times_s(trace, "prefix", can_pull)
+    for other, most in (("consistent_hash", 0.75), ("bounded_load", 1.2)):
+        its_mean_s, its_p90_s = times_s(trace, other, can_pull)
+        assert mean_s <= most * its_mean_s, other
+        assert p90_s <= most * its_p90_s, other
