@@ -11,7 +11,9 @@ from bus import messages as m
 from bus import wire
 from bus.errors import ErrorCode
 from bus.stats import Explanation, Holding, Holdings, PeerStats, WorkerStats, WorkerView, pack, unpack
-from kvcache.hashing import routing_chain
+from kvcache.broker.knowledge import SHARE_NODES
+from kvcache.hashing import ROUTING_BLOCK_TOKENS, routing_chain
+from kvcache.routing.keys import NO_KEY
 from kvcache.routing.policies import DEFAULT_POLICY
 from tests.unit.kvcache.broker_driver import Driver, beat, done, generate, nodes_held, rid, stream_end, worker_hello
 
@@ -463,3 +465,19 @@ def test_nobody_copies_from_a_worker_that_cannot_be_reached() -> None:
     assert order is None
     assert "pulls" not in assign.reason
     assert driver.stats().foreseen_tokens == 0
+
+
+def test_a_beginning_that_a_tenant_often_asks_for_is_due_on_more_workers_than_have_it() -> None:
+    driver = cluster()
+    for number in range(6):
+        submit(driver, number)
+    knowledge = driver.core._requests.placement._knowledge
+
+    def due_tokens(tenant: str, *holders: str) -> int:
+        prompt = knowledge.read(tenant, m.Route(req_id=rid(99), chain=CHAIN))
+        prompt = prompt._replace(hits=dict.fromkeys(holders, len(TOKENS)))
+        return knowledge.request(tenant, NO_KEY, prompt, 60.0, driver.now).due_tokens
+
+    assert due_tokens("default", "w1") == SHARE_NODES * ROUTING_BLOCK_TOKENS
+    assert due_tokens("default", "w1", "w2") == 0
+    assert due_tokens("bob", "w1") == 0
