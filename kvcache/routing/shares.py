@@ -84,7 +84,7 @@ class Shares:
             others = self._total - known.before + num_workers * worth
             due = num_workers * (known.again + worth) / (others + worth)
             if due < ROUNDED:
-                break  # and longer ones are rarer still
+                continue  # a longer one may be newer, and hot since
             if have is None:
                 have = _sized(hits, beliefs)
             if due >= ROUNDED + sum(size for tokens, size in have if tokens >= num_tokens):

@@ -79,6 +79,18 @@ def test_of_a_hot_beginning_and_what_follows_it_only_the_beginning_is_due() -> N
     assert shares.due_tokens([*HOT, (7, 9000)], hits(8000), EQUAL, now) == 8000
 
 
+def test_what_is_hot_is_due_however_old_and_rare_its_own_beginning_is() -> None:
+    old: list[Beginning] = [("old", 2000)]
+    shares, now = after([old] + [own(number) for number in range(500)] + [[*old, *HOT]] * 20)
+    assert shares.due_tokens(old, {}, EQUAL, now) == 0
+    assert shares.due_tokens([*old, *HOT], {}, EQUAL, now) == 8000
+
+
+def test_what_was_seen_twice_is_not_due_twice() -> None:
+    assert num_due(*after([HOT])) == 1
+    assert num_due(*after([HOT] * 2)) <= 2
+
+
 def test_who_has_less_of_it_does_not_count_as_having_it() -> None:
     shares, now = after([HOT] * 100)
     assert shares.due_tokens(HOT, hits(*[7999] * WORKERS), EQUAL, now) == 8000
@@ -96,13 +108,20 @@ def test_a_beginning_that_has_gone_out_of_use_is_soon_due_nowhere() -> None:
     assert num_due(shares, now) == 0
 
 
-@pytest.mark.parametrize("at", [0.0, 65 * HALF_LIFE_S, 2000 * HALF_LIFE_S])
+@pytest.mark.parametrize("at", [0.0, 63 * HALF_LIFE_S, 65 * HALF_LIFE_S, 2000 * HALF_LIFE_S])
 def test_shares_are_the_same_whenever_the_traffic_comes(at: float) -> None:
     shares = Shares()
     shares.arrived(own(0), 0.0)
     for _ in range(100):
         shares.arrived(HOT, at)
     assert num_due(shares, at) == WORKERS
+    later = at + 65 * HALF_LIFE_S  # when numbers are made small again
+    for _ in range(100):
+        shares.arrived(HOT, later)
+    assert num_due(shares, later) == WORKERS
+    for number in range(100):
+        shares.arrived(own(number), later)
+    assert num_due(shares, later) == WORKERS / 2
 
 
 def test_only_the_last_beginnings_are_remembered() -> None:
