@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bus import wire
-from bus.errors import Forbidden, KVCacheError, MalformedMessage, Overloaded
+from bus.errors import Cancelled, Forbidden, KVCacheError, MalformedMessage, Overloaded
 from bus.limits import CHUNK_BYTES
 from bus.messages import BlocksFound, Cancel, Chunk, Credit, Grant, PullBlocks
 from bus.wire import Frames
@@ -94,7 +94,7 @@ class Holder:
                 case Credit():
                     return self._grant((peer, message.req_id), message.chunks, now)
                 case Cancel():
-                    return self._drop((peer, message.req_id))
+                    return self._cancelled((peer, message.req_id))
                 case _:
                     raise MalformedMessage(f"{type(message).__name__} is not for a worker that is copied from")
         except KVCacheError as error:
@@ -205,6 +205,10 @@ class Holder:
         copy.offset += piece.nbytes
         self.served_bytes += piece.nbytes
         return say(copy.key, chunk, piece)
+
+    def _cancelled(self, key: CopyKey) -> list[Action]:
+        """Answered, also if there is no such copy: whoever gave up before a first word hears that we are there."""
+        return [*self._drop(key), refuse(key, Cancelled("the worker that copies has cancelled"))]
 
     def _drop(self, key: CopyKey) -> list[Action]:
         """It is over, however it went."""

@@ -15,7 +15,7 @@ from bus import wire
 from bus.messages import Assign, CopySequence, Grant, Relay
 from bus.stats import PeerStats
 from bus.wire import Frames
-from workers.calls import Action
+from workers.calls import Action, ToPeer
 from workers.copy_api import BlocksRead, CopyBroke, CopyEvent, Filled, Lent, Wanted
 from workers.peer_holder import Holder
 from workers.peer_puller import Puller
@@ -55,8 +55,8 @@ class Peers:
         """A broker has us copy a sequence. is_closed: nothing new is taken any more."""
         url = self._reach.address(link, order.url, order.worker_id, now)
         self._puller.use(url, now)
-        self._reach.asked(url, now)
-        return self._taker.ordered(link, msgspec.structs.replace(order, url=url), now, is_closed=is_closed)
+        actions = self._taker.ordered(link, msgspec.structs.replace(order, url=url), now, is_closed=is_closed)
+        return self._note_asked(actions, now)
 
     def route(self, link: int, assign: Assign, now: float) -> Assign:
         """The same assignment, with the address at which to ask whom it says to pull from."""
@@ -104,8 +104,7 @@ class Peers:
     def on_engine(self, event: CopyEvent, now: float) -> list[Action]:
         match event:
             case Wanted():
-                self._reach.asked(event.order.url, now)
-                return self._puller.begin(event, now)
+                return self._note_asked(self._puller.begin(event, now), now)
             case Filled():
                 return self._puller.on_engine(event, now)
             case Lent() | BlocksRead():
@@ -119,6 +118,13 @@ class Peers:
         self._reach.tick(now)
         parts = (self._holder, self._puller, self._giver, self._taker)
         return [action for part in parts for action in part.tick(now)]
+
+    def _note_asked(self, actions: list[Action], now: float) -> list[Action]:
+        """The same actions. Who is asked in them owes an answer; what was refused here nobody hears of."""
+        for action in actions:
+            if isinstance(action, ToPeer):
+                self._reach.asked(action.url, now)
+        return actions
 
 
 def _is_of_sequence(frames: Frames) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import msgspec
 
 from bus import wire
-from bus.errors import KVCacheError, MalformedMessage, NotFound, Overloaded
+from bus.errors import Cancelled, KVCacheError, MalformedMessage, NotFound, Overloaded
 from bus.limits import CHUNK_BYTES
 from bus.messages import MAX_MILLIS, Cancel, Chunk, Credit, Grant, PullSequence, SequenceFound
 from bus.stats import Receipt, Snapshot, pack
@@ -77,7 +77,7 @@ class Giver:
                 case Credit():
                     return self._grant((peer, message.req_id), message.chunks, now)
                 case Cancel():
-                    return self._drop((peer, message.req_id))
+                    return self._cancelled((peer, message.req_id))
                 case _:
                     raise MalformedMessage(f"{type(message).__name__} is not for a worker that is copied from")
         except KVCacheError as error:
@@ -157,6 +157,10 @@ class Giver:
             self.num_given += 1
             actions += self._drop(key)
         return actions
+
+    def _cancelled(self, key: CopyKey) -> list[Action]:
+        """Answered, also if there is no such copy: whoever gave up before a first word hears that we are there."""
+        return [*self._drop(key), refuse(key, Cancelled("the worker that copies has cancelled"))]
 
     def _drop(self, key: CopyKey) -> list[Action]:
         """It is over, however it went."""

@@ -180,8 +180,11 @@ def test_engine_that_has_no_such_blocks_says_why(holder: Holder) -> None:
 def test_cancel_returns_the_loan(holder: Holder) -> None:
     wanted, _ = lend(holder)
     cancel = [wire.encode(Cancel(req_id=(1).to_bytes(16, "big")))]
-    assert holder.on_message(b"stranger", cancel, now=0.0) == [], "it is not the stranger's to cancel"
-    assert commands(holder.on_message(PEER, cancel, now=0.0), Return) == [Return(wanted.loan)]
+    strangers = holder.on_message(b"stranger", cancel, now=0.0)
+    assert commands(strangers, Return) == [], "it is not the stranger's to cancel"
+    actions = holder.on_message(PEER, cancel, now=0.0)
+    assert commands(actions, Return) == [Return(wanted.loan)]
+    assert codes(strangers) == codes(actions) == [ErrorCode.CANCELLED], "whoever cancels hears that we are there"
     assert holder.on_engine(BlocksRead(wanted.loan, memoryview(b"x")), now=0.0) == []
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from bus import messages as m
@@ -16,6 +18,7 @@ from workers.calls import Action, Channel, Send, ToCaller, ToPeer
 from workers.copy_api import Lend, Lent, Wanted
 from workers.keys import RunId
 from workers.loans import LoanId
+from workers.peer_puller import MAX_PULLS
 from workers.relays import DETOUR_S, PATIENCE_S, PREFIX, Reach, relayed, through_broker
 
 URL = "tcp://10.0.0.1:4000"
@@ -96,6 +99,17 @@ def wanted(pull: m.PullOrder, now: float) -> Wanted:
     )
 
 
+def is_asked_directly(bench: CoreBench) -> bool:
+    _, start = bench.start(pull=order(URL))
+    return start.pull == order(URL)
+
+
+def copy_order(url: str) -> m.CopySequence:
+    return m.CopySequence(
+        ticket=TICKET, worker_id="holder", url=url, tenant="t", seq_id="s", version=5, budget_ms=60_000
+    )
+
+
 def relays(actions: Sequence[Action]) -> list[tuple[m.Relay, list[bytes]]]:
     """What goes through the broker, and what is inside."""
     found = []
@@ -137,3 +151,47 @@ def test_a_pull_that_found_nobody_there_goes_through_the_broker_the_next_time() 
     assert puller.core.on_bulk(0, [stray, *lie], puller.now) == [], "who was not asked is not listened to"
     stats = puller.core.stats(puller.now, rss_bytes=0, lag_s=0.0)
     assert sum(stats.peers.failures.values()) == 1, "that of the first time"
+
+
+def test_who_was_not_asked_owes_no_answer() -> None:
+    """A pull and a copy that are refused here, before anything is sent, say nothing of the way there."""
+    bench = CoreBench()
+    bench.join()
+    for number in range(MAX_PULLS):
+        elsewhere = wanted(order(f"tcp://10.0.0.9:{number}"), bench.now)
+        assert bench.engine(replace(elsewhere, run=RunId(b"%d" % number)))
+    too_many = bench.engine(wanted(order(URL), bench.now))
+    bench.control(copy_order("tcp://10.0.0.9:9"))
+    once_more = bench.control(copy_order(URL))
+    assert not any(isinstance(action, ToPeer) for action in (*too_many, *once_more))
+    bench.pass_time(1.125)
+    assert is_asked_directly(bench)
+
+
+def test_a_copy_that_found_nobody_there_goes_through_the_broker_the_next_time() -> None:
+    bench = CoreBench()
+    bench.join()
+    bench.control(copy_order(URL))
+    bench.pass_time(1.125)
+    assert not is_asked_directly(bench)
+
+
+def test_a_holder_that_has_no_time_before_the_pull_ends_is_within_reach() -> None:
+    """Its engine is in a step that is longer than the pull's budget: all it ever says is its answer to `Cancel`."""
+    puller, holder = CoreBench(), CoreBench()
+    puller.join()
+    holder.join()
+    holder.control(m.Grant(ticket=TICKET, target="w", tenant="t", num_tokens=8, ttl_ms=5000))
+    hurried = msgspec.structs.replace(order(URL), budget_ms=200)
+    (ask,) = puller.engine(wanted(hurried, puller.now))
+    assert isinstance(ask, ToPeer)
+    assert commands(holder.core.on_peer_request(b"puller", ask.frames, holder.now), Lend)
+    (cancel,) = [action for action in puller.pass_time(0.5) if isinstance(action, ToPeer)]
+    (answer,) = [
+        action
+        for action in holder.core.on_peer_request(b"puller", cancel.frames, holder.now)
+        if isinstance(action, ToCaller)
+    ]
+    assert puller.core.on_peer_answer(URL, answer.frames, puller.now) == []
+    puller.pass_time(1.125)
+    assert is_asked_directly(puller)

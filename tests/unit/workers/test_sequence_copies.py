@@ -282,6 +282,23 @@ def test_a_taker_that_falls_silent_is_forgotten_and_what_it_read_is_let_go() -> 
     assert source.store.stats(0.0).used_bytes == 0
 
 
+def test_a_taker_that_cancels_hears_that_the_giver_is_there_and_what_it_read_is_let_go() -> None:
+    source, target = End(), End()
+    source.put(0, 30_000, 1, version=5)
+    source.giver.granted(grant(), 0.0)
+    (ask,) = begin(target.taker, order())
+    assert isinstance(ask, ToPeer)
+    source.giver.on_message(b"taker", ask.frames, 0.0)
+    assert len(source.giver) == 1
+    (cancel,) = target.taker.lose_session(0)
+    assert isinstance(cancel, ToPeer)
+    for _ in range(2):  # also when it knows of no such copy any more
+        assert codes(source.giver.on_message(b"taker", cancel.frames, 0.0)) == [ErrorCode.CANCELLED]
+        assert len(source.giver) == 0
+    source.store.delete(KEY)
+    source.check()
+
+
 def test_no_more_copies_than_are_good_for_it_are_under_way() -> None:
     taker = End().taker
     for number in range(MAX_TAKEN):
