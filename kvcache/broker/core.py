@@ -251,7 +251,7 @@ class BrokerCore:
             return self._sessions.lose_worker(peer, "disconnected")
         if isinstance(peer, Client) and (is_gone or send.port is Port.CLIENT):
             return self._sessions.close_client(peer)
-        if send.call is None or send.call.client.link not in self._sessions.clients:
+        if send.call is None or not (send.call.is_own or send.call.client.link in self._sessions.clients):
             return []
         error = Overloaded(f"there is no room to send to this {send.port.value} peer", retry_after_ms=RETRY_AFTER_MS)
         if send.port is Port.CLIENT_BULK and send.call not in self._requests.calls:

@@ -17,7 +17,7 @@ from kvcache.broker.warming import DEADLINE_MS, MAX_BYTES, MAX_PROMPT_BYTES, WAR
 from kvcache.hashing import routing_chain
 from kvcache.ring import HashRing
 from kvcache.routing.keys import RoutingKey
-from tests.unit.kvcache.broker_driver import USER, Driver, Heard, beat, generate, nodes_held, stream_end
+from tests.unit.kvcache.broker_driver import USER, Driver, Heard, beat, generate, nodes_held, read, stream_end
 
 READY = (("model", m.ModelState.READY),)
 
@@ -216,6 +216,21 @@ def test_what_only_a_worker_holds_that_drains_goes_to_its_new_owner_at_once(clus
     fetched = end_all(cluster, 5.0)
     assert {prompt for _, prompt, _ in fetched} == set(prompts(12))
     assert {(target, source) for target, _, source in fetched} == {("two", "one")}
+
+
+def test_a_fetch_for_which_the_lane_has_no_room_ends_and_the_next_one_follows(cluster: Cluster) -> None:
+    """The broker itself asked, so nobody hears of it; nothing waits for its deadline."""
+    cluster.join("two")
+    driver = cluster.driver
+    assert cluster.run(0.75) == []
+    driver.now += 0.5
+    (unsent,) = [send for send in driver.core.tick(driver.now) if send.call is not None]
+    assert driver.core.inflight == 1
+    (release,) = read(driver.core.on_unsent(unsent, is_gone=False))
+    assert (release.link, type(release.message)) == (b"two", m.Release)
+    driver.core.check()
+    assert driver.core.inflight == 0
+    assert warmed(cluster.run(0.5)) != []
 
 
 @pytest.mark.parametrize("how", ["fails", "is late", "dies"])
