@@ -112,7 +112,9 @@ class BrokerCore:
             return []
         client.heard_at = now
         match message:
-            case m.Ack() | m.Credit() | m.Cancel() | m.Resume():
+            case m.Cancel():
+                return self._requests.cancel(client, message.req_id, frames)
+            case m.Ack() | m.Credit() | m.Resume():
                 return self._requests.follow_up(client, message.req_id, frames, Port.WORKER)
             case m.Beat():
                 return [to_client(client, m.BrokerBeat(beat=message.beat, lease_ms=self._config.lease_ms))]

@@ -50,7 +50,7 @@ class Call:
 
     name: the sequence that it names, if any. writes: whether it changes that by a `Put` or an `Append`.
     label: how logs call it, if they are to tell of it. span: what is recorded of it, if it is.
-    on_bulk: whether it went to its worker on the bulk lane, where what follows it must go too.
+    on_bulk: whether it went to its worker on the bulk lane, where what is sent on the control lane may overtake it.
     """
 
     id: int

@@ -13,6 +13,7 @@ from bus import messages as m
 from bus import wire
 from bus.errors import (
     BadArgument,
+    Cancelled,
     Conflict,
     ConnectionLost,
     DeadlineExceeded,
@@ -130,6 +131,13 @@ class Requests:
                 return self.fail(call, _no_bulk_lane(call.worker))
             sends.append(Send(port, link, [wire.encode(m.Forward(call=call.id)), *frames], call))
         return sends
+
+    def cancel(self, client: Client, req_id: bytes, frames: Sequence[Buffer]) -> list[Send]:
+        """Stop a request. One on the bulk lane would be overtaken by its `Cancel`, so it ends here: workers know of a
+        `Release` that comes first."""
+        if any(call.on_bulk for call in self.calls.of(client, req_id)):
+            return self.fail_by_id(client, req_id, Cancelled("cancelled by the client"))
+        return self.follow_up(client, req_id, frames, Port.WORKER)
 
     def open_stream(self, client: Client, message: m.OpenStream, now: float) -> list[Send]:
         try:

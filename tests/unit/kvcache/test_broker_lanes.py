@@ -64,6 +64,22 @@ def test_nobody_waits_is_told_on_the_control_lane_which_is_never_full_of_chunks(
     assert (release.port, release.message) == (Port.WORKER, m.Release(call=assigned.message.call))
 
 
+def test_a_cancel_does_not_overtake_the_write_that_it_ends(driver: Driver) -> None:
+    """The worker of one on the bulk lane may hear of it later than of its cancel, which would then be in vain."""
+    (large,) = driver.client_bulk(b"bulk-c1", put(1, *BYTES), *BYTES)
+    driver.client(b"c1", put(2, *BYTES), *BYTES)
+    failed, release = driver.client(b"c1", m.Cancel(req_id=rid(1)))
+    assert (failed.link, failed.message.req_id) == (b"c1", rid(1))
+    assert ErrorCode(failed.message.code) is ErrorCode.CANCELLED
+    assert (release.port, release.message) == (Port.WORKER, m.Release(call=large.message.call))
+    assert driver.client(b"c1", m.Cancel(req_id=rid(1))) == []
+    assert driver.reply(b"w1", large.message.call, done(1)) == [], "it was answered"
+    (forward,) = driver.client(b"c1", m.Cancel(req_id=rid(2)))
+    assert (forward.port, type(forward.message)) == (Port.WORKER, m.Forward)
+    driver.core.check()
+    assert driver.core.inflight == 1
+
+
 def test_more_bytes_than_a_lane_carries_in_one_message_are_refused(driver: Driver) -> None:
     over_control = bytes(MAX_INLINE_BYTES // 2 + 1)
     assert refusal(driver.client(b"c1", put(1, *[over_control] * 2), *[over_control] * 2)) is ErrorCode.TOO_LARGE
