@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 import msgspec
 import psutil
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 TICK_S = 0.05
 MEMORY_S = 1.0
 LINGER_MS = 500
+
+Published: TypeAlias = dict[int, list[Buffer]]
+"""Topics and frames in turn, by broker."""
 
 
 class Worker:
@@ -194,19 +197,23 @@ class Worker:
 
     def _on_engine(self, events: Sequence[Event]) -> None:
         now = time.monotonic()
-        actions: list[Action] = []
+        published: Published = {}
         for event in events:
             try:
-                actions += self._core.on_engine(event, now)
+                self._carry_out(self._core.on_engine(event, now), published)
             except Exception:
                 log.exception("%s of the engine could not be handled", type(event).__name__)
-        self._perform(actions)
+        self._publish(published)
 
     # --- actions ---
 
     def _perform(self, actions: Sequence[Action]) -> None:
-        """What is published goes out last, all for one broker in one message: each message wakes threads on its way."""
-        published: dict[int, list[Buffer]] = {}
+        published: Published = {}
+        self._carry_out(actions, published)
+        self._publish(published)
+
+    def _carry_out(self, actions: Sequence[Action], published: Published) -> None:
+        """All but publishing, which is noted."""
         for action in actions:
             match action:
                 case Send():
@@ -231,6 +238,9 @@ class Worker:
                         self._kv_events.publish(action.changes)
                 case _:
                     assert_never(action)
+
+    def _publish(self, published: Published) -> None:
+        """This goes out last, all for one broker in one message: each message wakes threads on its way."""
         for link, frames in published.items():
             self._publishers[link].send(frames)
 

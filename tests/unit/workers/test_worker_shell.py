@@ -44,7 +44,9 @@ from bus.sockets import Dealer, Router, Subscriber
 from bus.streams import token_bytes
 from bus.tensors import DType, TensorMeta
 from bus.topics import topic_of
+from bus.traces import Attributes, Span
 from bus.wire import Buffer
+from kvcache.tracing import OpenSpan, Tracer
 from tests.unit.workers.conftest import NEED, roomy
 from tests.unit.workers.core_bench import welcome
 from tests.unit.workers.no_kv import NoKV
@@ -227,6 +229,7 @@ async def serving(
     stop: asyncio.Event | None = None,
     may_load: threading.Event | None = None,
     kv_events: KvEventsConfig | None = None,
+    tracer: Tracer | None = None,
 ) -> AsyncIterator[tuple[FakeBroker, Worker]]:
     """A worker and its broker; both are over at the end, and the worker has ended by itself."""
     hello = WorkerHello(worker_id="w", incarnation=1, major=wire.MAJOR, minor=0)
@@ -239,6 +242,7 @@ async def serving(
         max_tokens_per_step=64,
         preload=preload,
         kv_events=kv_events,
+        tracer=tracer,
     )
     stop = stop or asyncio.Event()
     ready = asyncio.Event()
@@ -318,7 +322,9 @@ async def test_a_put_is_answered_and_a_large_one_comes_over_the_bulk_lane(url: s
         assert (final, type(message), message.length) == (True, KvDone, 10)
 
 
-def generate(prompt: bytes, *, req_id: bytes = REQUEST, stream_id: bytes = STREAM, num_tokens: int = 3) -> Generate:
+def generate(
+    prompt: bytes, *, req_id: bytes = REQUEST, stream_id: bytes = STREAM, num_tokens: int = 3, trace: str = ""
+) -> Generate:
     return Generate(
         req_id=req_id,
         attempt=0,
@@ -328,6 +334,7 @@ def generate(prompt: bytes, *, req_id: bytes = REQUEST, stream_id: bytes = STREA
         kind=PromptKind.TOKENS,
         sampling=Sampling(max_tokens=num_tokens),
         payload=wire.describe([prompt]),
+        trace=trace,
     )
 
 
@@ -381,18 +388,45 @@ async def test_what_a_step_made_for_all_streams_is_published_in_one_message(
     may_load = threading.Event()
     streams = [bytes([number]) * 16 for number in range(3)]
     async with serving(url, may_load=may_load) as (broker, _):
-        await broker.next(AttachBulk)
-        for number, stream_id in enumerate(streams):
-            prompt = token_bytes([number])
-            message = generate(prompt, req_id=stream_id, stream_id=stream_id, num_tokens=20)
-            broker.send(*assign(number, message, prompt))
-        while (await broker.next(WorkerBeat)).waiting < len(streams):
-            pass
-        may_load.set()
-        for _ in streams:
-            while not (await broker.reply())[0]:
-                pass
+        await generate_together(broker, streams, may_load)
     assert {topic_of(stream_id) for stream_id in streams} in broker.together
+
+
+async def test_a_fault_of_ours_in_what_one_event_leads_to_does_not_lose_the_others_of_its_step(
+    url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    may_load = threading.Event()
+    streams = [bytes([number]) * 16 for number in range(3)]
+    async with serving(url, may_load=may_load, tracer=BrokenTracer()) as (broker, _):
+        await generate_together(broker, streams, may_load, trace=f"00-{1:032x}-{1:016x}-01")
+    assert caplog.text.count("of the engine could not be handled") == len(streams)
+
+
+class BrokenTracer:
+    """Where spans go, with a bug of ours."""
+
+    def begin(self, name: str, traceparent: str, attributes: Attributes, tracestate: str = "") -> OpenSpan:
+        raise ZeroDivisionError("a bug of ours")
+
+    def record(self, span: Span, now: float) -> None:
+        raise ZeroDivisionError("a bug of ours")
+
+
+async def generate_together(
+    broker: FakeBroker, streams: Sequence[bytes], may_load: threading.Event, *, trace: str = ""
+) -> None:
+    """Have all of these generated in the same steps, to their ends."""
+    await broker.next(AttachBulk)
+    for number, stream_id in enumerate(streams):
+        prompt = token_bytes([number])
+        message = generate(prompt, req_id=stream_id, stream_id=stream_id, num_tokens=20, trace=trace)
+        broker.send(*assign(number, message, prompt))
+    while (await broker.next(WorkerBeat)).waiting < len(streams):
+        pass
+    may_load.set()
+    for _ in streams:
+        while not (await broker.reply())[0]:
+            pass
 
 
 async def test_stop_drains_says_goodbye_and_leaves_no_thread_behind(url: str) -> None:
