@@ -334,6 +334,7 @@ class BrokerCore:
     # --- garbage ---------------------------------------------------------------------------------
 
     def _garbage(self, link: bytes, frames: Sequence[Buffer], error: ProtocolError, now: float) -> list[Send]:
+        """Whoever may be answered is, and that ends what is in flight under that id."""
         self._malformed += 1
         client = self._sessions.clients.get(link)
         if client is None:  # nobody before hello gets an answer, but for one who cannot say it so that we understand
@@ -342,7 +343,7 @@ class BrokerCore:
             self._journal.news.append(News(f"a client sent {FLOOD} and is disconnected", is_bad=True))
             return [to_client(client, m.Goodbye(reason=FLOOD)), *self._sessions.close_client(client)]
         req_id = wire.request_id_of(frames[0]) if frames else wire.NO_REQUEST
-        return [to_client(client, wire.failed(req_id, error))]
+        return self._requests.fail_by_id(client, req_id, error)
 
     def _garbage_from_worker(self, link: bytes, error: ProtocolError, now: float) -> list[Send]:
         self._malformed += 1

@@ -112,6 +112,22 @@ def test_a_write_that_cannot_be_read_is_answered_also_on_the_bulk_lane(driver: D
     assert refusal(heard) is ErrorCode.BAD_FRAME
 
 
+@pytest.mark.parametrize("on_bulk", [True, False])
+def test_a_write_ends_with_what_follows_it_and_cannot_be_read(driver: Driver, on_bulk: bool) -> None:
+    """Its client was told that it has failed, and may try again under the same id."""
+    (assigned,) = driver.client_bulk(b"bulk-c1", put(1))
+    send = driver.client_bulk if on_bulk else driver.client
+    failed, release = send(
+        b"bulk-c1" if on_bulk else b"c1", m.Chunk(req_id=rid(1), offset=-1, payload=wire.describe([b"k"])), b"k"
+    )
+    assert refusal([failed]) is ErrorCode.BAD_FRAME
+    assert failed.message.req_id == rid(1)
+    assert release.message == m.Release(call=assigned.message.call)
+    driver.core.check()
+    (again,) = driver.client_bulk(b"bulk-c1", put(1))
+    assert isinstance(again.message, m.Assign)
+
+
 def test_a_write_of_a_stranger_to_the_bulk_lane_is_not_heard(driver: Driver) -> None:
     assert driver.client_bulk(b"stranger", put(1, *BYTES), *BYTES) == []
     assert driver.client_bulk(b"stranger", put(1, *BYTES), BYTES[0]) == []
