@@ -8,7 +8,7 @@ Clients generate, cancel, go on under names, put, append, read and delete, each 
 - every call ends, at the latest soon after its deadline;
 - afterwards nothing is left: no call, no stream, and when all is deleted and flushed no block and no page.
 
-Not in CI: `pytest -m slow tests/chaos`. CHAOS_SEED and CHAOS_SECONDS choose another run.
+Not in CI: `pytest -m chaos tests/chaos`. CHAOS_SEED and CHAOS_SECONDS choose another run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.harness.waiting import until
 
 __all__ = ["tiny_model"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
