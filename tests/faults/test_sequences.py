@@ -11,7 +11,7 @@ from bus.errors import Conflict, DeadlineExceeded, NotFound, NoWorkers
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster
 from tests.harness.fixtures import TINY_FLAGS
-from tests.harness.peers import stored
+from tests.harness.peers import has
 from tests.harness.placement import owned_by
 from tests.harness.waiting import until, until_serving
 
@@ -68,7 +68,9 @@ async def test_a_frozen_owner_never_answers_what_was_rewritten_elsewhere(cluster
     assert (await client.kv.get(kept, 0)).k.tobytes() == old.tobytes()
 
     async def is_home() -> bool:
-        return await stored(client, "worker-1") == 2 and await stored(client, "worker-2") == 0
+        at_home = [await has(client, "worker-1", name) for name in (rewritten, kept)]
+        elsewhere = [await has(client, "worker-2", name) for name in (rewritten, deleted, kept)]
+        return all(at_home) and not any(elsewhere) and not await has(client, "worker-1", deleted)
 
     await until(is_home, "the stale copies are dropped, the current ones are with their owner, and only there")
     assert (await client.kv.get(rewritten, 0)).k.tobytes() == new.tobytes()

@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 
 from bus import sockets
 from bus.errors import ErrorCode
-from bus.stats import PeerStats
+from bus.stats import PeerStats, SequencePage
 from kvcache import AsyncClient
+from kvcache.client import requests
+from kvcache.client.link import new_id
 from tests.harness.raw import RawPeer
 
 
@@ -34,6 +36,13 @@ async def raw_peer(client: AsyncClient, worker_id: str) -> AsyncIterator[RawPeer
             yield peer
         finally:
             peer.close()
+
+
+async def has(client: AsyncClient, worker_id: str, name: str) -> bool:
+    """Whether a worker itself says that it has a sequence."""
+    link = client.kv.link
+    call = requests.page(new_id(), link.deadline(None), worker_id=worker_id, prefix=name, after="", limit=1)
+    return name in {info.seq_id for info in (await link.ask(call, SequencePage)).sequences}
 
 
 async def stored(client: AsyncClient, worker_id: str) -> int | None:
