@@ -135,7 +135,9 @@ class KVPlane:
                 self._store.unpin(key)
             case _:
                 assert_never(message)
-        return self._finish(call, self._done(call, count=1))
+        # A change like any other: a copy that was taken before it is stale.
+        version = self._held.wrote(key, call.version, call.copies)
+        return self._finish(call, self._done(call, count=1), version=version)
 
     def follow_up(self, call: Call, message: Chunk | Credit, payload: Sequence[Buffer]) -> list[Action]:
         """More of a transfer. Raises what is wrong with it; the call is then to be stopped."""
@@ -150,9 +152,9 @@ class KVPlane:
                 raise BadArgument(f"this request expects no {type(message).__name__.lower()}")
 
     def repeat(self, call: Call, reply: KvDone) -> list[Action]:
-        """Answer a request again that took effect before; a write is not made again, but counts as new."""
+        """Answer a request again that took effect before; a change is not made again, but counts as new."""
         version = 0
-        if isinstance(call.message, Put | Append):
+        if isinstance(call.message, Put | Append | Pin | Unpin):
             key = SequenceKey(call.request.tenant, call.message.seq_id)
             version = self._held.wrote(key, call.version, call.copies) if self._held.version(key) else 0
         return self._calls.finish(call, reply, version=version)

@@ -138,6 +138,11 @@ class World:
         key = SequenceKey(USER, seq_id)
         return {name for name, peer in self.workers.items() if peer.store.has(key)}
 
+    def is_pinned(self, seq_id: str) -> bool:
+        """Whether every worker that has it stored keeps it from eviction."""
+        key = SequenceKey(USER, seq_id)
+        return all(self.workers[name].store.pinned_s(key, self.now) is not None for name in self.copies(seq_id))
+
     def copies_on(self, name: str) -> int:
         """How many sequences a worker has stored."""
         return self.workers[name].store.stats(self.now).sequences
@@ -208,6 +213,10 @@ class World:
                 message = m.Append(**head, layer=0, k=META, v=META, at=None, payload=wire.describe(data), rf=rf)
             case "get":
                 message = m.Get(**head, layer=0)
+            case "pin":
+                message = m.Pin(**head, ttl_ms=0)
+            case "unpin":
+                message = m.Unpin(**head)
             case _:
                 message = m.Delete(**head)
         self._perform(self.broker.on_client(b"client", [wire.encode(message), *data], self.now, USER))
@@ -357,7 +366,7 @@ def stale(history: Sequence[Asked], read: Asked) -> Asked | None:
         return None
     for other in history:
         if (
-            other.kind != "get"
+            other.kind in {"put", "append", "delete"}
             and other.seq_id == read.seq_id
             and other.answer == DONE
             and other.ended_at is not None

@@ -294,6 +294,26 @@ def test_a_write_that_overtakes_a_move_is_not_lost_and_the_sequence_moves_with_i
     assert world.copies(seq_id) == {"d"}
 
 
+@pytest.mark.parametrize("kind", ["pin", "unpin"])
+def test_a_pin_that_overtakes_a_move_moves_with_the_sequence(world: World, kind: str) -> None:
+    put_all(world, 40)
+    seq_id = next(f"s{number}" for number in range(40) if owns_d(number))
+    if kind == "unpin":
+        assert world.tell("pin", seq_id) == DONE
+    world.tell("get", seq_id)  # so that it is the first to move
+    (holder,) = world.copies(seq_id)
+    world.join("d")
+    while not world.workers["d"].letters:  # until what was there of it is on its way
+        world.run(TICK_S, settles=False)
+        for name in "dabc":
+            world.deliver(name, 100)
+    asked = world.ask(kind, seq_id)
+    world.deliver(holder, 1)
+    assert asked.answer == DONE
+    world.run(4.0)
+    assert world.is_pinned(seq_id) == (kind == "pin")
+
+
 def test_two_copies_move_so_that_the_two_that_the_ring_prefers_have_them(world: World) -> None:
     values = put_all(world, 20, rf=2)
     world.join("d")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bus import wire
 from bus.errors import ErrorCode, NotFound
 from bus.limits import CHUNK_BYTES, MAX_INLINE_BYTES
 from bus.messages import (
@@ -28,13 +29,14 @@ from bus.messages import (
     Pin,
     Put,
     Release,
+    Reply,
     Unpin,
 )
 from bus.stats import SequenceInfo, SequencePage, unpack
 from bus.tensors import DType, TensorMeta
 from tests.unit.workers.core_bench import CoreBench, Said, answers, commands, sends
 from workers.bulk import GRANT_CHUNKS
-from workers.calls import Channel
+from workers.calls import Action, Channel
 from workers.engine_api import (
     Answered,
     DropKV,
@@ -170,6 +172,25 @@ def test_length_pin_unpin_and_delete_say_what_they_did(bench: CoreBench) -> None
     assert only(answers(actions)).message.count == 1
     _, actions = bench.assign(measure(bench))
     assert bench.has_failed(actions).code == ErrorCode.NOT_FOUND
+
+
+@pytest.mark.parametrize("kind", [Pin, Unpin])
+def test_a_pin_is_a_change_and_its_retry_counts_as_a_new_one(bench: CoreBench, kind: type[Pin | Unpin]) -> None:
+    bench.assign(put(bench, 10), data(640), data(640), version=5)
+    message = kind(req_id=bench.req_id(), attempt=0, deadline_ms=9000, seq_id="s")
+    _, actions = bench.assign(message, version=6)
+    assert told_version(actions) == 6
+    _, actions = bench.assign(message, version=7)
+    assert only(answers(actions)).message.duplicate
+    assert told_version(actions) == 7
+
+
+def told_version(actions: list[Action]) -> int:
+    """Which version the broker is told that the sequence has now."""
+    (send,) = sends(actions)
+    envelope = wire.decode_header(send.frames[0])
+    assert isinstance(envelope, Reply)
+    return envelope.version
 
 
 def test_another_tenants_sequence_is_not_there(bench: CoreBench) -> None:
