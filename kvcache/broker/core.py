@@ -315,7 +315,12 @@ class BrokerCore:
         before = self._workers.by_link.get(link)
         sends = self._sessions.welcome_worker(link, hello, now, user_id)
         worker = self._workers.by_link.get(link)
-        return [*sends, *self._moves.changed(worker, now)] if worker is not None and worker is not before else sends
+        if worker is None:
+            return sends
+        if worker is before:
+            self._sequences.regained(worker)
+            return sends
+        return [*sends, *self._moves.changed(worker, now)]
 
     def _relay(self, sender: Worker, message: m.Relay, frames: Sequence[Buffer]) -> list[Send]:
         """Hand on what one worker says to another. If that one is gone its silence says so."""

@@ -44,6 +44,7 @@ class Sequences:
         self._versions = Versions(wall_ms, now)
         self._in_flux: dict[Name, _Flux] = {}
         self._late: list[Send] = []
+        self._released: dict[str, dict[Name, int]] = {}  # by worker, until it says what became of them
 
     def __len__(self) -> int:
         return len(self._directory)
@@ -123,6 +124,7 @@ class Sequences:
     def wrote(self, worker: Worker, name: Name, version: int, now: float) -> None:
         """A worker has written this version; whoever holds an older one drops it."""
         self._versions.saw(version, now)
+        self._released.get(worker.id, {}).pop(name, None)
         self._told(worker, name, version)
 
     def take_late(self) -> list[Send]:
@@ -137,6 +139,8 @@ class Sequences:
         for one in holdings.sequences:
             self._versions.saw(one.version, now)
             name = Name(one.tenant, one.seq_id)
+            if self._has_crossed(worker, name, one):
+                continue
             if one.is_held:
                 self._told(worker, name, one.version)
                 self._directory.want(name, one.rf)
@@ -150,12 +154,20 @@ class Sequences:
         self._directory.mark(name, version)
 
     def released(self, worker: Worker, name: Name) -> None:
-        """The worker is told to let go of it, which others have in the same version."""
-        self._directory.gone(worker.id, name, self._directory.find(name).version)
+        """The worker is told to let go of it, which others have in the same version. That it holds this is no news
+        until it has said what became of it."""
+        version = self._directory.find(name).version
+        self._released.setdefault(worker.id, {})[name] = version
+        self._directory.gone(worker.id, name, version)
+
+    def regained(self, worker: Worker) -> None:
+        """The worker is back in its session and tells all that it has, as it is after all that it was told."""
+        self._released.pop(worker.id, None)
 
     def forget(self, worker: Worker) -> None:
         """The worker is lost, with all that it held."""
         self._directory.forget(worker.id)
+        self._released.pop(worker.id, None)
         for flux in self._in_flux.values():
             flux.told.pop(worker.id, None)
             flux.targets = tuple(target for target in flux.targets if target != worker.id)
@@ -164,8 +176,17 @@ class Sequences:
         """Assert that the books agree, and that only live workers are in them."""
         self._directory.check()
         assert self._directory.workers() <= self._workers.by_id.keys()
+        assert self._released.keys() <= self._workers.by_id.keys()
 
     # --- details ---------------------------------------------------------------------------------
+
+    def _has_crossed(self, worker: Worker, name: Name, told: Holding) -> bool:
+        """Whether this was said before the worker heard that it is to let go of it."""
+        released = self._released.get(worker.id, {})
+        if told.is_held and told.version <= released.get(name, 0):
+            return True
+        released.pop(name, None)
+        return False
 
     def _told(self, worker: Worker, name: Name, version: int) -> None:
         flux = self._in_flux.get(name)

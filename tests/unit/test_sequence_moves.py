@@ -314,6 +314,46 @@ def test_a_pin_that_overtakes_a_move_moves_with_the_sequence(world: World, kind:
     assert world.is_pinned(seq_id) == (kind == "pin")
 
 
+def move_to_newcomer(world: World) -> str:
+    """A sequence that "b", which joins, gets from "a", the only other; "a" wrote it last and has told nobody yet, nor
+    read that it is to let go."""
+    put_all(world, 20)
+    ring = HashRing(dict.fromkeys("ab", 100))
+    seq_id = next(f"s{number}" for number in range(20) if next(ring.preference(key(f"s{number}"))) == "b")
+    world.tell("get", seq_id)  # so that it is the first to move
+    world.join("b")
+    assert world.copies(seq_id) == {"a"}
+    while world.copies(seq_id) == {"a"}:
+        world.run(TICK_S, settles=False)
+        world.ask("put", seq_id, 77)
+        for name in "abab":
+            world.deliver(name, 100)
+    return seq_id
+
+
+def test_what_its_last_holder_told_before_it_let_go_does_not_send_reads_there() -> None:
+    world = World(("a",))
+    seq_id = move_to_newcomer(world)
+    world.run(TICK_S, settles=False)
+    reads = [world.ask("get", seq_id) for _ in range(4)]
+    world.settle()
+    assert [read.answer for read in reads] == [77] * 4
+    assert world.copies(seq_id) == {"b"}
+
+
+def test_a_holder_that_never_heard_that_it_may_let_go_counts_when_it_is_back() -> None:
+    world = World(("a",))
+    seq_id = move_to_newcomer(world)
+    world.workers["a"].inbox.clear()
+    world.freeze_broker()
+    world.run(1.5)
+    world.thaw_broker()
+    world.run(1.0)
+    world.kill("b")
+    world.run(0.5)  # another joins in its place, and owns it
+    assert world.tell("get", seq_id) == 77
+
+
 def test_two_copies_move_so_that_the_two_that_the_ring_prefers_have_them(world: World) -> None:
     values = put_all(world, 20, rf=2)
     world.join("d")
