@@ -160,12 +160,14 @@ class Moves:
         if report.code:
             self._failed(report.ticket, report.code, now)
             return self._begin(now)
-        self._stop(report.ticket, now, is_moved=True)
+        is_new = report.version >= self._sequences.find(move.name).version
+        is_there = is_new and not self._sequences.is_in_flux(move.name)  # else a write has overtaken it, or may have
+        self._stop(report.ticket, now, is_moved=is_there, may_retry=not is_there)
         self.num_done += 1
-        self.num_moved += move.goal is not None
+        self.num_moved += move.goal is not None and is_there
         self._sequences.wrote(worker, move.name, report.version, now)
         self._consider(move.name)  # one more may be missing, or this one came too late
-        releases = [] if move.goal is None else self._release(move.name)
+        releases = self._release(move.name) if move.goal is not None and is_there else []
         return [*releases, *self._begin(now), *self._sequences.take_late()]
 
     def tick(self, now: float) -> list[Send]:
@@ -257,10 +259,7 @@ class Moves:
         return list(order_copy(move.name, version, move.source, move.target, ticket, BUDGET_S))
 
     def _release(self, name: Name) -> list[Send]:
-        """Have those let go of it who need not have it any more. Not while it is written: the write may go to them. The
-        next write makes what is left then stale, since it goes to those that the ring prefers."""
-        if self._sequences.is_in_flux(name):
-            return []
+        """Have those let go of it who need not have it any more. Not while it is written: the write may go to them."""
         version = self._sequences.find(name).version
         sends: list[Send] = []
         for worker in self._homing.surplus(name):

@@ -311,7 +311,33 @@ def test_a_pin_that_overtakes_a_move_moves_with_the_sequence(world: World, kind:
     world.deliver(holder, 1)
     assert asked.answer == DONE
     world.run(4.0)
+    assert world.copies(seq_id) == {"d"}
     assert world.is_pinned(seq_id) == (kind == "pin")
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_what_is_written_while_it_moves_is_not_there_yet_and_moves_again(world: World, is_over: bool) -> None:
+    put_all(world, 40)
+    seq_id = next(f"s{number}" for number in range(40) if owns_d(number))
+    world.tell("get", seq_id)
+    (holder,) = world.copies(seq_id)
+    world.join("d")
+    while not world.workers["d"].letters:
+        world.run(TICK_S, settles=False)
+        for name in "dabc":
+            world.deliver(name, 100)
+    before = world.stats()
+    world.ask("put", seq_id, 77)
+    if is_over:
+        world.deliver(holder, 1)
+    world.deliver("d", 100)
+    after = world.stats()
+    assert after.copied_sequences == before.copied_sequences + 1
+    assert after.moved_sequences == before.moved_sequences
+    world.run(5.0)
+    assert world.copies(seq_id) == {"d"}
+    assert world.tell("get", seq_id) == 77
+    assert world.stats().moved_sequences == world.copies_on("d")
 
 
 def move_to_newcomer(world: World) -> str:
