@@ -201,7 +201,8 @@ class BrokerStats(Figures, frozen=True):
     Of `prompt_tokens` that workers have prefilled, `foreseen_tokens` were in the index where they were sent, and
     `cached_tokens` were not computed.
     `sequences`: named ones of which it knows who holds them. `copied_sequences`: had another worker copy;
-    `failed_copies`: by the name of the code of why not. `waiting_copies`: to be made, or under way.
+    `failed_copies`: by the name of the code of why not; not of what a generation left, which stays where it is when the
+    ring changes. `waiting_copies`: to be made, or under way.
     `moved_sequences`: of those that were copied, to the worker that owns them since the ring has changed;
     `sequences_to_move`: that are still to be, when there is time. `warmed_prompts`: whose KV it had a worker fetch
     before that was asked for them; `prompts_to_warm`: still to be.

@@ -179,8 +179,9 @@ class BrokerCore:
                     return []
                 case m.WorkerSequences():
                     holdings = unpack(wire.decode(frames).payload[0], Holdings)
+                    was_known = worker.is_known
                     self._sequences.told(worker, holdings, now, is_complete=message.is_complete)
-                    moves = self._moves.told(worker, now) if message.is_complete else []
+                    moves = self._moves.told(worker, holdings, now, is_first=not was_known)
                     return [*self._sequences.take_late(), *moves]
                 case m.SequenceCopied():
                     return self._moves.copied(worker, message, now)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from bus import messages as m
 from bus.errors import ErrorCode, error_from_wire
+from bus.stats import Holdings
 from kvcache.broker.directory import Name
 from kvcache.broker.homing import SETTLE_S, Goal, Homing
 from kvcache.broker.journal import Journal, News
@@ -133,10 +134,21 @@ class Moves:
             return []
         return self._drains(worker, now)
 
-    def told(self, worker: Worker, now: float) -> list[Send]:
-        """A worker has told all that it holds. If it drains already, it is only now known what is to be copied; it may
-        have joined anew while it did, and then waits to hear again that it may leave."""
-        return self._drains(worker, now) if worker.state is m.WorkerState.DRAINING else []
+    def told(self, worker: Worker, holdings: Holdings, now: float, *, is_first: bool) -> list[Send]:
+        """A worker has told what it holds. is_first: and that is all of it, since it joined. If it drains already, only
+        then is it known what is to be copied; it may have joined anew while it did, and then waits to hear again that
+        it may leave. What it tells later was written since, by who had begun before it drained."""
+        if worker.state is not m.WorkerState.DRAINING or not worker.is_known:
+            return []
+        if is_first:
+            return self._drains(worker, now)
+        names = [Name(one.tenant, one.seq_id) for one in holdings.sequences if one.is_held]
+        for name in names:
+            self._consider(name)
+        if not any(map(self.is_due, names)):
+            return []
+        self._draining.add(worker.id)
+        return self._begin(now)
 
     def losing(self, worker: Worker) -> None:
         """A worker is off the ring and about to be forgotten: what others have too may need another copy."""
@@ -284,7 +296,8 @@ class Moves:
     def _failed(self, ticket: bytes, code: int, now: float) -> None:
         """Try again there, or with another worker, or not at all: its holder may not have it any more."""
         move = self._stop(ticket, now, may_retry=code != ErrorCode.NOT_FOUND)
-        self.failed[error_from_wire(code, "").code.name] += 1
+        if move.goal is None or code != ErrorCode.NOT_FOUND:  # what a generation left stays where it is: no failure
+            self.failed[error_from_wire(code, "").code.name] += 1
         if code == ErrorCode.NOT_FOUND:
             self._hopeless.add(move.name)
             return

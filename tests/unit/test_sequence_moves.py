@@ -6,13 +6,17 @@ import itertools
 
 import pytest
 
+from bus import wire
 from bus.errors import ErrorCode
+from bus.messages import HandedOver
 from kvcache.broker.directory import Name
 from kvcache.broker.homing import BURST_S, SHARE, Allowance
 from kvcache.broker.later import Later
 from kvcache.ring import HashRing
 from kvcache.routing.keys import sequence_key
 from tests.unit.sequence_world import DONE, TICK_S, USER, Asked, World
+from workers.engine_api import Forgotten, Retained
+from workers.keys import SequenceKey
 
 
 @pytest.fixture
@@ -458,6 +462,53 @@ def test_a_worker_that_drains_and_regains_its_session_still_hands_over(world: Wo
     world.run(4.0)
     assert "a" not in world.workers, "it is told to go when nothing is left to be copied"
     assert all(world.tell("get", seq_id) == value for seq_id, value in values.items())
+
+
+def test_what_a_worker_tells_while_it_drains_ends_its_handover_no_second_time() -> None:
+    world = World(("a", "b"))
+    assert world.tell("put", owned(world, "a", 1)[0], 1) == DONE
+    world.drain("a")
+    for name in "abab":
+        world.deliver(name, 100)
+    assert world.copies_on("b") == 1
+    world.run(TICK_S, settles=False)
+    before = num_handed_over(world)
+    generated(world, "a", "s")
+    world.workers["a"].core.on_engine(Forgotten(SequenceKey(USER, "s")), world.now)
+    world.run(TICK_S, settles=False)
+    assert (before, num_handed_over(world)) == (1, 1)
+
+
+def num_handed_over(world: World) -> int:
+    """How often "a" is to read that it may leave."""
+    return sum(isinstance(wire.decode_header(frames[0]), HandedOver) for frames in world.workers["a"].inbox)
+
+
+def generated(world: World, name: str, seq_id: str) -> None:
+    """A generation on this worker leaves its KV under that name."""
+    world.workers[name].core.on_engine(Retained(SequenceKey(USER, seq_id)), world.now)
+
+
+def test_what_comes_to_a_worker_while_it_drains_is_to_be_copied_too() -> None:
+    world = World(("a", "b"))
+    assert world.tell("put", owned(world, "a", 1)[0], 1) == DONE
+    world.freeze("b")
+    world.drain("a")
+    generated(world, "a", "s")
+    world.run(TICK_S)
+    assert world.stats().waiting_copies == 2
+
+
+def test_what_a_generation_left_stays_where_it_is_and_that_is_no_failure() -> None:
+    world = World(("a",))
+    ring = HashRing(dict.fromkeys("ab", 100))
+    for number in range(10):
+        generated(world, "a", f"s{number}")
+    world.run(TICK_S)
+    world.join("b")
+    world.run(5.0)
+    assert any(next(ring.preference(key(f"s{number}"))) == "b" for number in range(10))
+    assert (world.stats().sequences_to_move, world.stats().failed_copies) == (0, {})
 
 
 def test_a_worker_does_not_wait_for_ever_for_a_broker_that_is_gone(world: World) -> None:
