@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from kvcache.places import place_of
@@ -19,6 +20,8 @@ from kvcache.simulate.costs import Costs
 from kvcache.simulate.traces import Arrival
 
 Order = Literal["fifo", "shortest"]
+SAME_MOMENT = 1e-6
+"""A share of a step of decodes that is rounding."""
 SLICE_S = 0.25
 """With `shortest`, how long a prefill runs before another may take its turn: a chunk of the prompt."""
 
@@ -28,9 +31,10 @@ class Engine:
     """How a worker's engine computes prompts, where that is to be modelled; arrivals then need `fine` nodes.
 
     A step takes `step_tokens` tokens of as many prompts as they do for; those that are over then have their first
-    tokens at its end, and no step is shorter than one of decodes. Cached blocks of `block_tokens` are found when a
-    prompt begins to be computed; one that begins alike and goes on otherwise only when it arrives, for then its
-    beginning is copied.
+    tokens at its end. It reads all weights, which is what one of decodes costs, and its tokens come on top. Decodes
+    run one step after the other, and a prompt that comes during one waits for the next. Cached blocks of
+    `block_tokens` are found when a prompt begins to be computed; one that begins alike and goes on otherwise only
+    when it arrives, for then its beginning is copied.
     """
 
     step_tokens: int
@@ -115,6 +119,7 @@ class ModelWorker:
     def start(self, now: float, num_beside: int = 0) -> float | None:
         """Begin the next step: a prefill, or parts of some; until when. None while one runs or none can.
 
+        With an `Engine`, a step of decodes may have to end first: that is until when, then.
         num_beside: how many other workers are busy now.
         """
         if self._running:
@@ -122,10 +127,11 @@ class ModelWorker:
         ready = [job for job in self._queue if job.ready_at <= now]
         if not ready:
             return None
+        if (rest_s := self._rest_of_decodes(now)) > 0.0:
+            return now + rest_s
         shares = self._one(ready) if self._engine is None else self._several(ready, self._engine)
         seconds = sum(shares.values())
-        least_s = seconds if self._engine is None else max(seconds, self.slowness * self._costs.step_s)
-        longer_s = least_s - seconds + least_s * self._costs.crowding * num_beside
+        longer_s = self._step_s(seconds) * (1.0 + self._costs.crowding * num_beside) - seconds
         for job, share_s in shares.items():
             job.remaining_s -= share_s
             job.prefill_s += longer_s * share_s / seconds
@@ -139,6 +145,24 @@ class ModelWorker:
         done = [job for job in self._running if job.remaining_s <= 0.0]
         self._running = []
         return done
+
+    def _rest_of_decodes(self, now: float) -> float:
+        """Seconds until the step that decodes run has ended, with `Engine` only; 0 if none runs."""
+        step_s = self.slowness * self._costs.step_s
+        if self._engine is None or not self.decodes or not step_s:
+            return 0.0
+        steps = (now - self._step_until) / step_s
+        return max(0.0, ceil(steps - SAME_MOMENT) - steps) * step_s
+
+    def _step_s(self, seconds: float) -> float:
+        """How long a step takes whose prompts would take so long at the pace of full ones.
+
+        That pace is what was measured, on long prompts: of each step it has a share that reads the weights.
+        """
+        if self._engine is None:
+            return seconds
+        full_s = self._costs.rates.prefill_s(self._engine.step_tokens, 0)
+        return self.slowness * self._costs.step_s + seconds * max(0.0, 1.0 - self._costs.step_s / full_s)
 
     def _one(self, ready: Sequence[Job]) -> dict[Job, float]:
         """The next job, and how long it runs before another may take its turn."""
