@@ -11,7 +11,7 @@ MAX_REMEMBERED = 300_000
 
 
 class Vocabulary:
-    """Texts of single tokens, by model."""
+    """Texts of single tokens, by model. Too many are all forgotten at once, since most are soon asked for again."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
@@ -19,13 +19,13 @@ class Vocabulary:
 
     async def texts(self, model: str, token_ids: Set[int]) -> Mapping[int, str]:
         """The text of each. Raises as `AsyncClient.spell`."""
-        known = self._texts.setdefault(model, {})
-        missing = sorted(token_ids - known.keys())
+        known = self._texts.get(model, {})
+        found = {token_id: known[token_id] for token_id in token_ids & known.keys()}
+        missing = sorted(token_ids - found.keys())
         if missing:
-            spelled = await self._client.spell(missing, model=model)
-            if sum(map(len, self._texts.values())) > MAX_REMEMBERED:
-                self._texts = {model: known}
-                known.clear()
-                return await self.texts(model, token_ids)
-            known.update(zip(missing, spelled, strict=True))
-        return known
+            found.update(zip(missing, await self._client.spell(missing, model=model), strict=True))
+            # Others may have filled or cleared what is remembered meanwhile, so nothing that was seen there counts.
+            if sum(map(len, self._texts.values())) + len(missing) > MAX_REMEMBERED:
+                self._texts.clear()
+            self._texts.setdefault(model, {}).update(found)
+        return found
