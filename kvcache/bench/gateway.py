@@ -1,17 +1,21 @@
 """`kvcache bench gateway`: what HTTP costs over the bus client.
 
 A tiny random model and one worker, so that the gateway and not the model is what is measured. Both ways are driven by
-this one process, in turn within each run: `AsyncClient`, and HTTP/1.1 over plain sockets, which cost little themselves.
+this one process, in turn within each run: `AsyncClient`, and HTTP/1.1 over connections that are kept, as `openai` and
+others keep theirs. All share the cores, so what the driver spends on HTTP would count as the gateway's: an answer's
+bytes are kept as they come, and read when all of it is there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -28,6 +32,9 @@ MANY_STREAMS = 200
 MANY_TOKENS = 16
 TTFT_GOAL_MS = 2.0
 RATE_GOAL = 0.85
+
+OK = b"HTTP/1.1 200 "
+LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 Stream = Callable[[int, int], Awaitable[tuple[float, str]]]
 """(which prompt, tokens) -> (seconds to the first token, the text)."""
@@ -62,8 +69,8 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
 
 
 async def _measure(url: str, port: int, num_tokens: int, num_trips: int, progress: Callable[[str], None]) -> Report:
-    async with AsyncClient(url, timeout=120.0) as client:
-        ways: dict[str, Stream] = {"bus": _by_bus(client), "http": _by_http(port)}
+    async with AsyncClient(url, timeout=120.0) as client, by_http(port) as http:
+        ways: dict[str, Stream] = {"bus": _by_bus(client), "http": http}
         first: dict[str, list[float]] = {"bus": [], "http": []}
         rate: dict[str, list[float]] = {"bus": [], "http": []}
         for index in range(RUNS):
@@ -113,28 +120,80 @@ def _by_bus(client: AsyncClient) -> Stream:
     return stream
 
 
-def _by_http(port: int) -> Stream:
-    """A connection for each stream, as most clients have it."""
+@asynccontextmanager
+async def by_http(port: int) -> AsyncIterator[Stream]:
+    """Streams by way of the gateway at this port. Each raises RuntimeError where it gets no whole answer."""
+    idle: list[_Connection] = []
 
     async def stream(which: int, num_tokens: int) -> tuple[float, str]:
-        begun, first, text = time.monotonic(), 0.0, ""
+        begun = time.monotonic()
         fields = {"prompt": _prompt(which), "max_tokens": num_tokens, "temperature": 0}
         body = msgspec.json.encode(fields | {"ignore_eos": True, "stream": True})
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(head.encode() + body)
-        async for line in reader:
-            if line.startswith(b"HTTP/") and b" 200 " not in line:
-                raise RuntimeError(f"the gateway answered {line.decode().strip()}")
-            if line == b"data: [DONE]\n":
-                break
-            if line.startswith(b"data: "):
-                first = first or time.monotonic() - begun
-                text += "".join(choice.text for choice in _chunk.decode(line[6:]).choices)
-        writer.close()
-        return first, text
+        while idle and idle[-1].transport.is_closing():  # given up by the gateway meanwhile
+            idle.pop()
+        if idle:
+            connection = idle.pop()
+        else:
+            _, connection = await asyncio.get_running_loop().create_connection(_Connection, "127.0.0.1", port)
+        answer = await connection.ask(head.encode() + body)
+        idle.append(connection)
+        return connection.first_at - begun, _text(answer)
 
-    return stream
+    try:
+        yield stream
+    finally:
+        for connection in idle:
+            connection.transport.close()
+
+
+class _Connection(asyncio.Protocol):
+    """One connection to the gateway, for one streamed answer after another. first_at: when its first event came."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.first_at = 0.0
+        self._answer = bytearray()
+        self._whole: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def ask(self, request: bytes) -> bytes:
+        """The answer, with its head and in its chunks. Raises RuntimeError if it is none that can be read."""
+        self.first_at, self._answer, self._whole = 0.0, bytearray(), asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self._whole
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is TCP
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        if not self.first_at and b"data: " in self._answer:
+            self.first_at = time.monotonic()
+        if self._answer.endswith(LAST_CHUNK):
+            self._end()
+        elif not OK.startswith(self._answer[: len(OK)]):
+            self._end(f"the gateway answered {bytes(self._answer[:80])!r}")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end("the gateway closed the connection")
+
+    def _end(self, problem: str = "") -> None:
+        if self._whole.done():
+            return
+        if problem:
+            self._whole.set_exception(RuntimeError(problem))
+            self.transport.close()
+        else:
+            self._whole.set_result(bytes(self._answer))
+
+
+def _text(answer: bytes) -> str:
+    """What a streamed answer says; each of its events came in one chunk."""
+    *events, last = re.findall(rb"^data: (.*)$", answer, re.MULTILINE)
+    if last != b"[DONE]":
+        raise RuntimeError(f"the gateway's stream ended with {last!r}")
+    return "".join(choice.text for event in events for choice in _chunk.decode(event).choices)
 
 
 def _prompt(which: int) -> list[int]:
