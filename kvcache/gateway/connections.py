@@ -37,10 +37,20 @@ def guarded_protocol(head_timeout_s: float, on_refusal: Callable[[int], None]) -
         def data_received(self, data: bytes) -> None:
             if self._timer is not None:
                 self._num_head_bytes += len(data)
+            idle, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
             # A body may come with its head, so only what the parser still calls a head counts.
             super().data_received(data)
+            if idle is not None:
+                self._stop_unless_idle(idle)
             if self._timer is not None and self._num_head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431, f"the request's head is larger than {MAX_HEAD_BYTES} bytes")
+
+        def _stop_unless_idle(self, clock: asyncio.TimerHandle) -> None:
+            """uvicorn stops the clock of an idle connection at any byte, though a late body's begin no request."""
+            if self._timer is None and self.cycle.response_complete:
+                self.timeout_keep_alive_task = clock
+            else:
+                clock.cancel()
 
         def on_message_begin(self) -> None:
             self._expect_head()

@@ -32,6 +32,9 @@ log = logging.getLogger("kvcache.gateway")
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""For which a connection may be idle: longer than callers (5 s in httpx) and proxies (60 s in nginx) keep theirs, or we
+would close one just as the next request is sent."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -100,6 +103,7 @@ async def _serve(config: GatewayConfig, keys: Keys, tracer: Tracer | None) -> in
                 log_config=None,
                 access_log=False,
                 backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 server_header=False,
                 timeout_graceful_shutdown=round(config.drain_s),
             ),
