@@ -11,6 +11,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,12 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Server(uvicorn.Server):
     """Without uvicorn's signal handling, which ends the process by the signal again once it has stopped.
 
-    stopping: set as soon as the server begins to stop.
+    stopping: set as soon as the server begins to stop. answers: told of each tick.
     """
 
-    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event, answers: Answers) -> None:
         super().__init__(config)
         self._stopping = stopping
+        self._answers = answers
+
+    async def on_tick(self, counter: int) -> bool:
+        self._answers.tick(time.monotonic())
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stopping.set()
@@ -108,6 +114,7 @@ async def _serve(config: GatewayConfig, keys: Keys, tracer: Tracer | None) -> in
                 timeout_graceful_shutdown=round(config.drain_s),
             ),
             stopping,
+            answers,
         )
         log.info("gateway for %s at http://%s:%d, %d API keys", config.broker, config.host, config.port, len(keys))
         try:

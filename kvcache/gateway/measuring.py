@@ -1,4 +1,4 @@
-"""What the gateway counts for `/metrics`: answers by path and status, and each generation as its events pass."""
+"""What the gateway counts for `/metrics`: answers by path and status, its loop's lag, each generation as it passes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from kvcache.metrics.families import OTHER, Family, Kind
 from kvcache.metrics.latest import LatestStats
 from kvcache.metrics.traffic import Traffic, Watch
 
+TICK_S = 0.1
+"""Between uvicorn's ticks."""
+
 
 class Answers:
-    """How many answers each path gave, by status."""
+    """What the server sees of itself: how many answers each path gave, by status, and how late its loop is."""
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._paths: dict[object, str] = {}
+        self._ticked_at: float | None = None
+        self._lag_s = 0.0
 
     def know(self, paths: Mapping[object, str]) -> None:
         """paths: by the handler that serves them. What no handler serves is counted as one, whatever it was."""
@@ -34,10 +39,17 @@ class Answers:
         """handler: None for an answer that none gave."""
         self._counts[self._paths.get(handler, OTHER), str(status)] += 1
 
+    def tick(self, now: float) -> None:
+        """`TICK_S` have passed since the last time, and as much more as the loop is late; what was fades."""
+        late_s = 0.0 if self._ticked_at is None else now - self._ticked_at - TICK_S
+        self._lag_s, self._ticked_at = max(0.9 * self._lag_s, late_s), now
+
     def families(self) -> list[Family]:
         text = "Answers begun, by path and status; `other` is what nobody serves, or was refused before."
         samples = [(labels, float(count)) for labels, count in sorted(self._counts.items())]
-        return [Family("http_requests", Kind.COUNTER, text, ("path", "status"), list(samples))]
+        lag = Family("gateway_loop_lag_seconds", Kind.GAUGE, "How late the gateway's event loop was lately.")
+        lag.add(self._lag_s)
+        return [Family("http_requests", Kind.COUNTER, text, ("path", "status"), list(samples)), lag]
 
 
 class Measured:

@@ -68,6 +68,15 @@ async def test_answers_are_counted_by_path_and_status_and_unknown_paths_as_one()
     assert "of-a-caller" not in text
 
 
+def test_how_late_the_loop_is_is_told_at_once_and_forgotten_slowly() -> None:
+    answers, found = Answers(), []
+    for now in (10.0, 10.1, 10.7, 10.8, 10.9):
+        answers.tick(now)
+        ((_, lag_s),) = {family.name: family for family in answers.families()}["gateway_loop_lag_seconds"].samples
+        found.append(lag_s)
+    assert found == pytest.approx([0.0, 0.0, 0.5, 0.45, 0.405])
+
+
 async def test_two_gateways_of_one_process_count_apart() -> None:
     async with web(STATS) as one, web(STATS) as other:
         await one.get("/version")

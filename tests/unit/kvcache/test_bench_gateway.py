@@ -26,7 +26,8 @@ FIRST, SECOND, DONE = (
 async def gateway(*answers: Sequence[bytes]) -> AsyncIterator[tuple[int, list[int]]]:
     """Gives these answers, each in these pieces, and closes after an empty one. Yields its port and where answers went:
     the number of the connection of each."""
-    left, went, num_connections = list(answers), [], 0
+    left, num_connections = list(answers), 0
+    went: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal num_connections
