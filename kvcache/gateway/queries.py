@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from bus.errors import ModelNotFound
+from bus.errors import ConnectionLost, ModelNotFound
 from bus.stats import ClusterStats, WorkerView
 from kvcache.client import AsyncClient
 from kvcache.gateway.config import GatewayConfig, public_view
@@ -34,7 +34,7 @@ class Queries:
 
     async def models(self) -> list[ModelCard]:
         """Every model that a live worker serves or would load, by name."""
-        workers = _ready((await self._client.stats()).workers)
+        workers = _ready((await self._stats()).workers)
         # Beats tell names at once; figures, which come each second, tell the rest.
         names = {name for worker in workers for name, state in worker.models if state != "failed"}
         lengths = {
@@ -70,16 +70,24 @@ class Queries:
 
     async def is_ready(self) -> bool:
         """Whether a worker has a model loaded."""
-        return any(_loaded(worker) for worker in _ready((await self._client.stats()).workers))
+        return any(_loaded(worker) for worker in _ready((await self._stats()).workers))
 
     async def server_info(self) -> dict[str, Any]:
         """The configuration in force, and the cluster as the broker sees it."""
-        figures: ClusterStats = await self._client.stats()
+        figures = await self._stats()
         return {
             "version": version("kvcache"),
             "config": public_view(self._config),
             "cluster": msgspec.to_builtins(figures),
         }
+
+    async def _stats(self) -> ClusterStats:
+        """Raises ConnectionLost soon, where the client would wait for a broker as long as a generation may take."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                return await self._client.stats()
+        except TimeoutError:
+            raise ConnectionLost(f"the broker has not answered for {HEALTH_S:g} s") from None
 
     async def _probe(self) -> bool:
         try:
