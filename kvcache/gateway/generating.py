@@ -150,9 +150,9 @@ class Answer(Response):
 
         await self._follow(generations, join)
         texts = await self._texts(outputs)
-        answer = self._shape.whole(self._named(head), outputs, self._outputs.usage(), texts)
-        await send(_start(b"application/json"))
-        await send({"type": "http.response.body", "body": _encode(answer)})
+        body = _encode(self._shape.whole(self._named(head), outputs, self._outputs.usage(), texts))
+        await send(_start(b"application/json", (b"content-length", b"%d" % len(body))))
+        await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, head: Head, echoes: Mapping[int, str], generations: list[Measured], send: Send) -> None:
         events = EventStream(send, self._config.write_timeout_s, self._config.ping_s)

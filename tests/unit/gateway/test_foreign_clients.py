@@ -48,9 +48,9 @@ class FakeClient:
         return STATS
 
 
-def web() -> httpx.AsyncClient:
+def web(config: GatewayConfig = GatewayConfig()) -> httpx.AsyncClient:  # noqa: B008  # frozen
     client: Any = FakeClient()
-    app = make_app(GatewayConfig(), client, Keys(), asyncio.Event(), Answers())
+    app = make_app(config, client, Keys(), asyncio.Event(), Answers())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")
 
 
@@ -90,6 +90,28 @@ async def test_an_api_that_is_not_here_is_refused_with_those_that_are(path: str)
         answer = await http.post(path, json={"model": "m", "input": "hi"})
     assert answer.status_code == 404
     assert "/v1/chat/completions and /v1/completions" in answer.json()["error"]["message"]
+
+
+async def test_openais_javascript_client_may_call_from_a_page_of_an_origin_that_is_let_in() -> None:
+    origin = "https://app.example"
+    wanted = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type,x-stainless-lang,x-stainless-retry-count",
+    }
+    async with web(GatewayConfig(cors_origin=(origin,))) as http:
+        asked = await http.options("/v1/chat/completions", headers=wanted)
+        answer = await http.post("/v1/chat/completions", json=HI, headers={"origin": origin, "x-stainless-lang": "js"})
+    assert asked.status_code == 200
+    assert asked.headers["access-control-allow-headers"] == wanted["access-control-request-headers"]
+    assert answer.headers["access-control-allow-origin"] == origin
+
+
+async def test_a_whole_answer_says_how_long_it_is() -> None:
+    """A caller of HTTP/1.0, as some proxies are, knows no chunks."""
+    async with web() as http:
+        answer = await http.post("/v1/chat/completions", json=HI)
+    assert int(answer.headers["content-length"]) == len(answer.content)
 
 
 async def test_a_compressed_body_is_refused_as_that_and_not_as_bad_json() -> None:
