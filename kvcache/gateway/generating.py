@@ -39,6 +39,9 @@ _encode = msgspec.json.Encoder().encode
 LOOKS = 8
 """How often within the time that a write may take somebody looks whether it is over."""
 
+STREAM_HEADERS = ((b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"))
+"""The second is nginx's, which else keeps events back until it has some kilobytes of them."""
+
 OnPieces = Callable[[list[Piece]], Awaitable[None]]
 
 
@@ -173,10 +176,11 @@ class Answer(Response):
         try:
             async with asyncio.TaskGroup() as group:
                 keeper = group.create_task(events.keep_open())
-                await self._follow(generations, pass_on)
+                # A task of its own, since each token wakes it: here a dozen coroutines of the server come first.
+                await group.create_task(self._follow(generations, pass_on))
                 keeper.cancel()
-            last = [_encode(self._shape.usage_chunk(self._named(head), self._outputs.usage()))]
-            await events.end([*(last if self._ask.wants_usage else []), b"[DONE]"])
+            last = [self._shape.usage_chunk(self._named(head), self._outputs.usage())] if ask.wants_usage else []
+            await events.end([*map(_encode, last), b"[DONE]"])
         except ExceptionGroup as errors:
             error = _first(errors)
             if not events.has_begun or not isinstance(error, KVCacheError):
@@ -210,7 +214,7 @@ class Answer(Response):
 
 
 class EventStream:
-    """Server-sent events. One writer at a time, but for the pings between.
+    """Server-sent events. One writer at a time, but for the pings between; what is sent is sent whole.
 
     `keep_open` runs beside the writer and gives up a reader that takes nothing, so that a write need not set a timer.
     """
@@ -221,18 +225,17 @@ class EventStream:
         self._ping_s = ping_s
         self._written_at = time.monotonic()
         self._writing_since: float | None = None
-        self._lock = asyncio.Lock()
         self.has_begun = False
 
     async def write(self, events: list[bytes]) -> None:
         """Send events in one go. Ends when the reader takes them, or `keep_open` loses its patience."""
-        async with self._lock:
-            self._writing_since = time.monotonic()
+        self._writing_since = time.monotonic()
+        if not self.has_begun:
             await self._begin()
-            if events:
-                body = b"data: " + b"\n\ndata: ".join(events) + b"\n\n"
-                await self._send({"type": "http.response.body", "body": body, "more_body": True})
-            self._written_at, self._writing_since = time.monotonic(), None
+        if events:
+            body = b"data: " + b"\n\ndata: ".join(events) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._written_at, self._writing_since = time.monotonic(), None
 
     async def end(self, events: list[bytes]) -> None:
         """Send the last events. Raises ClientDisconnect if the reader takes nothing for too long."""
@@ -260,17 +263,17 @@ class EventStream:
 
     async def _put(self, data: bytes, *, is_last: bool) -> None:
         try:
-            async with asyncio.timeout(self._write_timeout_s), self._lock:
-                await self._begin()
+            async with asyncio.timeout(self._write_timeout_s):
+                if not self.has_begun:
+                    await self._begin()
                 await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
         except TimeoutError:
             raise ClientDisconnect from None
         self._written_at = time.monotonic()
 
     async def _begin(self) -> None:
-        if not self.has_begun:
-            self.has_begun = True
-            await self._send(_start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache")))
+        self.has_begun = True
+        await self._send(_start(b"text/event-stream; charset=utf-8", *STREAM_HEADERS))
 
 
 def _start(content_type: bytes, *more: tuple[bytes, bytes]) -> dict[str, object]:

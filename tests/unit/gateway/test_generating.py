@@ -102,6 +102,7 @@ async def test_a_stream_has_chunks_an_end_and_one_status() -> None:
     generation = FakeGeneration([[START], [token("a"), token("b", 1)], [DONE]])
     said = await tell(generation)
     assert [message.get("status") for message in said if message["type"] == "http.response.start"] == [200]
+    assert (b"x-accel-buffering", b"no") in said[0]["headers"]
     *chunks, end = events(said)
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["ab", ""]
     assert (chunks[-1]["choices"][0]["finish_reason"], end) == ("stop", "[DONE]")
