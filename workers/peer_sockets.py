@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from bus import sockets
-from bus.errors import BadArgument
+from bus.errors import BadArgument, ConnectionLost
 from bus.security import SecurityConfig
 from bus.sockets import Context, Dealer, Message, Router, Sent
 from bus.wire import Buffer
@@ -41,12 +41,12 @@ class PeerSockets:
         return self._router.send(peer, frames) in {Sent.DONE, Sent.QUEUED}
 
     def send(self, url: str, frames: Sequence[Buffer]) -> bool:
-        """False if it cannot be sent: that is no address, or who is there takes nothing."""
+        """False if it cannot be sent: that is no address, no socket is to be had, or who is there takes nothing."""
         dealer = self._dealers.get(url)
         if dealer is None:
             try:
                 dealer = self._connect(url)
-            except BadArgument:
+            except (BadArgument, ConnectionLost):
                 return False
         return dealer.send(frames) is not Sent.FULL
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeAlias, assert_never
@@ -162,7 +162,9 @@ class Worker:
             if stop.is_set():
                 self._perform(self._core.drain(now))
             if now >= memory_due:
-                rss_bytes, memory_due = process.memory_info().rss, now + MEMORY_S
+                memory_due = now + MEMORY_S
+                with suppress(OSError):  # to look takes a descriptor, of which peers may have left us none
+                    rss_bytes = process.memory_info().rss
             self._perform(self._core.tick(self._engine.figures(), now, rss_bytes=rss_bytes, lag_s=lag_s))
             if not is_ready and self._core.has_joined and self._core.state is WorkerState.READY:
                 is_ready = True

@@ -36,7 +36,10 @@ OnBatch = Callable[[list[Message]], None]
 
 
 class Socket:
-    """The part every kind shares. Make a subclass; `start` inside a running loop, `close` in the same function."""
+    """The part every kind shares. Make a subclass; `start` inside a running loop, `close` in the same function.
+
+    Raises ConnectionLost if the process may have no more sockets or descriptors.
+    """
 
     kind: int
 
@@ -45,7 +48,10 @@ class Socket:
         self.dropped = 0
         self._security = security
         self._on_batch = on_batch
-        self._socket = open_socket(context, self.kind, lane)
+        try:
+            self._socket = open_socket(context, self.kind, lane)
+        except zmq.ZMQError as error:
+            raise ConnectionLost(f"cannot open a socket: {error.strerror or error}") from error
         self._context = context
         self._loop: asyncio.AbstractEventLoop | None = None
         self._recheck_due = False

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from bus.errors import BadArgument, KVCacheError
-from kvcache import logs
+from kvcache import descriptors, logs
 from kvcache.allocator import keep_freed_memory
 from kvcache.broker.shell import Broker
 from kvcache.config import BrokerConfig, parse_broker_config
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"broker: {error}\n")
         return EXIT_USAGE
     keep_freed_memory()
+    descriptors.allow_many()
     try:
         with tracer_for("kvcache-broker", config.bind, os.environ) as tracer:
             asyncio.run(_run(config, tracer))

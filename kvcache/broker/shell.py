@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -114,7 +114,9 @@ class Broker:
         gauges = self.core.gauges
         gauges.loop_lag_s = max(0.9 * gauges.loop_lag_s, lag_s)
         if now >= self._memory_due:
-            gauges.rss_bytes, self._memory_due = process.memory_info().rss, now + MEMORY_S
+            self._memory_due = now + MEMORY_S
+            with suppress(OSError):  # to look takes a descriptor, of which peers may have left us none
+                gauges.rss_bytes = process.memory_info().rss
         gauges.refused_subscriptions = self._hub.refused
         gauges.dropped_sends = sum(router.dropped for router in self._routers.values())
         gauges.queued_messages = sum(router.queued for router in self._routers.values())

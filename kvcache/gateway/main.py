@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
@@ -19,7 +18,7 @@ from pathlib import Path
 import uvicorn
 
 from bus.errors import BadArgument
-from kvcache import logs
+from kvcache import descriptors, logs
 from kvcache.client import AsyncClient
 from kvcache.gateway.access import Keys, hash_key, read_keys
 from kvcache.gateway.app import make_app
@@ -57,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadArgument as error:
         sys.stderr.write(f"gateway: {error}\n")
         return EXIT_USAGE
-    _allow_many_connections()
+    descriptors.allow_many()
     try:
         with tracer_for("kvcache-gateway", f"{config.host}:{config.port}", os.environ) as tracer:
             return asyncio.run(_serve(config, keys, tracer))
@@ -141,11 +140,3 @@ def _keys(config: GatewayConfig) -> Keys:
 def _new_key() -> str:
     key = f"kvc-{secrets.token_urlsafe(32)}"
     return f"key (give it to the caller, it is kept nowhere): {key}\nline for --api-key-file: {hash_key(key)}\n"
-
-
-def _allow_many_connections() -> None:
-    """Each stream is a file descriptor, and the usual soft limit is 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -369,6 +369,15 @@ def test_a_bind_that_others_could_reach_is_refused_without_keys(context: Context
         router.bind("tcp://0.0.0.0:5555")
 
 
+def test_a_socket_more_than_the_process_may_have_is_a_typed_error() -> None:
+    with (
+        Context(max_sockets=1) as context,
+        Dealer(context, CONTROL, SECURITY, Inbox()),
+        pytest.raises(ConnectionLost, match="cannot open a socket: Too many open files"),
+    ):
+        Dealer(context, CONTROL, SECURITY, Inbox())
+
+
 def test_a_taken_address_is_named(context: Context, stack: ExitStack) -> None:
     router = stack.enter_context(Router(context, CONTROL, SECURITY, lambda batch: None))
     other = stack.enter_context(stdlib.create_server(("127.0.0.1", 0)))

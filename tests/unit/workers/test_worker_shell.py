@@ -6,7 +6,7 @@ import asyncio
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from workers.loading import Report
 from workers.main import EXIT_USAGE, main
 from workers.model import Model, ModelFacts
 from workers.model_budget import ModelNeed
+from workers.peer_sockets import PeerSockets
 from workers.text import TextStream
 from workers.worker import Worker
 
@@ -493,6 +494,14 @@ async def test_an_engine_that_has_failed_ends_the_worker(url: str, caplog: pytes
             await worker.run(asyncio.Event())
         broker.close()
     assert "at least 1 block" in caplog.text
+
+
+async def test_a_worker_that_may_have_no_more_sockets_reaches_no_other_and_goes_on() -> None:
+    with sockets.Context(max_sockets=2) as context, ExitStack() as stack:
+        peers = PeerSockets(context, SecurityConfig(), stack, lambda peer, frames: None, lambda url, frames: None)
+        assert peers.send("tcp://127.0.0.1:9", [b"hello"])
+        assert not peers.send("tcp://127.0.0.1:19", [b"hello"])
+        peers.hang_up("tcp://127.0.0.1:9")
 
 
 def test_a_wrong_flag_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
