@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from bus.errors import ModelUnavailable
 from workers import attention, checkpoint
+from workers.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from kvcache.models import ModelSource
@@ -27,6 +28,8 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 BLOOM_TRAINED_LEN = 2048
 """Le Scao et al. 2022, table 3: of every size of Bloom."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAVED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""By their names in safetensors files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,7 @@ class LoadedModel:
 
     eos_ids: the token ids that end a generation. fingerprint: see `workers.checkpoint.fingerprint`.
     has_own_attention: the model attends in its own code instead, see `workers.checkpoint.Family`.
+    files: where the weights came from; whoever computes with them takes them out of these first.
     """
 
     name: str
@@ -58,6 +62,7 @@ class LoadedModel:
     shape: ModelShape
     dtype: torch.dtype
     device: torch.device
+    files: WeightFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +138,7 @@ def _load(
 ) -> LoadedModel:
     report("inspecting files", 0.0)
     found = checkpoint.inspect(source.path)
+    files = WeightFiles((found.path / "config.json", *found.weight_files))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     attention.register()
     config = _read_config(source.path)
@@ -146,6 +152,9 @@ def _load(
     report("reading weights", 0.0)
     model = _load_weights(found, config, dtype)
     model.to(device).eval()  # type: ignore[arg-type]
+    files.check()
+    saved = {SAVED_DTYPES.get(entry.dtype) for entry in found.tensors.values()}
+    files.are_mapped = device.type == "cpu" and dtype in saved
     shape = _shape_of(config, max_model_len)
     return LoadedModel(
         name=source.name,
@@ -157,6 +166,7 @@ def _load(
         shape=shape,
         dtype=dtype,
         device=device,
+        files=files,
     )
 
 

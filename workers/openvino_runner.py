@@ -108,6 +108,7 @@ def _graph(loaded: LoadedModel, weights: WeightsName, folder: Path | None) -> tu
     """The exported graph, and whether it is on disk. Raises NotCarried, whatever exporting raises."""
 
     def make() -> ov.Model:
+        loaded.files.take(loaded.model)
         graph = openvino_export.export(loaded)
         if weights == "int8":
             openvino_graph.compress(graph)

@@ -33,7 +33,7 @@ class TorchRunner:
     `kv` must have the model's layers, KV heads, head_dim and device, and its dtype to compute in. plan_step: how
     attention is computed, see `workers.attention_choice`. plan_decodes: likewise, of decodes, to record CUDA
     graphs of (`workers.decode_graphs`); None for none. Where packing its linear layers makes the model faster they are
-    packed, in place.
+    packed, in place. Raises ModelUnavailable if the weights' files have been written to since they were looked at.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class TorchRunner:
         plan_decodes: PlanDecodes | None = None,
     ) -> None:
         check_pool(loaded, kv)
+        loaded.files.take(loaded.model)
         if packed_linear.can_pack(loaded.dtype, loaded.device):
             fused_layer.fuse(loaded.model)
             packed_linear.pack(loaded.model)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from bus.errors import ModelUnavailable
 from workers.checkpoint import fingerprint, inspect
 from workers.loader import choose_dtype, load_model
+from workers.weight_files import WeightFiles
 
-from .conftest import EOS_ID, VOCAB_SIZE, make_llama, save_model, source_of
+from .conftest import EOS_ID, VOCAB_SIZE, make_llama, save_model, source_of, write_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,6 +133,31 @@ def test_fingerprint_tells_fine_tunes_and_configs_apart_and_nothing_else(folder:
     other_weights = fingerprint(inspect(folder))
     edit_json(folder / "config.json", rms_norm_eps=1e-3)
     assert len({before, other_weights, fingerprint(inspect(folder))}) == 3
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_whose_files_change_behind_the_fingerprint_is_refused(
+    folder: Path, file: str, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    def change(stage: str, _: float) -> None:
+        if stage == "reading weights":
+            write_into(folder / file)
+
+    with pytest.raises(ModelUnavailable, match=f"{file} was changed"):
+        load_model(source_of(folder), dtype=dtype, report=change)
+
+
+def test_another_file_in_the_place_of_a_models_is_a_change_even_if_it_is_as_old_and_as_long(folder: Path) -> None:
+    files = WeightFiles([folder / "model.safetensors"])
+    shutil.copy2(folder / "model.safetensors", folder / "new")
+    files.check()
+    (folder / "new").rename(folder / "model.safetensors")
+    with pytest.raises(ModelUnavailable, match="was changed"):
+        files.check()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelUnavailable, match="No such file"):
+        files.check()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from workers.batch import BlockId
 from workers.loader import load_model
 from workers.runner import TorchRunner
 
-from .conftest import Family, make_pool, make_slice, source_of
+from .conftest import Family, make_pool, make_slice, source_of, write_into
 
 if TYPE_CHECKING:
     from workers.loader import LoadedModel
@@ -105,6 +106,19 @@ def test_entry_that_is_not_as_it_was_written_is_a_miss_and_is_replaced(
         assert torch.equal(logits_of(make_runner(family.loaded, graphs=tmp_path)), right)
     assert len(exports) == 2
     assert [entry.name[0] for entry in tmp_path.iterdir()].count(".") == 0
+
+
+def test_weights_whose_file_was_written_into_before_they_were_exported_are_not_kept(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    from workers.openvino_runner import NotCarried
+
+    folder = shutil.copytree(model_dirs["llama"], tmp_path / "llama")
+    loaded = load_model(source_of(folder), dtype="float32")
+    write_into(folder / "model.safetensors")
+    with pytest.raises(NotCarried, match="was changed"):
+        make_runner(loaded, graphs=tmp_path / "graphs")
+    assert not (tmp_path / "graphs").exists()
 
 
 def test_folder_that_cannot_be_written_only_costs_time(family: Family, tmp_path: Path, exports: list[str]) -> None:

@@ -1,22 +1,34 @@
 from __future__ import annotations
 
 import random
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from bus.errors import ModelUnavailable
 from kvcache.models import ModelKind, ModelSource
 from workers.loader import load_model
 from workers.page_plan import plan_pages
 from workers.paged_kv import PagedKV
 from workers.runner import TorchRunner
 
-from .conftest import BLOCK_SIZE, VOCAB_SIZE, Family, make_slice, scattered_table
+from .conftest import (
+    BLOCK_SIZE,
+    VOCAB_SIZE,
+    Family,
+    make_pool,
+    make_slice,
+    scattered_table,
+    source_of,
+    write_into,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from workers.batch import BlockId
 
@@ -135,6 +147,27 @@ def test_imported_keys_and_values_continue_as_if_computed_here(family: Family) -
         here.kv.write(layer, to_table, 0, *there.kv.read(layer, from_table, 0, 25))
     first = prefill(here, prompt, to_table, 64, start=25)
     assert continue_greedily(here, prompt, to_table, first, 8) == family.plain_greedy(prompt, 8)
+
+
+def test_what_is_written_into_a_models_file_while_it_runs_changes_nothing(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_dirs["llama"], tmp_path / "llama")
+    loaded = load_model(source_of(folder), dtype="float32")
+    runner, prompt = TorchRunner(loaded, make_pool(loaded)), prompt_of(12)
+    before = prefill(runner, prompt, scattered_table(12, seed=1), 12)
+    write_into(folder / "model.safetensors")
+    assert torch.equal(prefill(runner, prompt, scattered_table(12, seed=1), 12), before)
+
+
+def test_weights_whose_file_was_written_into_before_they_were_copied_are_not_computed_with(
+    model_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_dirs["llama"], tmp_path / "llama")
+    loaded = load_model(source_of(folder), dtype="float32")
+    write_into(folder / "model.safetensors")
+    with pytest.raises(ModelUnavailable, match="was changed"):
+        TorchRunner(loaded, make_pool(loaded))
 
 
 @pytest.mark.parametrize("bad", ["empty batch", "no tokens", "negative start", "past the blocks", "past the model"])
