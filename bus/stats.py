@@ -367,8 +367,23 @@ F = TypeVar("F", bound=Figures)
 
 
 def pack(figures: Figures) -> bytes:
-    """Encode for a payload frame."""
-    return msgspec.msgpack.encode(figures)
+    """Encode for a payload frame. Of words that are no Unicode, such as an error with a file's name, the rest goes."""
+    try:
+        return msgspec.msgpack.encode(figures)
+    except UnicodeEncodeError:
+        return msgspec.msgpack.encode(_mended(msgspec.to_builtins(figures, builtin_types=(bytes,))))
+
+
+def _mended(value: object) -> object:
+    match value:
+        case str():
+            return value.encode(errors="replace").decode()
+        case dict():
+            return {_mended(key): _mended(it) for key, it in value.items()}
+        case list() | tuple():
+            return [_mended(it) for it in value]
+        case _:
+            return value
 
 
 def unpack(data: Buffer, kind: type[F]) -> F:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +21,13 @@ from urllib.parse import quote, unquote
 from bus.errors import BadArgument, ModelNotFound, ModelUnavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 DEFAULT_HOME = Path("~/.cache/kvcache")
 MAX_NAME_CHARS = 200
+"""Of a hub id, and of any name as it is shown."""
+MAX_NAME_BYTES = 200
+"""So that a worker's beat can hold the names of all the models that it may tell of."""
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _HUB_ID = re.compile(
@@ -91,7 +95,8 @@ class ModelRegistry:
 
     home: the cache folder; models lie in `home/models`. It need not exist.
     named: what the operator asked for at start: names known already, folders, GGUF files, or hub ids.
-    Raises BadArgument for an entry that is none of these, or two folders of one name.
+    Raises BadArgument for an entry that is none of these, or two folders of one name; this and all that looks a model
+    up, ModelUnavailable if the cache cannot be listed.
     """
 
     def __init__(self, home: Path = DEFAULT_HOME, named: Iterable[str] = ()) -> None:
@@ -139,7 +144,7 @@ class ModelRegistry:
         return tuple(merged[name] for name in sorted(merged))
 
     def _as_it_is(self, source: ModelSource) -> ModelSource:
-        if source.gguf is not None and source.gguf.is_file():
+        if source.gguf is not None and _is_so(source.gguf.is_file):
             return self._gguf_file(source.gguf)
         return replace(source, is_present=_is_model_folder(source.path))
 
@@ -148,10 +153,10 @@ class ModelRegistry:
         if entry in known:
             return known[entry]
         folder = Path(entry).expanduser()
-        if entry and "\0" not in entry and folder.is_dir():
+        if entry and "\0" not in entry and _is_so(folder.is_dir):
             folder = folder.resolve()
             return ModelSource(name=folder.name, kind=ModelKind.FOLDER, path=folder, is_present=True)
-        if entry.endswith(".gguf") and "\0" not in entry and folder.is_file():
+        if entry.endswith(".gguf") and "\0" not in entry and _is_so(folder.is_file):
             return self._gguf_file(folder.resolve())
         hub = parse_hub_id(entry)
         if hub is not None:
@@ -165,12 +170,17 @@ class ModelRegistry:
     def _gguf_file(self, file: Path) -> ModelSource:
         """Its folder is named after the file's place, size and time, so that another file there is another model."""
         stat = file.stat()
-        place = hashlib.sha256(str(file).encode()).hexdigest()[:16]
+        place = hashlib.sha256(os.fsencode(file)).hexdigest()[:16]
         path = self.home / "gguf" / f"{place}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
         is_present = _is_model_folder(path)
         return ModelSource(name=file.stem, kind=ModelKind.GGUF, path=path, is_present=is_present, gguf=file)
 
     def _add(self, source: ModelSource) -> None:
+        if not _is_name(source.name):
+            raise BadArgument(
+                f"{source.name!r:.80} cannot be the name of a model, which is printable text of at most"
+                f" {MAX_NAME_BYTES} bytes; rename {_origin(source)!s:.200}"
+            )
         other = self._operator.get(source.name)
         if other is not None and _origin(other) != _origin(source):
             raise BadArgument(f"two models are called {source.name!r}: {_origin(other)} and {_origin(source)}")
@@ -181,11 +191,15 @@ class ModelRegistry:
         return ModelSource(name=name, kind=kind, path=path, is_present=_is_model_folder(path))
 
     def _cached(self) -> Iterator[ModelSource]:
-        if not self.models_dir.is_dir():
+        try:
+            paths = list(self.models_dir.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
             return
-        for path in self.models_dir.iterdir():
-            if not path.name.startswith(".") and _is_model_folder(path):
-                name = unquote(path.name)
+        except OSError as error:
+            raise ModelUnavailable(f"the models in {self.models_dir} cannot be listed: {error.strerror}") from error
+        for path in paths:
+            name = unquote(path.name)
+            if not path.name.startswith(".") and _is_name(name) and _is_model_folder(path):
                 yield ModelSource(name=name, kind=ModelKind.CACHED, path=path, is_present=True, hub=parse_hub_id(name))
 
 
@@ -217,6 +231,19 @@ def _origin(source: ModelSource) -> Path:
     return source.gguf or source.path
 
 
+def _is_name(text: str) -> bool:
+    """Whether somebody could ask for it, and a message hold it; what is printable is Unicode text."""
+    return text.isprintable() and 0 < len(text.encode()) <= MAX_NAME_BYTES
+
+
 def _is_model_folder(path: Path) -> bool:
     """A real folder (a link in the cache could lead anywhere) that holds a config."""
-    return path.is_dir() and not path.is_symlink() and (path / "config.json").is_file()
+    return _is_so(path.is_dir) and not path.is_symlink() and _is_so((path / "config.json").is_file)
+
+
+def _is_so(look: Callable[[], bool]) -> bool:
+    """What we cannot look at, being somebody else's or too long a path, is not so."""
+    try:
+        return look()
+    except OSError:
+        return False

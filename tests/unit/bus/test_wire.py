@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bus import messages as m
 from bus import wire
 from bus.errors import KVCacheError, MalformedMessage, Overloaded, ProtocolError, UnsupportedVersion
-from bus.stats import ClusterStats, Explanation, Figures, pack, unpack
+from bus.stats import ClusterStats, Explanation, Figures, ModelStats, WorkerStats, pack, unpack
 from tests.unit.bus.any_message import figures, messages
 
 KINDS = sorted(wire.BY_OPCODE.values(), key=lambda kind: kind.opcode)
@@ -69,6 +69,14 @@ def test_every_message_comes_back_as_it_was_sent(kind: type[m.Message], data: st
 @given(figures())
 def test_figures_come_back_as_they_were_packed(figures: Figures) -> None:
     assert unpack(pack(figures), type(figures)) == figures
+
+
+def test_of_figures_whose_words_are_no_unicode_the_rest_is_packed() -> None:
+    model = ModelStats(name="m", state="failed", reason="/models/\udcff has no config.json", loads=3)
+    figures = WorkerStats(worker_id="w", incarnation=2**62, state="ready", models=(model,))
+    (told,) = unpack(pack(figures), WorkerStats).models
+    assert (told.reason, told.loads) == ("/models/? has no config.json", 3)
+    assert unpack(pack(figures), WorkerStats).incarnation == 2**62
 
 
 def test_opcodes_are_those_of_the_published_protocol() -> None:

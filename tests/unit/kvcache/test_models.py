@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import pathlib
+import resource
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -82,6 +84,47 @@ def test_a_link_in_the_cache_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "models" / "linked").symlink_to(outside)
     with pytest.raises(ModelNotFound):
         ModelRegistry(tmp_path).resolve("linked")
+
+
+def test_a_cache_that_cannot_be_listed_is_a_typed_error(tmp_path: Path) -> None:
+    make_folder(tmp_path / "models" / "good")
+    registry = ModelRegistry(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))  # what is open stays open, and nothing else opens
+    try:
+        with pytest.raises(ModelUnavailable, match="cannot be listed: Too many open files"):
+            registry.resolve("good")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert registry.resolve("good").is_present
+
+
+def test_what_may_not_be_looked_at_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "models" / "good")
+    theirs = make_folder(tmp_path / "models" / "theirs")
+    look = pathlib.Path.is_file
+
+    def is_file(path: Path) -> bool:
+        if path.parent == theirs:
+            raise PermissionError(13, "Permission denied")
+        return look(path)
+
+    monkeypatch.setattr(pathlib.Path, "is_file", is_file)
+    assert [source.name for source in ModelRegistry(tmp_path).list_models()] == ["good", "smollm2"]
+    for too_long in ("x" * 300, "x/" * 3000, "x" * 300 + ".gguf"):
+        with pytest.raises(BadArgument, match="neither a known name"):
+            ModelRegistry(tmp_path, [too_long])
+
+
+@pytest.mark.parametrize("name", ["line\nbreak", "turned\u202e", "no text \udcff", "\u00e9" * 101])
+def test_what_is_no_name_that_anybody_could_ask_for_or_be_told_is_no_model(tmp_path: Path, name: str) -> None:
+    folder = make_folder(tmp_path / "models" / name)
+    assert [source.name for source in ModelRegistry(tmp_path).list_models()] == ["smollm2"]
+    with pytest.raises(BadArgument, match="cannot be the name of a model"):
+        ModelRegistry(tmp_path, [str(folder)])
+    (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
+    with pytest.raises(BadArgument, match="cannot be the name of a model"):
+        ModelRegistry(tmp_path, [str(tmp_path / f"{name}.gguf")])
 
 
 @pytest.mark.parametrize(
