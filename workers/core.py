@@ -148,7 +148,8 @@ class WorkerCore:
                 link.said_goodbye(now)
                 return lost
             case Failed():
-                log.error("broker %d refuses this worker: %s", number, message.message)
+                if link.is_news(message.message):
+                    log.error("broker %d refuses this worker: %s", number, message.message)
                 return []
             case _:
                 return self._unreadable(number, MalformedMessage("not a message for a worker's control lane"))

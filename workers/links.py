@@ -63,13 +63,21 @@ class Link:
         self._hello_due = now
         self._beat_due = now
         self._beat = 0
+        self._refusal = ""
+        self._hellos = 0
 
     def heard(self, now: float) -> None:
         """Any message is a sign of life."""
         self._heard_at = now
 
+    def is_news(self, refusal: str) -> bool:
+        """Whether the broker says something else than to our last hello: it answers each, four times a second."""
+        before, self._refusal = self._refusal, refusal
+        return refusal != before
+
     def welcomed(self, welcome: Welcome, now: float) -> bool:
         """The broker accepts us. True if this is another session than the last one, whose calls are void then."""
+        self._refusal = ""
         is_new, was_away = welcome.session != self._session, self.welcome is None
         self.welcome, self._session = welcome, welcome.session
         if is_new or was_away:
@@ -113,7 +121,8 @@ class Link:
             self._hello_due = now + HELLO_S
             if self.welcome is None:
                 actions.append(Forget(self.number))
-            hello = msgspec.structs.replace(self._hello, state=state, sequences=load().sequences)
+            self._hellos += 1
+            hello = msgspec.structs.replace(self._hello, state=state, sequences=load().sequences, number=self._hellos)
             actions.append(self._send(hello))
         if self.welcome is not None and now >= self._beat_due:
             self._beat_due = max(now, self._beat_due + self.welcome.heartbeat_ms / 1000)

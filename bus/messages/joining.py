@@ -26,20 +26,24 @@ class ModelState(enum.StrEnum):
 
 
 class Hello(Message, frozen=True):
-    """A client joins. `instance` is random per client object; it scopes request ids with the peer's user id."""
+    """A client joins. `instance` is random per client object; it scopes request ids with the peer's user id.
+
+    number: of the hellos to one broker, so that one that is read late, from a connection that ended, is known as such.
+    """
 
     opcode = 1
     instance: Id16
     major: U32
     minor: U32
     software: Name
+    number: U63 = 0
 
 
 class WorkerHello(Message, frozen=True):
     """A worker joins. Of two with one `worker_id`, the higher `incarnation` of the same user wins.
 
     peer_url: where other workers reach it to copy KV; empty if they cannot.
-    sequences: how many named sequences it holds, of which it will tell.
+    sequences: how many named sequences it holds, of which it will tell. number: as in `Hello`.
     """
 
     opcode = 2
@@ -53,6 +57,7 @@ class WorkerHello(Message, frozen=True):
     software: Name = ""
     peer_url: Name = ""
     sequences: U63 = 0
+    number: U63 = 0
 
 
 class Welcome(Message, frozen=True):

@@ -103,7 +103,7 @@ class Gather:
 class Client:
     """A client's session. calls: by the request id the client chose, which only means something within it.
 
-    link: empty for the broker itself, which has no session.
+    link: empty for the broker itself, which has no session. hello: the number of the one that began it.
     """
 
     link: bytes
@@ -111,6 +111,7 @@ class Client:
     instance: bytes
     user_id: str
     heard_at: float
+    hello: int = 0
     bulk_link: bytes = b""
     calls: dict[bytes, Call | Gather] = field(default_factory=dict)
     streams: dict[bytes, Stream] = field(default_factory=dict)

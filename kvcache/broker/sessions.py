@@ -64,11 +64,14 @@ class Sessions:
             return [refuse_version(Port.CLIENT, link, hello.major)]
         client, sends = self.clients.get(link), list[Send]()
         if client is None or client.instance != hello.instance:
-            for other in [c for c in self.clients.values() if (c.instance, c.user_id) == (hello.instance, user_id)]:
+            others = [c for c in self.clients.values() if (c.instance, c.user_id) == (hello.instance, user_id)]
+            if any(other.hello > hello.number for other in others):
+                return []  # said before what we have heard since, over a connection that has ended
+            for other in others:
                 sends += self.close_client(other)  # its connection came back as another link: it starts afresh
             if client is not None:
                 sends += self.close_client(client)
-            client = Client(link, self._new_id(), hello.instance, user_id, now)
+            client = Client(link, self._new_id(), hello.instance, user_id, now, hello.number)
             self.clients[link] = client
             self._by_secret[client.session] = client
         return [*sends, to_client(client, self._welcome(client.session))]
@@ -81,7 +84,10 @@ class Sessions:
         if known is not None and (known.user_id != user_id or known.hello.incarnation > hello.incarnation):
             error = Forbidden(f"worker id {hello.worker_id!r} is taken by a live worker; start this one under another")
             return [Send(Port.WORKER, link, [wire.encode(wire.failed(wire.NO_REQUEST, error))])]
-        if known is None or known.link != link or known.hello.incarnation != hello.incarnation:
+        is_same = known is not None and known.hello.incarnation == hello.incarnation
+        if known is None or known.link != link or not is_same:
+            if known is not None and is_same and known.hello.number > hello.number:
+                return []  # said before what we have heard since, over a connection that has ended
             if known is not None:
                 sends += self.lose_worker(known, "replaced by a newer link")
             if (other := self.workers.by_link.get(link)) is not None:

@@ -370,9 +370,10 @@ class ClientCore:
         return retry_delay(pending.failures - 1, error.retry_after_ms, self._jitter)
 
     def _is_passing(self, error: KVCacheError, now: float) -> bool:
-        """Whether it comes from a broker that stops or has just started, or is being mended: worth waiting for."""
+        """Whether it is being mended, or comes from a broker that stops, or that has just started or did not run for a
+        while and so does not know its workers again either: worth waiting for."""
         if isinstance(error, NoWorkers):
-            return error.is_coming or now - self._session.restarted_at < RESTART_GRACE_S
+            return error.is_coming or now - self._session.renewed_at < RESTART_GRACE_S
         return isinstance(error, Draining | ConnectionLost)
 
     def _suspend(self, pending: Pending, now: float, *, tell: bool) -> list[Action]:

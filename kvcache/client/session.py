@@ -6,6 +6,8 @@ A broker that restarts knows nobody, so silence means another hello, which is ha
 
 from __future__ import annotations
 
+import msgspec
+
 from bus import wire
 from bus.messages import Beat, Goodbye, Hello, Message, Welcome
 
@@ -14,12 +16,12 @@ MISSED_BEATS = 3
 
 
 class Session:
-    """`limits` is the last welcome, None before the first. `restarted_at`: when a broker was last found restarted."""
+    """limits: the last welcome, None before the first. renewed_at: when a broker was last found to know us no more."""
 
     def __init__(self, instance: bytes, software: str, now: float) -> None:
         self.is_joined = False
         self.limits: Welcome | None = None
-        self.restarted_at = float("-inf")
+        self.renewed_at = float("-inf")
         self._hello = Hello(instance=instance, major=wire.MAJOR, minor=wire.MINOR, software=software)
         self._session = b""
         self._heard_at = now
@@ -39,8 +41,8 @@ class Session:
     def welcome(self, message: Welcome, now: float) -> bool:
         """The broker took us in; True if it knows nothing of what was under way."""
         is_new = message.session != self._session
-        if self.limits is not None and message.incarnation != self.limits.incarnation:
-            self.restarted_at = now
+        if self.limits is not None and is_new:
+            self.renewed_at = now
         self.limits = message
         self._session = message.session
         self.is_joined = True
@@ -55,6 +57,7 @@ class Session:
             return None
         if not self.is_joined or self.limits is None:
             self._due_at = now + HELLO_S
+            self._hello = msgspec.structs.replace(self._hello, number=self._hello.number + 1)
             return self._hello
         self._due_at = now + self.limits.heartbeat_ms / 1000
         self._beats += 1

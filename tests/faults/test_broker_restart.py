@@ -101,6 +101,23 @@ async def test_broker_told_to_stop_lets_streams_end_and_its_successor_takes_the_
     assert tokens == reference.greedy(token_prompt(41, 30), 20)
 
 
+async def test_frozen_and_thawed_broker_changes_no_token(cluster: Cluster, client: AsyncClient) -> None:
+    expected = await Crowd(8, 80).run(client)
+    crowd = Crowd(8, 80)
+    running = asyncio.create_task(crowd.run(client))
+    await until(crowd.have_all(5), "every stream has begun")
+    cluster.broker.stop()
+    with pytest.raises((ConnectionLost, DeadlineExceeded)):
+        await client.kv.length("any", 0, deadline=1.5)  # longer than every lease
+    cluster.broker.cont()
+    assert await running == expected, crowd.errors
+
+    async def are_back() -> bool:
+        return [view.status for view in await client.workers()] == ["ready", "ready"]
+
+    await until(are_back, "both workers serve at the broker that was frozen")
+
+
 async def test_attempt_that_is_not_newer_is_refused_by_the_worker_that_still_runs_it(cluster: Cluster) -> None:
     req_id, instance = raw.new_id(), raw.new_id()
     sampling = m.Sampling(max_tokens=10_000, temperature=0.0, ignore_eos=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from bus import messages as m
@@ -103,6 +104,27 @@ def test_a_client_that_comes_back_on_another_link_starts_afresh(driver: Driver) 
     assert driver.client(b"c1", m.Beat(beat=1)) == []
     assert not driver.core.allows(b"S|" + first)
     assert (driver.stats().clients, driver.core.inflight) == (1, 0)
+
+
+def test_a_clients_hello_that_is_read_behind_its_later_one_changes_nothing(driver: Driver) -> None:
+    """After a pause of ours the sockets hold what was said over connections that have ended since."""
+    driver.client(b"new", msgspec.structs.replace(hello(), number=7))
+    assert driver.client(b"old", msgspec.structs.replace(hello(), number=6)) == []
+    assert driver.client(b"old", m.Beat(beat=1)) == []
+    (answer,) = driver.client(b"new", m.Beat(beat=1))
+    assert isinstance(answer.message, m.BrokerBeat)
+    (welcome,) = driver.client(b"newer", msgspec.structs.replace(hello(), number=8))
+    assert welcome.link == b"newer"
+
+
+def test_a_workers_hello_that_is_read_behind_its_later_one_changes_nothing(driver: Driver) -> None:
+    driver.join_worker(b"new", "w", 5, number=7)
+    assert driver.worker(b"old", worker_hello("w", 5, number=6)) == []
+    assert isinstance(driver.worker(b"new", beat())[0].message, m.BrokerBeat)
+    assert driver.stats().workers_lost == 0
+    driver.join_worker(b"newer", "w", 5, number=8)
+    assert driver.worker(b"new", beat()) == []
+    driver.join_worker(b"restarted", "w", 6, number=1)
 
 
 def test_an_instance_of_another_user_is_another_client(driver: Driver) -> None:
@@ -287,6 +309,25 @@ def test_of_two_workers_with_one_id_the_higher_incarnation_wins(driver: Driver) 
     assert driver.worker(b"w1", beat()) == []
     (assigned,) = driver.client(b"c1", length(2))
     assert assigned.link == b"w3"
+
+
+def test_of_two_workers_with_one_id_the_one_that_was_replaced_serves_once_the_other_has_left(driver: Driver) -> None:
+    driver.join_worker(b"w1", "w", 5)
+    driver.join_worker(b"w2", "w", 6)
+    (refused,) = driver.worker(b"w1", worker_hello("w", 5))
+    assert (refused.link, refused.message.code) == (b"w1", ErrorCode.FORBIDDEN)
+    driver.worker(b"w2", m.Goodbye(reason="drained"))
+    driver.join_worker(b"w1", "w", 5)
+
+
+def test_a_worker_whose_clock_went_back_joins_once_its_former_self_is_lost(driver: Driver) -> None:
+    hour_ns = 3600 * 10**9
+    driver.join_worker(b"w1", "w", 2 * hour_ns)
+    (refused,) = driver.worker(b"w2", worker_hello("w", hour_ns))
+    assert refused.message.code == ErrorCode.FORBIDDEN
+    driver.tick(1.25)
+    driver.join_worker(b"w2", "w", hour_ns)
+    assert driver.stats().workers_lost == 1
 
 
 def test_a_worker_that_reconnects_takes_its_own_place(driver: Driver) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -105,9 +106,10 @@ def is_joined(session: Session) -> bool:
 
 def test_hello_is_said_until_a_broker_welcomes_and_beats_follow() -> None:
     session = Session(b"i" * 16, "test", 0.0)
-    assert isinstance(session.tick(0.0), m.Hello)
-    assert session.tick(0.1) is None
-    assert isinstance(session.tick(0.25), m.Hello)
+    first, second = session.tick(0.0), session.tick(0.25)
+    assert session.tick(0.3) is None
+    assert isinstance(first, m.Hello)
+    assert second == msgspec.structs.replace(first, number=first.number + 1)
     assert session.goodbye() is None
     assert session.welcome(welcome(), 0.3)
     assert session.tick(0.4) is None
@@ -127,10 +129,9 @@ def test_three_missed_beats_mean_hello_again_and_the_same_session_loses_nothing(
     assert not is_joined(session)
     assert isinstance(session.tick(1.0), m.Hello)
     assert not session.welcome(welcome(), 1.1)
+    assert session.renewed_at == -math.inf
     assert session.welcome(welcome(b"t" * 16), 1.2)
-    assert session.restarted_at == -math.inf
-    assert session.welcome(welcome(b"u" * 16, incarnation=2), 1.3)
-    assert session.restarted_at == 1.3
+    assert session.renewed_at == 1.2
 
 
 def test_what_is_submitted_waits_for_the_welcome() -> None:
@@ -138,7 +139,7 @@ def test_what_is_submitted_waits_for_the_welcome() -> None:
     call = length_call()
     assert client.submit(call, 0.0) == []
     assert not client.is_joined
-    hello = m.Hello(instance=b"i" * 16, major=wire.MAJOR, minor=wire.MINOR, software="test")
+    hello = m.Hello(instance=b"i" * 16, major=wire.MAJOR, minor=wire.MINOR, software="test", number=1)
     assert client.tick(0.0) == [ToControl(hello)]
     actions = client.on_message(welcome(), (), 0.1)
     assert actions == [ToBulk(m.AttachBulk(session=b"s" * 16))]
@@ -233,11 +234,12 @@ def test_the_peers_retry_after_is_respected_and_never_past_the_deadline() -> Non
     assert isinstance(fail.error, Overloaded)
 
 
-def test_a_restarting_broker_without_workers_is_waited_for_beyond_max_retries() -> None:
+@pytest.mark.parametrize("incarnation", [1, 2], ids=["the same, after a pause", "another"])
+def test_a_broker_that_forgot_us_and_its_workers_is_waited_for_beyond_max_retries(incarnation: int) -> None:
     client = core(max_retries=0)
     call = length_call()
     client.submit(call, 0.0)
-    client.on_message(welcome(b"t" * 16, incarnation=2), (), 0.1)
+    client.on_message(welcome(b"t" * 16, incarnation=incarnation), (), 0.1)
     client.on_attached(0.1)
     now = 0.2
     for _ in range(6):

@@ -44,6 +44,7 @@ from bus.messages import (
 )
 from bus.stats import EngineStats, ModelStats, WorkerStats, unpack
 from bus.tensors import DType, TensorMeta
+from kvcache.models import MAX_NAME_BYTES
 from tests.unit.workers.core_bench import (
     STREAM,
     CoreBench,
@@ -156,6 +157,13 @@ def test_hello_goes_out_until_the_broker_welcomes_us_and_what_queued_up_before_i
     assert [send.channel for send in sends(joined)] == [Channel.BULK, Channel.CONTROL, Channel.CONTROL]
     assert [held.is_last for held in messages(joined, NodesHeld)] == [True]
     assert messages(bench.pass_time(0.5), WorkerHello) == []
+
+
+def test_hellos_are_numbered() -> None:
+    bench = CoreBench()
+    said = messages(bench.pass_time(1.0), WorkerHello)
+    assert [hello.number for hello in said] == list(range(1, len(said) + 1))
+    assert len(said) > 2
 
 
 def test_a_beat_goes_out_each_heartbeat_with_the_state(bench: CoreBench) -> None:
@@ -313,7 +321,7 @@ def test_a_worker_is_ready_without_the_models_that_there_was_no_room_for() -> No
 
 
 def test_a_beat_tells_of_no_more_models_than_it_may_and_of_those_in_use_first(bench: CoreBench) -> None:
-    absent = tuple(ModelStats(name=f"m{number:02}", state="absent") for number in range(40))
+    absent = tuple(ModelStats(name=f"{number:02}".rjust(MAX_NAME_BYTES, "m"), state="absent") for number in range(40))
     bench.figures = EngineFigures(models=(*absent, ModelStats(name="used", state="ready")))
     beats = [message for message in messages(bench.pass_time(0.5), WorkerBeat) if message.models]
     assert beats
@@ -465,10 +473,17 @@ def test_messages_that_belong_elsewhere_are_counted_and_dropped(bench: CoreBench
     assert malformed(bench) == 2
 
 
-def test_a_refusal_by_the_broker_is_logged(bench: CoreBench, caplog: pytest.LogCaptureFixture) -> None:
-    refusal = Failed(req_id=bytes(16), code=4, message="worker id 'w' is taken", retryable=False)
-    assert bench.control(refusal) == []
-    assert "taken" in caplog.text
+def test_a_refusal_is_logged_once_however_often_the_broker_repeats_it(caplog: pytest.LogCaptureFixture) -> None:
+    bench = CoreBench()
+    taken = Failed(req_id=bytes(16), code=4, message="worker id 'w' is taken", retryable=False)
+    other = Failed(req_id=bytes(16), code=2, message="version 2 is not supported", retryable=False)
+    for refusal in (taken, taken, taken, other, other):
+        assert bench.control(refusal) == []
+    assert caplog.text.count("is taken") == 1
+    assert caplog.text.count("not supported") == 1
+    bench.join()
+    bench.control(other)
+    assert caplog.text.count("not supported") == 2
 
 
 def test_a_follow_up_that_does_not_belong_within_a_request_ends_it(bench: CoreBench) -> None:
