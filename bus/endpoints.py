@@ -34,7 +34,7 @@ class Endpoints:
 def endpoints(url: str) -> Endpoints:
     """The six addresses behind `url` (`tcp://`, `ipc://`, or `kvc://`, which means tcp). Raises BadArgument."""
     scheme, sep, rest = url.partition("://")
-    if not sep or scheme not in {"tcp", "ipc", "kvc"} or not rest:
+    if not sep or scheme not in {"tcp", "ipc", "kvc"} or not rest or not url.isprintable():
         raise BadArgument(f"broker address {url!r} is not of the form tcp://HOST:PORT or ipc:///PATH")
     if scheme == "ipc":
         return Endpoints(url, *(f"ipc://{rest}.{index}" for index in range(NUM_PORTS)))

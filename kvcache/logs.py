@@ -27,7 +27,9 @@ LEVELS: Mapping[str, int] = {
 current_request: ContextVar[str] = ContextVar("current_request", default="")
 """The request that this task serves; empty for none."""
 
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+"""Characters that have those around them read from the other side: a name with them can show as another."""
+_CONTROL = re.compile(rf"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029{DIRECTIONS}]")
 
 log = logging.getLogger("kvcache")
 

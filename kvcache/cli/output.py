@@ -12,13 +12,16 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from kvcache.logs import DIRECTIONS
+
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_TURNING = re.compile(f"[{DIRECTIONS}]")
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def complain(message: str) -> None:
     """One line on stderr, whatever the message holds."""
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    typer.echo(f"error: {plain(' '.join(message.split()))}", err=True)
 
 
 def note(message: str) -> None:
@@ -59,13 +62,13 @@ def console(stderr: bool = False) -> Console:
 
 def say(text: str) -> None:
     """A piece of generated text, as it is; for a terminal without what could move its cursor or change its title."""
-    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
+    sys.stdout.write(_UNPRINTABLE.sub("", text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def plain(text: str) -> str:
-    """Text without what could move a terminal's cursor or change its title: names are what their owners made them."""
-    return _UNPRINTABLE.sub("", text)
+    """A name or an error without what could move a terminal's cursor, change its title, or have it read backwards."""
+    return _TURNING.sub("", _UNPRINTABLE.sub("", text))
 
 
 def human_bytes(count: int) -> str:

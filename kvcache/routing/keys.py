@@ -34,7 +34,7 @@ NO_KEY = RoutingKey(b"", "none")
 
 def sequence_key(tenant: str, seq_id: str) -> RoutingKey:
     """The key of an explicit sequence: every request that names it goes to its owner."""
-    return RoutingKey(b"s\x00" + tenant.encode() + b"\x00" + seq_id.encode(), f"sequence {seq_id!r}", named=True)
+    return RoutingKey(b"s\x00" + tenant.encode() + b"\x00" + seq_id.encode(), f"sequence {seq_id!r:.300}", named=True)
 
 
 class PrefixKeys:

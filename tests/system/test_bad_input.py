@@ -382,3 +382,37 @@ async def test_prompt_over_the_cap_is_refused_by_the_worker_too(cluster: Cluster
         message, payload = raw.generate(raw.new_id(), await peer.open_stream(), b"x" * (MIB + 1))
         peer.send(message, *payload)
         assert (await peer.failure(message.req_id)).code == ErrorCode.TOO_LARGE
+
+
+# --- names that no client of ours would send -----------------------------------------------------
+
+RUDE_NAMES = [
+    f"rude {name}"[:256]
+    for name in ("nul\0 bell\a newline\n", "safe\u202eexe.txt", "e\u0301", "\U0001f600" * 256, "\0" * 256)
+]
+
+
+async def test_names_that_no_client_checked_are_names_like_any_other(cluster: Cluster, client: AsyncClient) -> None:
+    """Stored, read, listed and forgotten under exactly these characters, beside a name that looks the same as one."""
+    twin = "rude \u00e9"
+    await client.kv.put(twin, 0, ones(1, 2, 8), ones(1, 2, 8))
+    async with raw.raw_client(cluster.url) as peer:
+        for number, name in enumerate(RUDE_NAMES):
+            data = bytes([number]) * GOOD.nbytes
+            put = raw.put(raw.new_id(), name, GOOD, GOOD, [data] * 2)
+            peer.send(put, data, data)
+            assert isinstance(await peer.final(put.req_id), m.KvDone), name
+        for number, name in enumerate(RUDE_NAMES):
+            peer.send(m.Get(req_id=raw.new_id(), attempt=0, deadline_ms=10_000, seq_id=name, layer=0))
+            _, payload = await peer.expect(m.KvValue)
+            assert payload == [bytes([number]) * GOOD.nbytes] * 2, name
+        assert {info.seq_id for info in await client.kv.list("rude")} == {twin, *RUDE_NAMES}
+        for name in RUDE_NAMES:
+            delete = m.Delete(req_id=raw.new_id(), attempt=0, deadline_ms=10_000, seq_id=name)
+            peer.send(delete)
+            assert isinstance(await peer.final(delete.req_id), m.KvDone), name
+        longer = raw.put(raw.new_id(), "x" * 257, GOOD, GOOD, [GOOD_BYTES] * 2)
+        peer.send(longer, GOOD_BYTES, GOOD_BYTES)
+        assert (await peer.failure(longer.req_id)).code == ErrorCode.BAD_FRAME
+    assert [info.seq_id for info in await client.kv.list("rude")] == [twin]
+    await client.kv.delete(twin)

@@ -69,6 +69,7 @@ def test_the_highest_port_leaves_room_for_the_other_five() -> None:
             "tcp://h:0",
             "tcp://h:-1",
         ),
+        *("tcp://h\ud800:5555", "tcp://h\0:5555", "tcp://h:5555\n", "ipc:///tmp/a\0b"),
         *("tcp://h:99999", "tcp://h:5555.0", "tcp://h:x", "tcp://h:" + "9" * 5000, "ipc://", "inproc://x", "kvc:/h:1"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 from bus.stats import BrokerStats, ClusterStats, ModelStats, WorkerStats, WorkerView
 from kvcache.cli.board import PlainBoard, describe, open_board, status_table
 from kvcache.cli.options import LogFormat
-from kvcache.cli.output import console, human_bytes, human_seconds, print_table, say
+from kvcache.cli.output import complain, console, human_bytes, human_seconds, print_table, say
 from kvcache.model_words import describe_models
 from kvcache.supervisor import Service, ServiceState, ServiceStatus
 
@@ -59,6 +59,23 @@ def test_generated_text_cannot_drive_the_terminal(monkeypatch: pytest.MonkeyPatc
 def test_generated_text_reaches_a_pipe_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     say(HOSTILE)
     assert capsys.readouterr().out == HOSTILE
+
+
+def test_names_and_errors_can_neither_drive_the_terminal_nor_be_read_backwards(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table(["ID"], [("safe\u202exe.\x1b[2Jname",)])
+    complain("no model \u202exyz\x1b]0;t\x07 here")
+    shown, complaint = capsys.readouterr()
+    assert shown.split() == ["ID", "safexe.[2Jname"]
+    assert complaint == "error: no model xyz]0;t here\n"
+
+
+def test_generated_text_keeps_its_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    say("\u05d0\u200f!")
+    assert screen.getvalue() == "\u05d0\u200f!"
 
 
 def test_brackets_in_cells_are_text_not_markup(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import subprocess
 import sys
 import warnings
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,26 @@ def test_no_message_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[st
     logging.getLogger("kvcache.x").info("left: %s", "bye\n2026-01-01 ERROR forged\x1b[2J\u2028x")
     (line,) = capsys.readouterr().err.split("\n")[:-1]
     assert line.endswith(r"left: bye\n2026-01-01 ERROR forged\x1b[2J\u2028x")
+
+
+def test_no_name_turns_the_line_around(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info", "text")
+    logging.getLogger("kvcache.x").info("worker %s joined", "\u202ekcatta \u2066\u05d0\u2069")
+    assert capsys.readouterr().err.endswith("worker \\u202ekcatta \\u2066\u05d0\\u2069 joined\n")
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_full_disk_under_the_log_ends_nothing(style: str) -> None:
+    code = (
+        "import logging; from kvcache import logs\n"
+        f"logs.configure('info', {style!r})\n"
+        "for number in range(3): logging.getLogger('kvcache.x').warning('lost %d', number)\n"
+        "print('served')\n"
+    )
+    command = [sys.executable, "-c", code]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=full, timeout=30, check=False)
+    assert done.stdout == b"served\n"
 
 
 def test_warnings_and_what_ends_the_process_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
