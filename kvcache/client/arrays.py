@@ -80,10 +80,12 @@ def kv_pair(k: TensorMeta, v: TensorMeta, k_data: memoryview | bytes, v_data: me
 
 
 def _tensor(name: str, value: object) -> Tensor:
+    if isinstance(value, np.ma.MaskedArray):
+        raise BadTensor(f"{name} is a masked array, and a mask cannot be sent; fill it first")
     if isinstance(value, np.ndarray):
         return _from_numpy(value)
     if type(value).__module__.partition(".")[0] == "torch" and hasattr(value, "detach"):
-        return _from_torch(value)
+        return _from_torch(name, value)
     raise BadTensor(f"{name} must be a numpy array or a torch tensor, not {type(value).__name__}")
 
 
@@ -93,11 +95,13 @@ def _from_numpy(array: NDArray[Any]) -> Tensor:
     return Tensor(meta, _bytes_of(plain))
 
 
-def _from_torch(tensor: Any) -> Tensor:  # noqa: ANN401  # torch.Tensor, whose package may not be there
+def _from_torch(name: str, tensor: Any) -> Tensor:  # noqa: ANN401  # torch.Tensor, whose package may not be there
+    module = importlib.import_module("torch")
+    if tensor.layout is not module.strided or tensor.is_nested or tensor.is_meta:
+        raise BadTensor(f"{name} must be a dense torch tensor that has data, not sparse, nested or on the meta device")
     meta = TensorMeta(dtype_by_name(str(tensor.dtype)), tuple(tensor.shape))
-    bits = importlib.import_module("torch").uint8
-    plain = tensor.detach().cpu().contiguous()
-    return Tensor(meta, _bytes_of(plain.reshape(-1).view(bits).numpy()))
+    plain = tensor.detach().cpu().resolve_neg().contiguous()
+    return Tensor(meta, _bytes_of(plain.reshape(-1).view(module.uint8).numpy()))
 
 
 def _bytes_of(array: NDArray[Any]) -> memoryview:

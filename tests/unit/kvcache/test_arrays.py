@@ -108,6 +108,8 @@ OK = np.zeros((2, 2, 2), np.float32)
         (OK.astype(np.complex64), OK, "'complex64' cannot be sent"),
         (OK.astype("S4"), OK, "cannot be sent"),
         (np.zeros((2, 2, 2), "M8[s]"), OK, "cannot be sent"),
+        (OK.astype([("a", "f4")]), OK, "cannot be sent"),
+        (np.ma.masked_equal(OK, 0), OK, "fill it first"),
     ],
 )
 def test_a_bad_tensor_is_refused_before_anything_is_sent(k: Any, v: Any, words: str) -> None:  # noqa: ANN401
@@ -145,6 +147,25 @@ def test_torch_tensors_that_need_gradients_or_hold_no_tokens_go_in() -> None:
 
     k = torch.zeros(0, 2, 3, requires_grad=True)
     assert there_and_back(k, k).torch()[0].shape == (0, 2, 3)
+
+
+def test_a_torch_tensor_that_only_says_it_is_negated_goes_in_negated() -> None:
+    import torch
+
+    k = torch.arange(24, dtype=torch.float32).reshape(4, 3, 2)
+    negated = torch.complex(k, k).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(there_and_back(negated, negated).torch()[0], -k)
+
+
+def test_torch_tensors_without_plain_data_are_refused() -> None:
+    import torch
+
+    k = torch.ones(4, 3, 2)
+    ragged = torch.nested.nested_tensor([torch.ones(1, 2), torch.ones(3, 2)], layout=torch.jagged)
+    for wrong in (k.to_sparse(), k.to("meta"), ragged, k.to(torch.complex64)):
+        with pytest.raises(BadTensor):
+            kv_tensors(wrong, wrong, MAX_TENSOR_BYTES)
 
 
 def test_numpy_users_never_load_torch() -> None:
