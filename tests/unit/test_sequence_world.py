@@ -9,6 +9,7 @@ import pytest
 from bus.errors import ErrorCode
 from kvcache.ring import HashRing
 from kvcache.routing.keys import sequence_key
+from tests.unit import sequence_world
 from tests.unit.sequence_world import DONE, USER, World, stale
 
 NOT_FOUND = ErrorCode.NOT_FOUND
@@ -98,6 +99,22 @@ def test_a_broker_that_starts_anew_learns_where_the_newest_copies_are_before_it_
     reads = check(world, world.watch("s", 3.0))
     assert reads <= {2, ErrorCode.NO_WORKERS}
     assert world.tell("get", "s") == 2
+    assert world.workers[owner].store.stats(world.now).sequences == 0
+
+
+def test_a_broker_that_starts_with_its_clock_an_hour_back_still_tells_newer_from_older(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.busy = set(world.workers)  # nothing moves to its owner yet
+    owner = world.owner("s")
+    world.tell("put", "s", 1)
+    monkeypatch.setattr(sequence_world, "WALL_S", sequence_world.WALL_S - 3600)
+    world.restart_broker()
+    assert world.tell("get", "s") == 1
+    away(world, owner)
+    assert world.tell("put", "s", 2) == DONE
+    world.thaw(owner)
+    assert check(world, world.watch("s", 2.0)) == {2, ErrorCode.NO_WORKERS}
     assert world.workers[owner].store.stats(world.now).sequences == 0
 
 

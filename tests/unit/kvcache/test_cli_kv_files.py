@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,18 @@ def test_dtypes_that_numpy_lacks_come_back_bit_for_bit(dtype: torch.dtype, tmp_p
     back_k, back_v = read_layers(path)[0]
     assert back_k.dtype == back_v.dtype == dtype
     assert [bits(back_k), bits(back_v)] == [bits(k), bits(v)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_for_which_there_is_no_room_is_named(dtype: str, tmp_path: Path) -> None:
+    pair = through_the_bus(*[torch.zeros(1, 1, 1, dtype=getattr(torch, dtype))] * 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # as on a full disk, all but the words
+    try:
+        with pytest.raises(BadArgument, match=r"cannot write .*kv\.safetensors: "):
+            write_layers(tmp_path / "kv.safetensors", {0: pair})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_layers_come_in_numeric_order_and_one_can_be_picked(tmp_path: Path) -> None:
