@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from kvcache.hashing import HashSeed
-from tests.unit.workers.conftest import BLOCK_SIZE, VOCAB_SIZE, Family, make_slice, scattered_table
+from tests.unit.workers.conftest import VOCAB_SIZE, Family, make_slice, scattered_table
+from tests.unit.workers.rig import Rig
 from workers.batch import BlockId
 from workers.keys import SequenceKey
-from workers.prefix_cache import PrefixCache
 from workers.runner import TorchRunner
-from workers.scheduler import Scheduler
-from workers.tasks import Event, Failed, Finished, GenerationTask, Sampled, SchedulerConfig
+from workers.tasks import Finished, GenerationTask
 
 MAX_TOKENS = 14
 TIE = 1e-4
 """Difference of two fp32 logits of magnitude about 5 that rounding can turn."""
-SEED = HashSeed(model="m", dtype="float32", block_size=BLOCK_SIZE)
 NAMES = (None, None, SequenceKey("", "x"), SequenceKey("", "y"))
 
 
@@ -31,50 +27,9 @@ def make_prompts(draw: random.Random) -> list[tuple[int, ...]]:
     return [tuple(stem), *forks, *(tuple(draw.choices(range(VOCAB_SIZE), k=length)) for length in (1, 9, 22))]
 
 
-@dataclass
-class Rig:
-    """A scheduler over a real runner; greedy."""
-
-    family: Family
-    num_blocks: int
-    max_tokens_per_step: int
-    max_num_seqs: int
-    events: list[Event] = field(default_factory=list)
-    most_in_step: int = 0
-    num_copies: int = 0
-
-    def __post_init__(self) -> None:
-        self.runner = TorchRunner(self.family.loaded, self.family.make_kv(self.num_blocks))
-        config = SchedulerConfig(
-            max_model_len=128,
-            vocab_size=VOCAB_SIZE,
-            max_tokens_per_step=self.max_tokens_per_step,
-            max_num_seqs=self.max_num_seqs,
-        )
-        self.cache = PrefixCache(self.num_blocks, BLOCK_SIZE)
-        self.scheduler = Scheduler(config, self.cache)
-
-    def step(self) -> bool:
-        """One step, its invariants checked; False if there was nothing to compute."""
-        step = self.scheduler.plan(0.0)
-        self.events += step.events
-        if step.copies:
-            self.runner.kv.copy_blocks([copy.source for copy in step.copies], [copy.target for copy in step.copies])
-            self.num_copies += len(step.copies)
-        if step.batch:
-            rows = iter(self.runner.run(step.batch).argmax(dim=1).tolist())
-            sampled = [next(rows) if piece.wants_logits else None for piece in step.batch]
-            self.events += self.scheduler.commit(step, sampled, 0.0)
-        self.scheduler.sequences.check()
-        self.most_in_step = max(self.most_in_step, len(step.batch))
-        return bool(step.batch)
-
-    def output(self, key: bytes) -> list[int]:
-        return [event.token_id for event in self.events if isinstance(event, Sampled) and event.key == key]
-
-    @property
-    def ended(self) -> dict[bytes, Finished | Failed]:
-        return {event.key: event for event in self.events if isinstance(event, Finished | Failed)}
+def rig_of(family: Family, num_blocks: int, max_tokens_per_step: int, max_num_seqs: int) -> Rig:
+    kv = family.make_kv(num_blocks)
+    return Rig(TorchRunner(family.loaded, kv), kv, num_blocks, max_tokens_per_step, max_num_seqs)
 
 
 class Alone:
@@ -109,7 +64,7 @@ class Alone:
 def test_any_schedule_gives_every_sequence_what_it_gets_alone(family: Family, seed: int) -> None:
     """Arrivals, cancels, pauses, flushes and a pool so small that sequences are evicted and preempted."""
     draw = random.Random(seed)
-    rig = Rig(
+    rig = rig_of(
         family,
         num_blocks=(14, 20, 40)[seed % 3],
         max_tokens_per_step=draw.choice([5, 16, 64]),
@@ -120,14 +75,8 @@ def test_any_schedule_gives_every_sequence_what_it_gets_alone(family: Family, se
     for number in range(60):
         free = [name for name in NAMES if name is None or name not in {task.sequence for task in live.values()}]
         key = number.to_bytes(2)
-        tasks[key] = live[key] = GenerationTask(
-            key=key,
-            prompt=draw.choice(prompts),
-            seed=SEED,
-            max_tokens=draw.randint(1, MAX_TOKENS),
-            sequence=draw.choice(free),
-        )
-        rig.events += rig.scheduler.submit(tasks[key], 0.0)
+        prompt, num_tokens = draw.choice(prompts), draw.randint(1, MAX_TOKENS)
+        tasks[key] = live[key] = rig.submit(key, prompt, num_tokens, sequence=draw.choice(free))
         if draw.random() < 0.25:
             rig.events += rig.scheduler.cancel(draw.choice(list(live)), 0.0)
         if draw.random() < 0.3:
@@ -142,8 +91,7 @@ def test_any_schedule_gives_every_sequence_what_it_gets_alone(family: Family, se
         live = {key: task for key, task in live.items() if key not in rig.ended}
     for key in live:
         rig.scheduler.resume(key)
-    while rig.step():
-        pass
+    rig.run()
     assert rig.ended.keys() == tasks.keys()
     assert rig.most_in_step > 2
     assert rig.num_copies > 0
@@ -159,11 +107,9 @@ def test_any_schedule_gives_every_sequence_what_it_gets_alone(family: Family, se
 
 def test_the_schedules_do_preempt_evict_and_share(family: Family) -> None:
     """Or else the test above would prove little."""
-    rig = Rig(family, num_blocks=14, max_tokens_per_step=16, max_num_seqs=8)
+    rig = rig_of(family, num_blocks=14, max_tokens_per_step=16, max_num_seqs=8)
     for number, prompt in enumerate(make_prompts(random.Random(0))):
-        task = GenerationTask(key=bytes([number]), prompt=prompt, seed=SEED, max_tokens=MAX_TOKENS)
-        rig.events += rig.scheduler.submit(task, 0.0)
-    while rig.step():
-        pass
+        rig.submit(bytes([number]), prompt, MAX_TOKENS)
+    rig.run()
     pool = rig.scheduler.pool_stats()
     assert min(pool.preemptions, pool.evictions, pool.hit_tokens) > 0

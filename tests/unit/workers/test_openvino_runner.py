@@ -20,6 +20,7 @@ from workers.runner import TorchRunner
 
 from .conftest import VOCAB_SIZE, Family, make_pool, make_slice, save_model, source_of
 from .families import MODELS, save_random
+from .rig import Rig
 
 if TYPE_CHECKING:
     from workers.openvino_runner import OpenVinoRunner
@@ -170,6 +171,22 @@ def test_blocks_of_other_sequences_are_left_alone(runner: OpenVinoRunner) -> Non
     prefill(runner, prompt_of(70, 2), mine, 70)
     after = [cache[other] for cache in (*runner.kv.keys, *runner.kv.values)]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_greedy_output_is_that_of_generate_after_preemption_and_eviction(
+    family: Family, runner: OpenVinoRunner
+) -> None:
+    rig = Rig(runner, runner.kv, num_blocks=4, max_tokens_per_step=64)
+    long, other = (tuple(prompt_of(75, seed)) for seed in (1, 2))
+    rig.submit(b"long", long, 20, priority=1)
+    for _ in range(6):
+        rig.step()
+    rig.submit(b"other", other, 8)
+    rig.run()
+    pool = rig.scheduler.pool_stats()
+    assert (pool.preemptions, pool.evictions > 0) == (1, True)
+    assert rig.output(b"long") == family.plain_greedy(long, 20)
+    assert rig.output(b"other") == family.plain_greedy(other, 8)
 
 
 def test_either_runner_goes_on_from_what_the_other_computed(family: Family, runner: OpenVinoRunner) -> None:
