@@ -1,6 +1,6 @@
 """The states of a generation inside a worker, and the only ways from one to another.
 
-    WAITING   holds no blocks; admitted in order of arrival when there is room
+    WAITING   holds no blocks; admitted in its place in line when there is room
     PARKED    as WAITING, but its stream's window is full: not admitted before it is resumed
     PREFILL   holds blocks; tokens it was given (or had before it was preempted) are being computed
     DECODE    holds blocks; all its tokens but the newest are computed, one more follows per step

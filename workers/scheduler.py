@@ -146,12 +146,7 @@ class Scheduler:
             raise ValueError(f"{len(sampled)} tokens were sampled for {len(step.batch)} slices")
         self._in_step = None
         self._totals["steps"] += 1
-        prefilled = [
-            len(piece.token_ids)
-            for generation, piece in zip(generations, step.batch, strict=True)
-            if generation.state is State.PREFILL
-        ]
-        self._pace.ran(sum(prefilled), now - self._planned_at)
+        self._pace.ran(_num_prefilled(generations, step), now - self._planned_at)
         for copy in step.copies:
             if copy.key in self._live:
                 self.sequences.copied(self._live[copy.key].sequence)
@@ -386,6 +381,12 @@ class Scheduler:
 
 
 _place = attrgetter("place")
+
+
+def _num_prefilled(generations: Iterable[Generation], step: Step) -> int:
+    """Tokens of the step that are not of decodes."""
+    pairs = zip(generations, step.batch, strict=True)
+    return sum(len(piece.token_ids) for generation, piece in pairs if generation.state is State.PREFILL)
 
 
 def _yields(other: Generation, generation: Generation) -> bool:

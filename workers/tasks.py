@@ -146,9 +146,8 @@ class BlockCopy:
 class Step:
     """One forward pass to run, and what happened while it was planned.
 
-    copies: to be made before the pass, as one: no target is written before all sources were read.
-
     keys, batch: the generations in it and their slices, in the same order; both empty when nothing can run.
+    copies: to be made before the pass, as one: no target is written before all sources were read.
     """
 
     keys: tuple[bytes, ...]
