@@ -232,7 +232,7 @@ class Scheduler:
         if self._num_active() == 0:
             return self._victim(self._admitted)  # only paused ones are in
         lower = [other for other in self._admitted if _yields(other, generation)]
-        leaving = chain.from_iterable(other.sequence.block_table for other in lower)
+        leaving = chain.from_iterable(self.sequences.to_give_up(other.sequence, now) for other in lower)
         if not lower or not self.sequences.has_room(generation.sequence, num_blocks, now, leaving):
             return None
         if self._has_seat():
@@ -281,7 +281,7 @@ class Scheduler:
 
     def _preempt(self, generation: Generation) -> None:
         generation.move(Change.PREEMPT)
-        self.sequences.release(generation.sequence)
+        self.sequences.give_up(generation.sequence)
         del self._admitted[generation]
         self._queue(generation)
         self._num_preempted += 1

@@ -33,6 +33,8 @@ from workers.prefix_cache import PrefixCache
 class Sequence:
     """One prompt with its growing output. Only the table touches all but the tokens.
 
+    num_kept: so many of its computed tokens stay under its name even if it has to give up its blocks: those that it
+    has taken over from there, or had when it was pinned.
     copy: a block, and one of its own that it is still to be copied to; computed tokens count on it.
     landmarks: where the nodes of its chain end; the first `num_marked` of them are attached to their blocks.
     """
@@ -43,6 +45,7 @@ class Sequence:
     landmarks: tuple[Landmark, ...] = ()
     block_table: list[BlockId] = field(default_factory=list)
     num_computed: int = 0
+    num_kept: int = 0
     num_published: int = 0
     copy: tuple[BlockId, BlockId] | None = None
     num_marked: int = 0
@@ -221,12 +224,22 @@ class SequenceTable:
         """Its copy was made."""
         sequence.copy = None
 
-    def release(self, sequence: Sequence) -> None:
-        """Take all blocks back; what was full can still be found."""
-        self.cache.pool.unpin(sequence.block_table)
-        sequence.block_table = []
-        sequence.num_computed = sequence.num_published = sequence.num_marked = 0
-        sequence.copy = None
+    def give_up(self, sequence: Sequence) -> None:
+        """Take the blocks back from one that is to wait again; what its name stood for is kept under it once more."""
+        if sequence.key is not None and sequence.num_kept > 0:
+            kept = Sequence(sequence.seed, sequence.token_ids[: sequence.num_kept], sequence.key)
+            kept.block_table = sequence.block_table[: self._blocks_for(sequence.num_kept)]
+            kept.num_computed = sequence.num_kept
+            self.cache.pool.pin(kept.block_table)
+            self._retain(sequence.key, kept)
+        sequence.num_kept = 0
+        self._release(sequence)
+
+    def to_give_up(self, sequence: Sequence, now: float) -> AbstractSequence[BlockId]:
+        """The blocks that others could have if it gave up its own: not those that its pinned name is to keep."""
+        if sequence.key is None or not self.is_pinned(sequence.key, now):
+            return sequence.block_table
+        return sequence.block_table[self._blocks_for(sequence.num_kept) :]
 
     def end(self, sequence: Sequence) -> None:
         """The sequence runs no more. If it has a name, its computed part is kept under it, however it ended.
@@ -243,7 +256,7 @@ class SequenceTable:
         if key is not None and sequence.num_computed > 0:
             self._retain(key, sequence)
         else:
-            self.release(sequence)
+            self._release(sequence)
         if key is not None and key not in self._retained:
             self._pins.pop(key, None)
 
@@ -274,8 +287,12 @@ class SequenceTable:
         self._drop(key)
 
     def pin(self, key: SequenceKey, expires_at: float) -> None:
-        """Keep it from eviction until `expires_at` (monotonic seconds, `math.inf` for ever). Raises NotFound."""
-        self.find(key)
+        """Keep it from eviction until `expires_at` (monotonic seconds, `math.inf` for ever). Raises NotFound.
+
+        Of one that is being generated this holds for what is computed by now, and after its end for all of it.
+        """
+        found = self.find(key)
+        found.num_kept = found.num_computed
         self._pins[key] = expires_at
 
     def unpin(self, key: SequenceKey) -> None:
@@ -344,7 +361,7 @@ class SequenceTable:
     def _retain(self, key: SequenceKey, sequence: Sequence) -> None:
         before = self._retained.pop(key, None)
         if before is not None:
-            self.release(before)
+            self._release(before)
         self._cut(sequence, sequence.num_computed)
         self._retained[key] = sequence
 
@@ -384,6 +401,7 @@ class SequenceTable:
         self.cache.pool.count_hits(kept.block_table)
         sequence.block_table = kept.block_table + self._allocate(need, now)
         sequence.num_computed, sequence.num_published = num, num // self.cache.block_size
+        sequence.num_kept = num
         return True
 
     def _share(self, sequence: Sequence, found: _Found, num_blocks: int, now: float) -> bool:
@@ -446,8 +464,15 @@ class SequenceTable:
         return (key for key in self._retained if not self.is_pinned(key, now))
 
     def _drop(self, key: SequenceKey) -> None:
-        self.release(self._retained.pop(key))
+        self._release(self._retained.pop(key))
         self._pins.pop(key, None)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take all its blocks back; what was full can still be found."""
+        self.cache.pool.unpin(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_published = sequence.num_marked = 0
+        sequence.copy = None
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.cache.block_size)

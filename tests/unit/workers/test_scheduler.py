@@ -342,6 +342,56 @@ def test_cancelled_turn_keeps_the_sequence_with_what_was_computed() -> None:
     assert engine.tokens(b"b") == oracle(PROMPT, 5)[3:]
 
 
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_turn_that_is_preempted_and_cancelled_leaves_the_sequence_as_it_found_it(is_pinned: bool) -> None:
+    engine = Engine(num_blocks=6)
+    name, table = SequenceKey("", "chat"), engine.scheduler.sequences
+    history = (*PROMPT, *oracle(PROMPT, 5), 30)
+
+    def kept() -> list[int]:
+        return engine.runner.read([*table.find(name).block_table], table.find(name).num_computed)
+
+    engine.submit(b"first", PROMPT, 5, sequence=name)
+    engine.run()
+    if is_pinned:
+        table.pin(name, math.inf)
+    before = kept()
+    assert len(before) == 10
+    engine.submit(b"turn", history, 9, sequence=name, priority=1)
+    engine.step()
+    engine.submit(b"urgent", tuple(range(20, 28)), 4)
+    engine.step()
+    assert engine.scheduler.pool_stats().preemptions == 1
+    assert kept() == before, "it can be read while its turn waits"
+    engine.events += engine.scheduler.cancel(b"turn", engine.now)
+    engine.run()
+    assert kept() == before
+    assert table.is_pinned(name, engine.now) == is_pinned
+    assert engine.tokens(b"urgent") == oracle(tuple(range(20, 28)), 4)
+    engine.submit(b"again", history, 9, sequence=name)
+    engine.run()
+    assert engine.started(b"again").cached_tokens >= 10
+    assert engine.tokens(b"again") == oracle(history, 9)
+
+
+def test_nobody_yields_when_the_blocks_that_are_missing_are_pinned() -> None:
+    engine = Engine(num_blocks=6)
+    name = SequenceKey("", "chat")
+    engine.submit(b"first", PROMPT, 5, sequence=name)
+    engine.run()
+    engine.scheduler.sequences.pin(name, math.inf)
+    history = (*PROMPT, *oracle(PROMPT, 5), 30)
+    engine.submit(b"turn", history, 4, sequence=name, priority=1)
+    engine.step()
+    engine.submit(b"big", tuple(range(20, 32)), 4)
+    engine.step()
+    assert engine.scheduler.pool_stats().preemptions == 0
+    engine.scheduler.sequences.unpin(name)
+    engine.run()
+    assert engine.tokens(b"turn") == oracle(history, 4)
+    assert engine.tokens(b"big") == oracle(tuple(range(20, 32)), 4)
+
+
 # --- single flight ---
 
 
@@ -1052,6 +1102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.auditor = Auditor(self.engine.cache, 1.0, 0.0)
         self.tasks: dict[bytes, GenerationTask] = {}
         self.paused: set[bytes] = set()
+        self.pinned_until: dict[SequenceKey, float] = {}
 
     @initialize(
         num_blocks=st.integers(5, 12),
@@ -1146,7 +1197,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def pin(self, data: st.DataObject, for_s: float) -> None:
         keys = self.engine.scheduler.sequences.names()
         if keys:
-            self.engine.scheduler.sequences.pin(data.draw(st.sampled_from(keys)), self.engine.now + for_s)
+            key = data.draw(st.sampled_from(keys))
+            self.pinned_until[key] = self.engine.now + for_s
+            self.engine.scheduler.sequences.pin(key, self.pinned_until[key])
 
     @rule()
     def flush(self) -> None:
@@ -1177,6 +1230,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def retained_kv_is_that_of_its_tokens(self) -> None:
         table = self.engine.scheduler.sequences
+        pinned = {key for key, until in self.pinned_until.items() if until > self.engine.now}
+        assert pinned <= set(table.names()), "a pinned sequence is gone"
         for key in table.names():
             found = table.find(key)
             kv = 0

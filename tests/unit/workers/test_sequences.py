@@ -298,15 +298,49 @@ def test_deleting_a_pinned_sequence_frees_its_blocks_and_its_pin(table: Sequence
     table.check()
 
 
-def test_pin_of_a_running_sequence_holds_after_its_end_and_dies_with_its_kv(table: SequenceTable) -> None:
+def test_pin_of_a_running_sequence_holds_after_its_end(table: SequenceTable) -> None:
     running = run(table, tokens(0, 6), S)
     table.pin(S, math.inf)
     table.end(running)
     assert table.is_pinned(S, 0.0)
-    again = run(table, tokens(0, 8), S)
-    table.release(again)
+
+
+def test_one_that_gives_up_its_blocks_leaves_its_name_what_it_had_from_it(table: SequenceTable) -> None:
+    keep(table, tokens(0, 6), S)
+    again = run(table, tokens(0, 11), S)
+    table.give_up(again)
+    table.check()
+    assert (table.find(S).num_computed, table.find(S).token_ids) == (6, tokens(0, 6))
+    assert table.admit(again, 3, now=0.0) == 8, "blocks that it filled meanwhile can be found"
+    table.give_up(again)
     table.end(again)
-    assert not table.is_pinned(S, 0.0)
+    assert table.find(S).num_computed == 6
+    table.check()
+
+
+def test_one_that_gives_up_its_blocks_leaves_its_name_what_was_pinned_of_it(table: SequenceTable) -> None:
+    running = run(table, tokens(0, 6), S)
+    table.pin(S, expires_at=10.0)
+    for token in tokens(6, 11):
+        running.append(token)
+    assert table.grow(running, 11, now=0.0)
+    table.advance(running, 11)
+    assert table.to_give_up(running, now=0.0) == running.block_table[2:]
+    assert table.to_give_up(running, now=10.0) == running.block_table, "the pin is over"
+    table.give_up(running)
+    table.end(running)
+    assert table.is_pinned(S, 0.0)
+    assert table.find(S).num_computed == 6
+    table.check()
+
+
+def test_one_that_gives_up_its_blocks_and_had_none_from_its_name_leaves_that_as_it_is(table: SequenceTable) -> None:
+    keep(table, tokens(0, 6), S)
+    other = run(table, tokens(50, 60), S)
+    table.give_up(other)
+    assert table.find(S).token_ids == tokens(0, 6)
+    table.end(other)
+    assert table.find(S).token_ids == tokens(0, 6)
     table.check()
 
 
