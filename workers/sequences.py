@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from bus.errors import Conflict, NoSpace, NotFound
 from kvcache.hashing import TOKEN_BYTES, BlockHash, HashSeed, block_digests, encode_token_ids, extend
@@ -112,6 +113,7 @@ class SequenceTable:
         self._claimed: dict[SequenceKey, Sequence] = {}
         self._retained: OrderedDict[SequenceKey, Sequence] = OrderedDict()
         self._pins: dict[SequenceKey, float] = {}
+        self._stirred: set[SequenceKey] = set()
         self.hits = HitTable()
         self._evictions = 0
         self._copied_tokens = 0
@@ -253,6 +255,7 @@ class SequenceTable:
         key = sequence.key
         if key is not None:
             del self._claimed[key]
+            self._stirred.add(key)
         if key is not None and sequence.num_computed > 0:
             self._retain(key, sequence)
         else:
@@ -303,10 +306,20 @@ class SequenceTable:
     def is_pinned(self, key: SequenceKey, now: float) -> bool:
         return key in self._pins and self._pins[key] > now
 
+    def has(self, key: SequenceKey) -> bool:
+        """Whether `find` would find it."""
+        running = self._claimed.get(key)
+        return key in self._retained or (running is not None and running.num_computed > 0)
+
     def names(self) -> list[SequenceKey]:
         """The names that `find` would find, in order."""
-        running = {key for key, sequence in self._claimed.items() if sequence.num_computed > 0}
-        return sorted(running | self._retained.keys())
+        return sorted(self._retained.keys() | filter(self.has, self._claimed))
+
+    def take_stirred(self) -> set[SequenceKey]:
+        """The names that `has` may answer otherwise for than at the last call; all others are as they were. It spares
+        each step a look at every sequence that is kept."""
+        stirred, self._stirred = self._stirred | self._claimed.keys(), set()
+        return stirred
 
     # --- blocks that come from other workers ---
 
@@ -438,15 +451,16 @@ class SequenceTable:
 
         A held block comes free when all its holders are loans, retained sequences that may be evicted, or `leaving`.
         """
-        pool = self.cache.pool
-        if num <= pool.num_available:
-            return pool.num_available
-        holders = Counter(leaving)
-        if takes_loans:
-            holders.update(self.loans.held())
-        for key in self._evictable(now):
-            holders.update(self._retained[key].block_table)
-        return pool.num_available + sum(pool.ref_count(block) == count for block, count in holders.items())
+        pool, room = self.cache.pool, self.cache.pool.num_available
+        lent = self.loans.held() if takes_loans else ()
+        retained = (self._retained[key].block_table for key in self._evictable(now))
+        holders: Counter[BlockId] = Counter()
+        for block in chain(leaving, lent, chain.from_iterable(retained)):
+            if room >= num:
+                break
+            holders[block] += 1
+            room += holders[block] == pool.ref_count(block)
+        return room
 
     def _allocate(self, num: int, now: float, *, takes_loans: bool = True) -> list[BlockId]:
         """Take `num` obtainable blocks: loans go first, then retained sequences one by one as far as it needs."""
@@ -466,6 +480,7 @@ class SequenceTable:
     def _drop(self, key: SequenceKey) -> None:
         self._release(self._retained.pop(key))
         self._pins.pop(key, None)
+        self._stirred.add(key)
 
     def _release(self, sequence: Sequence) -> None:
         """Take all its blocks back; what was full can still be found."""

@@ -237,11 +237,13 @@ class Slot:
 
     def name_changes(self) -> list[EngineEvent]:
         """What has become of named sequences since the last call."""
-        names = set(self._scheduler.sequences.names())
-        events: list[EngineEvent] = [Forgotten(key) for key in self._names - names]
-        events += [Retained(key) for key in names - self._names]
-        self._names = names
-        return events
+        sequences = self._scheduler.sequences
+        stirred = sequences.take_stirred()
+        there = set(filter(sequences.has, stirred))
+        gone, new = (stirred - there) & self._names, there - self._names
+        self._names -= gone
+        self._names |= new
+        return [*map(Forgotten, gone), *map(Retained, new)]
 
     # --- blocks that travel ---
 

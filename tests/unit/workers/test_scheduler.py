@@ -1103,6 +1103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tasks: dict[bytes, GenerationTask] = {}
         self.paused: set[bytes] = set()
         self.pinned_until: dict[SequenceKey, float] = {}
+        self.told: set[SequenceKey] = set()
 
     @initialize(
         num_blocks=st.integers(5, 12),
@@ -1232,6 +1233,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         table = self.engine.scheduler.sequences
         pinned = {key for key, until in self.pinned_until.items() if until > self.engine.now}
         assert pinned <= set(table.names()), "a pinned sequence is gone"
+        stirred = table.take_stirred()
+        self.told = (self.told - stirred) | set(filter(table.has, stirred))
+        assert self.told == set(table.names()), "a name came or went unnoticed"
         for key in table.names():
             found = table.find(key)
             kv = 0

@@ -344,6 +344,18 @@ def test_one_that_gives_up_its_blocks_and_had_none_from_its_name_leaves_that_as_
     table.check()
 
 
+def test_names_that_nobody_touched_are_not_looked_at_again(table: SequenceTable) -> None:
+    keep(table, tokens(0, 6), S)
+    running = run(table, tokens(100, 106), T)
+    assert table.take_stirred() == {S, T}
+    assert table.take_stirred() == {T}
+    table.end(running)
+    table.delete(S)
+    assert table.take_stirred() == {S, T}
+    assert (table.has(S), table.has(T), table.names()) == (False, True, [T])
+    assert table.take_stirred() == set()
+
+
 def test_shared_blocks_count_as_room_only_when_all_holders_can_be_evicted(table: SequenceTable) -> None:
     keep(table, tokens(0, 28), S)
     keep(table, tokens(0, 28), T)
