@@ -7,6 +7,10 @@ the same numbers as whoever finds them cached (Sheng et al. 2023, FlexGen, secti
 
 Error of an element: int8 at most 1/254 of the largest in its head and token, fp8 at most 1/16 of the element itself,
 or 1/458,752 of the largest if that is more; in bfloat16 what is read is rounded once more, by 1/256 of itself at most.
+
+Of what SmolLM2 in float32 says of 512 tokens of English, against a pool of float32: logits differ by 0.075 on the mean
+with int8 and 0.19 with fp8 (a pool of bfloat16: 0.014; the model in bfloat16: 0.082), the KL divergence is 0.0010 and
+0.0053 (0.00003; 0.0011), 97 and 95 % of the likeliest tokens are the same, and the negative log likelihood is 4.23.
 """
 
 from __future__ import annotations
