@@ -1,9 +1,10 @@
 """How quick each worker is, learned from the seconds that its prefills really took.
 
-A prefill of n tokens after c cached ones is modelled as (n - c) * (token_s + context_s * mean context + decode_s *
-decodes): linear layers, attention, and the sequences that decode in the same steps. The three are fitted by least
-squares over recent prefills, each weighted by its tokens, old ones fading (least squares with exponential
-forgetting: Ljung 1999, "System Identification", section 11.2), and kept from falling below zero.
+A prefill of n tokens after c cached ones is modelled as START_TOKENS * token_s + (n - c) * (token_s + context_s * mean
+context + decode_s * decodes): reading the weights, linear layers, attention, and the sequences that decode in the same
+steps. The three are fitted by least squares over recent prefills, each weighted by its tokens, old ones fading (least
+squares with exponential forgetting: Ljung 1999, "System Identification", section 11.2), and kept from falling below
+zero.
 
 What was learned of a worker that now has nothing to do loses weight: a worker that was slow once, or frozen, is sent
 nothing for that, and so would never show that it is no longer. It is hoped to be like the quickest (optimism under
@@ -27,6 +28,11 @@ FADE = 1.0 - 1.0 / MEMORY
 HOPE_HALF_LIFE_S = 15.0
 """Idle time in which half of what a worker is slower than the quickest is forgiven. As workers within 15 % are equals,
 one that is twice as slow is tried once in 40 s of idling, one that was stopped and seems 100 times as slow in 140 s."""
+START_TOKENS = 64
+"""Tokens whose computing takes as long as reading the weights once, which a prompt of one token does too: without them
+it would teach that each token costs a whole step. A machine's operations a second over its bytes a second, in weights
+of two bytes: 20 to 40 on processors with matrix units, 150 on an A100, 300 on an H100. It is not fitted because prompts
+that are all about as short, as those of warm chats are, leave open what is their beginning and what their length."""
 INERTIA = 1e-3
 """The share by which the last fit holds on: it only decides what the figures leave open, such as lengths all equal."""
 
@@ -34,8 +40,9 @@ INERTIA = 1e-3
 class RateLearner:
     """One worker's rates. Figures that cannot be (no tokens, no time) are passed over."""
 
-    def __init__(self, prior: Rates) -> None:
+    def __init__(self, prior: Rates, start_tokens: int = START_TOKENS) -> None:
         self.rates = prior
+        self._start_tokens = start_tokens
         self._squares: NDArray[np.float64] = np.zeros((3, 3))
         self._products: NDArray[np.float64] = np.zeros(3)
 
@@ -44,12 +51,21 @@ class RateLearner:
         computed = num_tokens - num_cached
         if computed <= 0 or not 0.0 < seconds < inf:
             return
-        features = np.array([1.0, (num_tokens + num_cached) / 2, float(decodes)])
+        size = computed + self._start_tokens
+        share = computed / size
+        features = np.array([1.0, share * (num_tokens + num_cached) / 2, share * decodes])
         self.fade(FADE)
-        self._squares = self._squares + computed * np.outer(features, features)
+        self._squares = self._squares + size * np.outer(features, features)
         self._products = self._products + seconds * features
-        token_s, context_s, decode_s = self._fit(seconds / computed)
-        self.rates = replace(self.rates, token_s=token_s, context_s=context_s, decode_s=decode_s, is_learned=True)
+        token_s, context_s, decode_s = self._fit(seconds / size)
+        self.rates = replace(
+            self.rates,
+            token_s=token_s,
+            context_s=context_s,
+            decode_s=decode_s,
+            is_learned=True,
+            start_tokens=self._start_tokens,
+        )
 
     def fade(self, share: float) -> None:
         """Let what was reported so far count only so much from now on."""
@@ -80,7 +96,8 @@ class RateBook:
     def __init__(self, prior: Rates = UNKNOWN_RATES) -> None:
         self._prior = prior
         self._learners: dict[str, RateLearner] = {}
-        self._tokens = self._context = self._decodes = 0.0  # tokens computed, and sums over them; old ones fade
+        # Tokens computed, those that beginning counts for included, and sums over them; old ones fade.
+        self._tokens = self._context = self._decodes = 0.0
         self._least: float | None = None
         self._median: Rates | None = None
 
@@ -90,7 +107,7 @@ class RateBook:
             self._learners[worker] = RateLearner(self._typical())
         self._learners[worker].prefilled(num_tokens, num_cached, decodes, seconds)
         computed = max(0, num_tokens - num_cached)
-        self._tokens = FADE * self._tokens + computed
+        self._tokens = FADE * self._tokens + (computed + START_TOKENS if computed else 0)
         self._context = FADE * self._context + computed * (num_tokens + num_cached) / 2
         self._decodes = FADE * self._decodes + computed * decodes
         self._least = self._median = None
@@ -150,6 +167,7 @@ class RateBook:
             token_s=median(rates.token_s for rates in known),
             context_s=median(rates.context_s for rates in known),
             decode_s=median(rates.decode_s for rates in known),
+            start_tokens=START_TOKENS,
         )
 
 

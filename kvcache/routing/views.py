@@ -31,7 +31,8 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
     """How quick a worker is, in seconds, as learned from what it reported.
 
     token_s: to prefill one token. context_s: added to that for each token of context before it (attention).
-    decode_s: added for each sequence that decodes beside it.
+    decode_s: added for each sequence that decodes beside it. start_tokens: as many tokens more a prompt costs, however
+    short it is, since a step reads all weights.
     pull_s: to fetch the KV of one token from a peer; infinite if it cannot. is_learned: measured, not assumed.
     """
 
@@ -40,11 +41,16 @@ class Rates(msgspec.Struct, frozen=True, gc=False):
     decode_s: float = 0.0
     pull_s: float = inf
     is_learned: bool = False
+    start_tokens: int = 0
 
     def prefill_s(self, num_tokens: int, num_cached: int, decodes: int = 0) -> float:
         """Seconds to prefill a prompt of which the first `num_cached` tokens need not be computed."""
+        computed = num_tokens - num_cached
+        if computed <= 0:
+            return 0.0
         context = (num_tokens + num_cached) / 2
-        return (num_tokens - num_cached) * (self.token_s + self.context_s * context + self.decode_s * decodes)
+        more_s = computed * (self.context_s * context + self.decode_s * decodes)
+        return (computed + self.start_tokens) * self.token_s + more_s
 
 
 UNKNOWN_RATES = Rates()

@@ -23,7 +23,8 @@ def calibrate(client: Client, *, model: str | None = None, seed: int = 0, say: C
     One generation at a time, so what decodes cost prefills is not measured and stays 0.
     Raises what the client raises, and InternalError if no prefill could be timed.
     """
-    draw, learner, steps = random.Random(seed), RateLearner(UNKNOWN_RATES), [0.0, 0.0]
+    draw, steps = random.Random(seed), [0.0, 0.0]
+    learner = RateLearner(UNKNOWN_RATES, start_tokens=0)  # for long prompts, whose steps are full
     _time(client, model, draw.choices(VOCABULARY, k=64), RateLearner(UNKNOWN_RATES), [0.0, 0.0])  # loads the model
     for length in LENGTHS:
         say(f"prompts of {length} tokens")

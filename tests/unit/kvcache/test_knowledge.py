@@ -15,6 +15,7 @@ from kvcache.broker.knowledge import SHARE_NODES
 from kvcache.hashing import ROUTING_BLOCK_TOKENS, routing_chain
 from kvcache.routing.keys import NO_KEY
 from kvcache.routing.policies import DEFAULT_POLICY
+from kvcache.routing.rates import START_TOKENS
 from tests.unit.kvcache.broker_driver import Driver, beat, done, generate, nodes_held, rid, stream_end, worker_hello
 
 TOKENS = list(range(320))
@@ -163,7 +164,7 @@ def test_work_is_counted_from_dispatch_to_the_first_token() -> None:
     report = m.Prefilled(call=first, num_tokens=320, num_cached=0, compute_ms=64.0)
     driver.worker(link, report)
     assert view(driver, worker).queue_s < 2 * waiting
-    assert view(driver, worker).prefill_tokens_per_s == pytest.approx(5000.0, rel=0.01)
+    assert view(driver, worker).prefill_tokens_per_s == pytest.approx((320 + START_TOKENS) / 0.064, rel=0.01)
     driver.worker(link, report)  # said twice it counts once
     assert driver.stats().prompt_tokens == 320
     driver.core.check()
@@ -317,7 +318,7 @@ def test_what_waits_at_a_worker_for_other_brokers_is_heard_of_in_its_beats() -> 
         for link in (b"w1", b"w2"):
             driver.worker(link, m.Prefilled(call=call, num_tokens=320, num_cached=0, compute_ms=640.0))
     driver.worker(b"w1", beat(backlog_tokens=1000))
-    assert view(driver, "w1").queue_s == pytest.approx(2.0, rel=0.01)
+    assert view(driver, "w1").queue_s == pytest.approx(1000 * 0.64 / (320 + START_TOKENS), rel=0.01)
     assert view(driver, "w2").queue_s == 0
     driver.worker(b"w1", beat(backlog_tokens=0))
     assert view(driver, "w1").queue_s == 0

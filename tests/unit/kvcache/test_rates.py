@@ -7,15 +7,16 @@ from math import inf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvcache.ring import HashRing
 from kvcache.routing.keys import RoutingKey
 from kvcache.routing.ledger import WorkLedger
 from kvcache.routing.prefix import prefix
-from kvcache.routing.rates import HOPE_HALF_LIFE_S, MEMORY, RateBook, RateLearner
+from kvcache.routing.rates import HOPE_HALF_LIFE_S, MEMORY, START_TOKENS, RateBook, RateLearner
 from kvcache.routing.views import UNKNOWN_RATES, Belief, Choice, Rates, Request
 
-TRUE = Rates(token_s=1e-4, context_s=2e-9, decode_s=3e-6, is_learned=True)
+TRUE = Rates(token_s=1e-4, context_s=2e-9, decode_s=3e-6, is_learned=True, start_tokens=START_TOKENS)
 PREFILLS = [(500, 0, 0), (9000, 3000, 4), (60_000, 0, 1), (2000, 1500, 12), (30_000, 29_000, 0), (800, 0, 7)]
 
 
@@ -32,7 +33,9 @@ def report(book: RateBook, worker: str, rates: Rates, times: int = 20) -> None:
 
 
 def times_slower(rates: Rates, factor: float) -> Rates:
-    return Rates(rates.token_s * factor, rates.context_s * factor, rates.decode_s * factor)
+    return replace(
+        rates, token_s=rates.token_s * factor, context_s=rates.context_s * factor, decode_s=rates.decode_s * factor
+    )
 
 
 def test_all_three_rates_are_found() -> None:
@@ -47,13 +50,23 @@ def test_all_three_rates_are_found() -> None:
 def test_the_first_figure_replaces_what_was_assumed() -> None:
     learner = RateLearner(UNKNOWN_RATES)
     learner.prefilled(1000, 0, 0, 0.25)
-    assert learner.rates.prefill_s(2000, 0) == pytest.approx(0.5, rel=0.01)
+    assert learner.rates.prefill_s(1000, 0) == pytest.approx(0.25)
+    assert learner.rates.prefill_s(2000, 0) == pytest.approx(0.5, rel=0.05)
+
+
+def test_prompts_of_a_token_do_not_teach_that_each_token_takes_a_step() -> None:
+    """They take as long as reading the weights does: 30 ms each, 100 in turns with none cached and most cached."""
+    learner = RateLearner(UNKNOWN_RATES)
+    for num_tokens, cached in [(1, 0), (4001, 4000)] * 50:
+        learner.prefilled(num_tokens, cached, 0, 0.03)
+    assert learner.rates.prefill_s(500, 499) == pytest.approx(0.03, rel=0.05)
+    assert learner.rates.prefill_s(40_000, 0) < 60, "20 s by the token; each as a step would be 1,200"
 
 
 def test_a_worker_that_slows_down_is_followed() -> None:
     learner = RateLearner(UNKNOWN_RATES)
     teach(learner, TRUE)
-    slow = Rates(token_s=3e-4, context_s=6e-9, decode_s=9e-6)
+    slow = times_slower(TRUE, 3.0)
     teach(learner, slow, times=1 + 3 * MEMORY // len(PREFILLS))
     assert learner.rates.prefill_s(10_000, 0) == pytest.approx(slow.prefill_s(10_000, 0), rel=0.1)
 
