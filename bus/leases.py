@@ -19,12 +19,10 @@ MAX_UNANSWERED = 64
 class WorkerLease:
     """One worker's lease from one broker. `tick` often (the beat's period or less): a gap voids the lease."""
 
-    def __init__(self, now: float, *, lag_limit_s: float = LOOP_LAG_LIMIT_S) -> None:
-        self._lag_limit_s = lag_limit_s
+    def __init__(self, now: float) -> None:
         self._last_tick = now
         self._sent: OrderedDict[int, float] = OrderedDict()
         self._expires_at = float("-inf")
-        self.lapses = 0
 
     def tick(self, now: float) -> float:
         """Notice that the loop runs; returns how late it is, in seconds since the last tick.
@@ -33,8 +31,7 @@ class WorkerLease:
         """
         gap = now - self._last_tick
         self._last_tick = now
-        if gap > self._lag_limit_s:
-            self.lapses += 1
+        if gap > LOOP_LAG_LIMIT_S:
             self.void()
         return gap
 
@@ -59,8 +56,4 @@ class WorkerLease:
 
     def is_held(self, now: float) -> bool:
         """Whether the worker may publish and acknowledge writes: unexpired, and the loop has run lately."""
-        return now < self._expires_at and now - self._last_tick <= self._lag_limit_s
-
-    def remaining_s(self, now: float) -> float:
-        """Seconds until it runs out; 0 if it has."""
-        return max(0.0, self._expires_at - now) if self.is_held(now) else 0.0
+        return now < self._expires_at and now - self._last_tick <= LOOP_LAG_LIMIT_S
