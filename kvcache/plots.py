@@ -16,6 +16,8 @@ COLOURS = ("#0b6e4f", "#c1121f", "#1d4e89", "#e09f3e", "#6a4c93", "#5f6368", "#2
 
 MOST, LEAST = 0.95, 0.001
 """Of a distribution's shares: below and above there are single values, which would take half of the axis."""
+STEPS = 120
+"""Of a distribution's curve."""
 
 Points = Sequence[tuple[float, float]]
 
@@ -89,10 +91,10 @@ def plot(
     return "\n".join([*parts, "</svg>", ""])
 
 
-def distribution(values: Sequence[float], steps: int = 120) -> list[tuple[float, float]]:
+def distribution(values: Sequence[float]) -> list[tuple[float, float]]:
     """(value, share of values above it), from the twentieth quickest on, thinned so that the tail keeps its detail."""
     ordered = sorted(values)
-    shares = [MOST * (LEAST / MOST) ** (step / steps) for step in range(steps + 1)]
+    shares = [MOST * (LEAST / MOST) ** (step / STEPS) for step in range(STEPS + 1)]
     return [(ordered[min(len(ordered) - 1, int((1 - share) * len(ordered)))], share) for share in shares]
 
 

@@ -1,7 +1,7 @@
 """Write a Llama-family model folder as a GGUF file, for engines that read nothing else.
 
-Only what llama.cpp's `llama` architecture needs, for models with a byte-level BPE tokenizer. Weights are stored in one
-dtype, norms in float32; queries and keys are in llama.cpp's order, where the two halves of a head are interleaved.
+Only what llama.cpp's `llama` architecture needs, for models with SmolLM's tokenizer. Weights are stored in one dtype,
+norms in float32; queries and keys are in llama.cpp's order, where the two halves of a head are interleaved.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LAYER = {
 }
 
 
-def write_gguf(folder: Path, target: Path, dtype: str, *, pre_tokenizer: str = "smollm") -> None:
+def write_gguf(folder: Path, target: Path, dtype: str) -> None:
     """Write `folder` as `target`, whole or not at all. dtype: float32, float16 or bfloat16.
 
     Raises ValueError for a model that is not of the Llama family or ties no embeddings.
@@ -47,7 +47,7 @@ def write_gguf(folder: Path, target: Path, dtype: str, *, pre_tokenizer: str = "
     unfinished = target.with_suffix(f".{os.getpid()}.part")
     writer = GGUFWriter(unfinished, "llama")
     _describe(writer, config, folder.name, _TYPES[dtype][2])
-    _add_tokenizer(writer, folder, config, pre_tokenizer)
+    _add_tokenizer(writer, folder, config)
     for name, tensor in load_file(folder / "model.safetensors").items():
         _add_tensor(writer, name, tensor, config, dtype)
     writer.write_header_to_file()
@@ -72,7 +72,7 @@ def _describe(writer: GGUFWriter, config: dict[str, Any], name: str, file_type: 
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any], pre_tokenizer: str) -> None:
+def _add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokens = [f"[PAD{number}]" for number in range(config["vocab_size"])]
     types = [TokenType.UNUSED] * len(tokens)
@@ -81,7 +81,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, config: dict[str, Any], pre
     for added in tokenizer["added_tokens"]:
         tokens[added["id"]], types[added["id"]] = added["content"], TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer)
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])

@@ -53,8 +53,7 @@ def body_hash(message: Message) -> bytes:
 class Replies:
     """Entries by request, oldest first."""
 
-    def __init__(self, *, keep_s: float = KEEP_S, max_entries: int = MAX_ENTRIES) -> None:
-        self._keep_s = keep_s
+    def __init__(self, *, max_entries: int = MAX_ENTRIES) -> None:
         self._max_entries = max_entries
         self._entries: OrderedDict[RequestKey, _Entry] = OrderedDict()
         self._of: dict[SequenceKey, dict[RequestKey, None]] = {}  # those with a reply, oldest first
@@ -103,7 +102,7 @@ class Replies:
     def _expire(self, now: float) -> None:
         while self._entries:
             oldest = next(iter(self._entries.values()))
-            if len(self._entries) < self._max_entries and now - oldest.at <= self._keep_s:
+            if len(self._entries) < self._max_entries and now - oldest.at <= KEEP_S:
                 return
             request, entry = self._entries.popitem(last=False)
             if entry.sequence is not None:

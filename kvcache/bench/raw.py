@@ -23,6 +23,8 @@ _spawn = multiprocessing.get_context("spawn")
 Frames = Sequence[bytes]
 T = TypeVar("T")
 
+ANSWER_MS = 5000
+
 
 @contextmanager
 def process(target: Callable[..., None], *args: object) -> Iterator[Connection]:
@@ -206,7 +208,7 @@ def delivered(socket: zmq.Socket[bytes], pipe: Connection, count: int, burst: in
         while ordered < count and ordered - received <= burst:
             pipe.send(burst)
             ordered += burst
-        if not socket.poll(5000):
+        if not socket.poll(ANSWER_MS):
             raise RuntimeError(f"published messages were lost: {received} of {ordered} arrived")
         received += sum(1 for _ in _waiting(socket))
     return received / (time.perf_counter() - start)
@@ -224,9 +226,9 @@ def settle(socket: zmq.Socket[bytes], pipe: Connection, num_topics: int) -> None
     raise RuntimeError(f"only {len(seen)} of {num_topics} topics reach their subscriber")
 
 
-def receive(socket: zmq.Socket[bytes], timeout_ms: int = 5000) -> list[bytes]:
+def receive(socket: zmq.Socket[bytes]) -> list[bytes]:
     """One message. Raises RuntimeError when none comes."""
-    if not socket.poll(timeout_ms):
+    if not socket.poll(ANSWER_MS):
         raise RuntimeError("no answer within the time allowed")
     return socket.recv_multipart()
 
