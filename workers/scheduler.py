@@ -174,7 +174,7 @@ class Scheduler:
         return EngineStats(running=running, waiting=waiting, backlog_tokens=backlog, **self._totals)
 
     def pool_stats(self) -> PoolStats:
-        blocks, table, hits = self._cache.pool.counts(), self.sequences.counts(), self.sequences.hits
+        blocks, hits = self._cache.pool.counts(), self.sequences.hits
         return PoolStats(
             num_blocks=blocks.total,
             free_blocks=blocks.free,
@@ -186,11 +186,11 @@ class Scheduler:
             hit_tokens=hits.hit_tokens,
             preemptions=self._num_preempted,
             eviction_policy=self._cache.policy,
-            copied_tokens=table.copied_tokens,
+            copied_tokens=self.sequences.copied_tokens,
             block_hits=blocks.hits,
             blocks_by_hits=blocks.by_hits,
             salts=hits.top(),
-            sequence_evictions=table.evictions,
+            sequence_evictions=self.sequences.evictions,
         )
 
     # --- who is in: deadlines, admission, preemption ---

@@ -85,15 +85,6 @@ class Sequence:
             self.digests.append(extend(self.seed, parent, self.token_ids[-size:]))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableCounts:
-    """retained: sequences kept now. evictions: of whole ones. copied_tokens: found in blocks that go on otherwise."""
-
-    retained: int
-    evictions: int
-    copied_tokens: int
-
-
 @dataclass(frozen=True, slots=True)
 class _Found:
     """Blocks to share, one to copy the beginning of, if any, and how many tokens that makes together."""
@@ -104,7 +95,10 @@ class _Found:
 
 
 class SequenceTable:
-    """Gives blocks to sequences and takes them back. One writer per name: a second one gets Conflict."""
+    """Gives blocks to sequences and takes them back. One writer per name: a second one gets Conflict.
+
+    evictions: of whole retained sequences, so far. copied_tokens: found in blocks that go on otherwise.
+    """
 
     def __init__(self, cache: PrefixCache) -> None:
         self.cache = cache
@@ -115,8 +109,8 @@ class SequenceTable:
         self._pins: dict[SequenceKey, float] = {}
         self._stirred: set[SequenceKey] = set()
         self.hits = HitTable()
-        self._evictions = 0
-        self._copied_tokens = 0
+        self.evictions = 0
+        self.copied_tokens = 0
 
     # --- the life of a running sequence ---
 
@@ -342,13 +336,6 @@ class SequenceTable:
         fresh = self._allocate(len(digests), now, takes_loans=False)
         return self.loans.fill(loan, fresh, digests, tokens, seed, write)
 
-    def counts(self) -> TableCounts:
-        return TableCounts(
-            retained=len(self._retained),
-            evictions=self._evictions,
-            copied_tokens=self._copied_tokens,
-        )
-
     def check(self) -> None:
         """Assert that every reference the pool counts is that of a sequence here, and the pool's own invariants."""
         self.cache.check()
@@ -432,7 +419,7 @@ class SequenceTable:
         if found.alike is not None:
             # It may just have been evicted, even to be the target. Nothing is written before the copies are made.
             sequence.copy = (found.alike, sequence.block_table[len(shared)])
-            self._copied_tokens += found.num_tokens - len(shared) * self.cache.block_size
+            self.copied_tokens += found.num_tokens - len(shared) * self.cache.block_size
         return True
 
     def _cut(self, sequence: Sequence, num_tokens: int) -> None:
@@ -468,7 +455,7 @@ class SequenceTable:
             self.loans.revoke()
         while self.cache.pool.num_available < num:
             self._drop(next(self._evictable(now)))
-            self._evictions += 1
+            self.evictions += 1
         blocks = self.cache.allocate(max(0, num))
         assert blocks is not None, "blocks were counted as obtainable that are not"
         return blocks
