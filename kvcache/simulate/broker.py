@@ -7,7 +7,7 @@ functions. It may know less than there is to know (lost events, a restart, other
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import inf
 
 from msgspec.structs import replace
@@ -160,10 +160,6 @@ class ModelBroker:
         """A snapshot of all that a worker holds."""
         self._index.clear(worker)
         self._index.stored(worker, nodes)
-
-    @property
-    def beliefs(self) -> Mapping[str, Belief]:
-        return self._beliefs
 
     def _meet(self, worker: str, state: IndexState) -> None:
         self._states[worker] = state

@@ -78,7 +78,6 @@ class Outcome:
     hit_tokens: int = 0
     pulled_tokens: int = 0
     worker: str = ""
-    attempts: int = 0
 
 
 @dataclass(slots=True)
@@ -144,10 +143,8 @@ class Simulation:
         heapq.heappush(self._events, (when, next(self._order), act))
 
     def _arrive(self, number: int, now: float) -> None:
-        outcome, arrival = self._outcomes[number], self._trace[number]
-        outcome.attempts += 1
-        which = number % len(self._brokers)
-        broker = self._brokers[which]
+        arrival = self._trace[number]
+        broker = self._brokers[number % len(self._brokers)]
         choice = broker.choose(arrival, now)
         if isinstance(choice, Refusal):
             self._open -= 1

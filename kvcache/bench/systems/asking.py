@@ -65,7 +65,7 @@ def by_bus(client: AsyncClient, limit_s: float = REQUEST_S) -> Ask:
             return Answer(failure=str(error))
         if not is_done or num_tokens != max_tokens:
             return Answer(failure=f"{num_tokens} tokens came of {max_tokens}")
-        return Answer(first_s, time.monotonic() - begun, num_tokens)
+        return Answer(first_s, num_tokens)
 
     return ask
 
@@ -114,7 +114,7 @@ async def _complete(host: str, port: int, model: str, prompt: Prompt, max_tokens
         writer.close()
     if not is_ended or reason != "length":
         return Answer(failure=f"the stream ended early ({reason or 'no reason given'})")
-    return Answer(first_s, time.monotonic() - begun, max_tokens)
+    return Answer(first_s, max_tokens)
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncGenerator[bytes]:

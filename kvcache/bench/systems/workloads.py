@@ -24,17 +24,12 @@ class Workload:
     conversations: tuple[tuple[Prompt, ...], ...]
     max_tokens: int
 
-    @property
-    def num_requests(self) -> int:
-        return sum(map(len, self.conversations))
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Seconds from asking to the first token and to the end, as the client saw it. failure: why there was no end."""
+    """Seconds from asking to the first token, as the client saw it. failure: why there was no end."""
 
     first_s: float = 0.0
-    whole_s: float = 0.0
     num_tokens: int = 0
     failure: str = ""
 

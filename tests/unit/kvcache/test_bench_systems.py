@@ -32,7 +32,7 @@ def test_turns_of_a_chat_go_on_from_all_before_and_chats_share_the_system_prompt
     assert first[1][:14] == first[0]
     assert first[2][:23] == first[1]
     assert (first[0][:10], first[0] == second[0]) == (second[0][:10], False)
-    assert (made.num_requests, made.max_tokens) == (6, 5)
+    assert made.max_tokens == 5
 
 
 def test_questions_share_their_document_and_nothing_else() -> None:
@@ -59,7 +59,7 @@ def test_a_percentile_is_the_least_value_that_so_many_do_not_exceed(percent: int
 
 
 def test_what_failed_counts_for_success_only() -> None:
-    answers = [Answer(0.1, 1.0, 10), Answer(0.3, 1.0, 10), Answer(9.0, 9.0, 9, failure="lost"), Answer(0.2, 1.0, 10)]
+    answers = [Answer(0.1, 10), Answer(0.3, 10), Answer(9.0, 9, failure="lost"), Answer(0.2, 10)]
     outcome = sum_up(answers, 2.0)
     assert [outcome.first_p50_ms, outcome.first_p90_ms] == pytest.approx([200, 300])
     assert (outcome.tokens_per_s, outcome.success_percent, outcome.failure) == (15, 75, "lost")
@@ -80,7 +80,7 @@ async def test_conversations_go_side_by_side_and_each_waits_for_its_answers() ->
             both_began.set()
         async with asyncio.timeout(30):
             await both_began.wait()
-        return Answer(0.1, 0.2, max_tokens)
+        return Answer(0.1, max_tokens)
 
     made = chats("a", system_tokens=10, num_chats=2, num_turns=2, turn_tokens=4, reply=5)
     outcome = await put(made, ask)
@@ -119,7 +119,7 @@ async def test_a_streamed_answer_is_read_however_it_is_cut(size: int) -> None:
     async with answering(OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(ANSWER, size)) as place:
         answer = await by_http(place, "m")([1, 2], 2)
     assert (answer.failure, answer.num_tokens) == ("", 2)
-    assert 0 < answer.first_s <= answer.whole_s
+    assert answer.first_s > 0
 
 
 async def test_a_streamed_answer_may_end_with_its_connection() -> None:

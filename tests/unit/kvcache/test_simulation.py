@@ -180,7 +180,6 @@ def test_a_lost_worker_costs_its_own_cache_and_its_requests_go_elsewhere() -> No
     result = run(
         [ask(0.0, (1, 4000))], changes=(Change(1.0, "remove", 0), Change(1.0, "remove", 1), Change(0.5, "add"))
     )
-    assert result.outcomes[0].attempts in {2, 3}
     assert result.outcomes[0].ttft_s is not None
     assert result.outcomes[0].ttft_s >= 5.0
 
