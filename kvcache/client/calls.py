@@ -84,7 +84,8 @@ class Call(Protocol):
     deadline: float
 
     @property
-    def progress(self) -> int: ...
+    def progress(self) -> int:
+        return 0
 
     def begin(self, attempt: int, limits: Welcome, now: float) -> Sequence[Action]:
         """Send it, for the first time or again. `attempt` counts from 0."""
@@ -94,26 +95,27 @@ class Call(Protocol):
 
     def tick(self, now: float) -> Sequence[Action]:
         """Time has passed while it was under way."""
+        return NO_ACTIONS
 
     def may_retry(self, error: KVCacheError) -> bool:
         """Whether another attempt may end better."""
+        return error.retryable
 
     def leave(self, *, tell: bool) -> Sequence[Action]:
         """This attempt is over. tell: nobody else has told its worker, so do."""
+        return NO_ACTIONS
 
 
-Make: TypeAlias = Callable[[bytes, int, int], Message]
+Make: TypeAlias = Callable[..., Message]
 Read: TypeAlias = Callable[[Any, Sequence[Buffer]], Any]
 
 
-class UnaryCall:
+class UnaryCall(Call):
     """One message out, one answer back.
 
-    make: from request id, attempt and remaining milliseconds; `payload` goes with it. read: the value of an answer, or
-    None if it is no answer to this request.
+    make: the message, from `req_id`, `attempt` and `deadline_ms`; `payload` goes with it. read: the value of an answer,
+    or None if it is no answer to this request.
     """
-
-    progress = 0
 
     def __init__(self, key: bytes, deadline: float, make: Make, read: Read, payload: Sequence[Buffer] = ()) -> None:
         self.key = self.req_id = key
@@ -123,22 +125,14 @@ class UnaryCall:
         self._payload = payload
 
     def begin(self, attempt: int, limits: Welcome, now: float) -> Sequence[Action]:
-        return [ToControl(self._make(self.req_id, attempt, remaining_ms(self.deadline, now)), self._payload)]
+        left_ms = remaining_ms(self.deadline, now)
+        return [ToControl(self._make(req_id=self.req_id, attempt=attempt, deadline_ms=left_ms), self._payload)]
 
     def receive(self, message: Message, payload: Sequence[Buffer], now: float) -> Sequence[Action]:
         value = self._read(message, payload)
         if value is None:
             raise unexpected(message)
         return [Settle(self.key, value)]
-
-    def tick(self, now: float) -> Sequence[Action]:
-        return NO_ACTIONS
-
-    def may_retry(self, error: KVCacheError) -> bool:
-        return error.retryable
-
-    def leave(self, *, tell: bool) -> Sequence[Action]:
-        return NO_ACTIONS
 
 
 def remaining_ms(deadline: float, now: float) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from bus import wire
@@ -42,7 +43,7 @@ from kvcache.client.arrays import kv_tensors
 from kvcache.client.calls import Read, UnaryCall
 from kvcache.client.prompts import MAX_LAYER, MAX_LENGTH, check_index, check_name, check_seconds
 from kvcache.client.results import Encoding
-from kvcache.client.transfers import ReadCall, WriteCall
+from kvcache.client.transfers import MakeWrite, ReadCall, WriteCall
 from kvcache.hashing import TOKEN_BYTES, encode_token_ids
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ F = TypeVar("F", bound=Figures)
 def query(key: bytes, deadline: float, kind: QueryKind) -> UnaryCall:
     """The broker's figures."""
     return UnaryCall(
-        key, deadline, lambda req_id, attempt, ms: Query(req_id=req_id, kind=kind), _figures(QueryReply, ClusterStats)
+        key, deadline, lambda req_id, **_: Query(req_id=req_id, kind=kind), _figures(QueryReply, ClusterStats)
     )
 
 
@@ -64,28 +65,15 @@ def route(key: bytes, deadline: float, *, seq_id: str, chain: tuple[bytes, ...],
     return UnaryCall(
         key,
         deadline,
-        lambda req_id, attempt, ms: Route(req_id=req_id, seq_id=seq_id, chain=chain, policy=policy),
+        lambda req_id, **_: Route(req_id=req_id, seq_id=seq_id, chain=chain, policy=policy),
         _figures(Routed, Explanation),
     )
 
 
 def tokenize(key: bytes, deadline: float, *, kind: PromptKind, payload: bytes, model: str, special: bool) -> UnaryCall:
     """Which tokens a prompt is."""
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: Tokenize(
-            req_id=req_id,
-            attempt=attempt,
-            deadline_ms=ms,
-            kind=kind,
-            model=model,
-            special=special,
-            payload=wire.describe([payload]),
-        ),
-        _encoding,
-        (payload,),
-    )
+    make = partial(Tokenize, kind=kind, model=model, special=special, payload=wire.describe([payload]))
+    return UnaryCall(key, deadline, make, _encoding, (payload,))
 
 
 def detokenize(key: bytes, deadline: float, *, token_ids: TokenIds, model: str, each: bool) -> UnaryCall:
@@ -95,70 +83,19 @@ def detokenize(key: bytes, deadline: float, *, token_ids: TokenIds, model: str, 
         raise BadArgument(
             f"{len(payload) // TOKEN_BYTES} token ids; 1 to {MAX_SPELLED_TOKENS} can be asked for at once"
         )
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: Detokenize(
-            req_id=req_id,
-            attempt=attempt,
-            deadline_ms=ms,
-            model=model,
-            each=each,
-            payload=wire.describe([payload]),
-        ),
-        _figures(Detokenized, Spelling),
-        (payload,),
-    )
+    make = partial(Detokenize, model=model, each=each, payload=wire.describe([payload]))
+    return UnaryCall(key, deadline, make, _figures(Detokenized, Spelling), (payload,))
 
 
-def put(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, rf: int = 1) -> WriteCall:
-    check_name("seq_id", seq_id)
-    layer = check_index("layer", layer, MAX_LAYER)
-    rf = check_index("rf", rf, MAX_COPIES, least=1)
-    pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
-    return WriteCall(
-        key,
-        deadline,
-        pair,
-        lambda req_id, attempt, ms, parts: Put(
-            req_id=req_id,
-            attempt=attempt,
-            deadline_ms=ms,
-            seq_id=seq_id,
-            layer=layer,
-            k=pair[0].meta,
-            v=pair[1].meta,
-            payload=parts,
-            rf=rf,
-        ),
-    )
+def put(key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, rf: int) -> WriteCall:
+    return _write(Put, key, deadline, seq_id, layer, k, v, rf)
 
 
 def append(
-    key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, at: int | None, rf: int = 1
+    key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, at: int | None, rf: int
 ) -> WriteCall:
-    check_name("seq_id", seq_id)
-    layer = check_index("layer", layer, MAX_LAYER)
     offset = None if at is None else check_index("at", at, MAX_LENGTH)
-    rf = check_index("rf", rf, MAX_COPIES, least=1)
-    pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
-    return WriteCall(
-        key,
-        deadline,
-        pair,
-        lambda req_id, attempt, ms, parts: Append(
-            req_id=req_id,
-            attempt=attempt,
-            deadline_ms=ms,
-            seq_id=seq_id,
-            layer=layer,
-            k=pair[0].meta,
-            v=pair[1].meta,
-            at=offset,
-            payload=parts,
-            rf=rf,
-        ),
-    )
+    return _write(partial(Append, at=offset), key, deadline, seq_id, layer, k, v, rf)
 
 
 def get(
@@ -177,74 +114,48 @@ def get(
 def length(key: bytes, deadline: float, seq_id: str, layer: int) -> UnaryCall:
     check_name("seq_id", seq_id)
     layer = check_index("layer", layer, MAX_LAYER)
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: Length(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id, layer=layer),
-        _done("length"),
-    )
+    return UnaryCall(key, deadline, partial(Length, seq_id=seq_id, layer=layer), _done("length"))
 
 
 def delete(key: bytes, deadline: float, seq_id: str, layer: int | None) -> UnaryCall:
     check_name("seq_id", seq_id)
     which = None if layer is None else check_index("layer", layer, MAX_LAYER)
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: Delete(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id, layer=which),
-        _done("count"),
-    )
+    return UnaryCall(key, deadline, partial(Delete, seq_id=seq_id, layer=which), _done("count"))
 
 
 def pin(key: bytes, deadline: float, seq_id: str, ttl: float | None) -> UnaryCall:
     check_name("seq_id", seq_id)
     ttl_ms = 0 if ttl is None else max(1, round(1000 * check_seconds("ttl", ttl)))
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: Pin(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id, ttl_ms=ttl_ms),
-        _done("count"),
-    )
+    return UnaryCall(key, deadline, partial(Pin, seq_id=seq_id, ttl_ms=ttl_ms), _done("count"))
 
 
 def unpin(key: bytes, deadline: float, seq_id: str) -> UnaryCall:
     check_name("seq_id", seq_id)
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: Unpin(req_id=req_id, attempt=attempt, deadline_ms=ms, seq_id=seq_id),
-        _done("count"),
-    )
+    return UnaryCall(key, deadline, partial(Unpin, seq_id=seq_id), _done("count"))
 
 
 def page(key: bytes, deadline: float, *, worker_id: str, prefix: str, after: str, limit: int) -> UnaryCall:
     """One page of one worker's sequences."""
-    return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: ListSequences(
-            req_id=req_id,
-            attempt=attempt,
-            deadline_ms=ms,
-            worker_id=worker_id,
-            prefix=prefix,
-            after=after,
-            limit=limit,
-        ),
-        _figures(KvListed, SequencePage),
-    )
+    make = partial(ListSequences, worker_id=worker_id, prefix=prefix, after=after, limit=limit)
+    return UnaryCall(key, deadline, make, _figures(KvListed, SequencePage))
 
 
 def flush(key: bytes, deadline: float, *, worker_id: str, cache_salt: str | None) -> UnaryCall:
     """One worker forgets prefixes."""
     return UnaryCall(
-        key,
-        deadline,
-        lambda req_id, attempt, ms: FlushPrefixCache(
-            req_id=req_id, attempt=attempt, deadline_ms=ms, worker_id=worker_id, cache_salt=cache_salt
-        ),
-        _done("count"),
+        key, deadline, partial(FlushPrefixCache, worker_id=worker_id, cache_salt=cache_salt), _done("count")
     )
+
+
+def _write(
+    kind: MakeWrite, key: bytes, deadline: float, seq_id: str, layer: int, k: Array, v: Array, rf: int
+) -> WriteCall:
+    check_name("seq_id", seq_id)
+    layer = check_index("layer", layer, MAX_LAYER)
+    rf = check_index("rf", rf, MAX_COPIES, least=1)
+    pair = kv_tensors(k, v, MAX_TENSOR_BYTES)
+    make = partial(kind, seq_id=seq_id, layer=layer, k=pair[0].meta, v=pair[1].meta, rf=rf)
+    return WriteCall(key, deadline, pair, make)
 
 
 def _encoding(message: Message, payload: Sequence[Buffer]) -> Encoding | None:

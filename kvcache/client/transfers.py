@@ -15,24 +15,25 @@ from itertools import islice
 import numpy as np
 
 from bus import wire
-from bus.errors import KVCacheError, MalformedMessage, TooLarge
+from bus.errors import MalformedMessage, TooLarge
 from bus.limits import UPLOAD_WINDOW
-from bus.messages import Append, AttachBulk, Chunk, Credit, Get, KvDone, KvValue, Message, Part, Put, Welcome
+from bus.messages import Append, AttachBulk, Chunk, Credit, Get, KvDone, KvValue, Message, Put, Welcome
 from bus.wire import Buffer
 from kvcache.client.arrays import Tensor, kv_pair
-from kvcache.client.calls import NO_ACTIONS, Action, Settle, ToBulk, ToControl, remaining_ms, unexpected
+from kvcache.client.calls import NO_ACTIONS, Action, Call, Settle, ToBulk, ToControl, remaining_ms, unexpected
 from kvcache.client.results import KvAck
 
 GET_CREDIT = 8
 CREDIT_BATCH = 4
 
-MakeWrite = Callable[[bytes, int, int, tuple[Part, ...]], Put | Append]
+MakeWrite = Callable[..., Put | Append]
 
 
-class WriteCall:
-    """A put or an append, as `make` builds it. The same bytes are sent at every attempt, under the same id."""
+class WriteCall(Call):
+    """A put or an append, as `make` builds it from `req_id`, `attempt`, `deadline_ms` and `payload`.
 
-    progress = 0
+    The same bytes are sent at every attempt, under the same id.
+    """
 
     def __init__(self, key: bytes, deadline: float, pair: tuple[Tensor, Tensor], make: MakeWrite) -> None:
         self.key = self.req_id = key
@@ -49,7 +50,8 @@ class WriteCall:
             )
         is_whole = num_bytes <= max(limits.chunk_bytes, limits.max_inline_bytes)
         payload = [tensor.data for tensor in self._pair] if is_whole else []
-        message = self._make(self.req_id, attempt, remaining_ms(self.deadline, now), wire.describe(payload))
+        left_ms = remaining_ms(self.deadline, now)
+        message = self._make(req_id=self.req_id, attempt=attempt, deadline_ms=left_ms, payload=wire.describe(payload))
         if num_bytes <= limits.max_inline_bytes:
             return [ToControl(message, payload)]
         # Whose the lane is goes ahead each time: it may be another connection than the last time.
@@ -66,12 +68,6 @@ class WriteCall:
             case _:
                 raise unexpected(message)
 
-    def tick(self, now: float) -> Sequence[Action]:
-        return NO_ACTIONS
-
-    def may_retry(self, error: KVCacheError) -> bool:
-        return error.retryable
-
     def leave(self, *, tell: bool) -> Sequence[Action]:
         self._chunks = iter(())
         return NO_ACTIONS
@@ -86,14 +82,13 @@ class WriteCall:
             base += tensor.data.nbytes
 
 
-class ReadCall:
+class ReadCall(Call):
     """A get. It has no effect to repeat, so each attempt has an id of its own and no chunk of an earlier one can
     be taken for one of this.
 
     has_turn: whether chunks may be on their way to it now. Without, a value that is not small is only announced.
     """
 
-    progress = 0
     has_turn = True
 
     def __init__(
@@ -153,12 +148,6 @@ class ReadCall:
                 return self._store(self._value, message.offset, payload[0])
             case _:
                 raise unexpected(message)
-
-    def tick(self, now: float) -> Sequence[Action]:
-        return NO_ACTIONS
-
-    def may_retry(self, error: KVCacheError) -> bool:
-        return error.retryable
 
     def leave(self, *, tell: bool) -> Sequence[Action]:
         self._reset()

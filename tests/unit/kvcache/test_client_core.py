@@ -738,7 +738,7 @@ def test_a_value_of_no_tokens_needs_no_chunks() -> None:
 def test_a_write_beyond_the_brokers_limit_is_refused() -> None:
     client = core()
     k = np.zeros((6000, 1, 1), np.uint8)
-    [fail] = client.submit(requests.put(new_id(), 60.0, "s", 0, k, k), 0.0)
+    [fail] = client.submit(requests.put(new_id(), 60.0, "s", 0, k, k, 1), 0.0)
     assert isinstance(fail, Fail)
     assert isinstance(fail.error, TooLarge)
 
