@@ -33,11 +33,11 @@ STORY = "Once upon a time, in a small town by the sea,"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:  # noqa: ANN401  # transformers' own type says less
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ModelRegistry().find(MODEL).path)
 
 
-async def test_events_come_in_order_with_all_their_fields(client: AsyncClient, tokenizer: Any) -> None:  # noqa: ANN401
+async def test_events_come_in_order_with_all_their_fields(client: AsyncClient, tokenizer: Any) -> None:
     events = [event async for event in client.generate(PROMPT, max_tokens=12, temperature=0.0, ignore_eos=True)]
     start, tokens, done = events[0], events[1:-1], events[-1]
     assert isinstance(start, Start)
@@ -57,7 +57,7 @@ async def test_events_come_in_order_with_all_their_fields(client: AsyncClient, t
     assert done.timings.resumes == 0
 
 
-async def test_text_is_that_of_the_tokens(client: AsyncClient, tokenizer: Any) -> None:  # noqa: ANN401
+async def test_text_is_that_of_the_tokens(client: AsyncClient, tokenizer: Any) -> None:
     generation = client.generate(PROMPT, max_tokens=24, temperature=0.0, ignore_eos=True)
     tokens = [event async for event in generation if isinstance(event, Token)]
     done = await generation.result()

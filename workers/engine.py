@@ -89,7 +89,7 @@ class EngineThread:
         max_tokens_per_step: int,
         max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
-        cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
+        cache: CacheConfig = CacheConfig(),
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_events = on_events

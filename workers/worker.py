@@ -69,7 +69,7 @@ class Worker:
         max_tokens_per_step: int,
         max_num_seqs: int = MAX_NUM_SEQS,
         shares_prefixes: bool = True,
-        cache: CacheConfig = CacheConfig(),  # noqa: B008  # frozen
+        cache: CacheConfig = CacheConfig(),
         kv_events: KvEventsConfig | None = None,
         preload: Sequence[str] = (),
         failpoint: str = "",

@@ -99,7 +99,7 @@ class Page:
     def open(self, url: str) -> None:
         self._call("Page.navigate", url=url)
 
-    def evaluate(self, expression: str) -> Any:  # noqa: ANN401 - whatever the page says
+    def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression, which may be a promise. Raises AssertionError if it throws."""
         answer = self._call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, f"{expression}: {answer['exceptionDetails']}"

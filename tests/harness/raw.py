@@ -68,7 +68,7 @@ class RawPeer:
                 if isinstance(heard.message, kind) and where(heard.message):
                     return heard.message, heard.payload
 
-    async def final(self, req_id: bytes) -> Any:  # noqa: ANN401  # whichever message ends the request
+    async def final(self, req_id: bytes) -> Any:
         """The message that ends a request, good or bad."""
         async with asyncio.timeout(ANSWER_S):
             while True:

@@ -30,7 +30,7 @@ GOOD = TensorMeta(F32, (4, 2, 8))
 GOOD_BYTES = bytes(4 * 2 * 8 * 4)
 
 
-def ones(*shape: int, dtype: str = "float32") -> Any:  # noqa: ANN401  # of any dtype
+def ones(*shape: int, dtype: str = "float32") -> Any:
     return np.ones(shape, dtype)
 
 
@@ -210,7 +210,7 @@ async def test_append_of_another_kind_of_token_is_refused(client: AsyncClient) -
 
 
 @pytest.mark.parametrize("seq_id", ["", "x" * 257, "tab\there", "nul\0", "\ud800", 7, None, b"bytes"])
-async def test_bad_sequence_names_are_told_at_once(client: AsyncClient, seq_id: Any) -> None:  # noqa: ANN401
+async def test_bad_sequence_names_are_told_at_once(client: AsyncClient, seq_id: Any) -> None:
     with pytest.raises(BadArgument):
         await client.kv.get(seq_id, 0)
     with pytest.raises(BadArgument):
@@ -218,7 +218,7 @@ async def test_bad_sequence_names_are_told_at_once(client: AsyncClient, seq_id: 
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, None), (3, 2), (0, 2**64), (0.5, None), (True, None)])
-async def test_bad_ranges_are_told_at_once(client: AsyncClient, start: Any, stop: Any) -> None:  # noqa: ANN401
+async def test_bad_ranges_are_told_at_once(client: AsyncClient, start: Any, stop: Any) -> None:
     with pytest.raises(BadArgument):
         await client.kv.get("ranges", 0, start, stop)
 
@@ -256,7 +256,7 @@ async def test_model_that_nobody_serves_is_not_found(client: AsyncClient, model:
 
 
 @pytest.mark.parametrize("model", ["nul\0", "x" * 4096, "line\nbreak", 5])
-async def test_model_name_that_is_none_is_a_bad_argument(client: AsyncClient, model: Any) -> None:  # noqa: ANN401
+async def test_model_name_that_is_none_is_a_bad_argument(client: AsyncClient, model: Any) -> None:
     with pytest.raises(BadArgument):
         client.generate(PROMPT, model=model, max_tokens=2)
 

@@ -17,12 +17,12 @@ from kvcache.gateway.schema import ChatRequest, CompletionRequest, parse
 KEYED = Caller(key=b"k" * 32)
 
 
-def completion(caller: Caller = Caller(), **fields: Any) -> Ask:  # noqa: ANN401, B008  # JSON; frozen
+def completion(caller: Caller = Caller(), **fields: Any) -> Ask:
     body = json.dumps({"prompt": "hello"} | fields).encode()
     return completion_ask(parse(body, CompletionRequest), caller)
 
 
-def chat(caller: Caller = Caller(), **fields: Any) -> Ask:  # noqa: ANN401, B008  # JSON; frozen
+def chat(caller: Caller = Caller(), **fields: Any) -> Ask:
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}]} | fields).encode()
     return chat_ask(parse(body, ChatRequest), caller, 77)
 

@@ -35,7 +35,7 @@ class Wire(asyncio.Transport):
         self.is_closed = True
 
 
-async def app(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401  # ASGI's
+async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
 

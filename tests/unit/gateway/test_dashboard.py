@@ -46,7 +46,7 @@ class FakeClient:
 class Viewer:
     """One request, as a server and its network would carry it."""
 
-    def __init__(self, app: Any, path: str, key: str | None) -> None:  # noqa: ANN401 - any ASGI application
+    def __init__(self, app: Any, path: str, key: str | None) -> None:
         self._app = app
         headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
         self._scope = {

@@ -48,7 +48,7 @@ class FakeClient:
         return STATS
 
 
-def web(config: GatewayConfig = GatewayConfig()) -> httpx.AsyncClient:  # noqa: B008  # frozen
+def web(config: GatewayConfig = GatewayConfig()) -> httpx.AsyncClient:
     client: Any = FakeClient()
     app = make_app(config, client, Keys(), asyncio.Event(), Answers())
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway")

@@ -15,7 +15,7 @@ from kvcache.gateway.gate import Gate
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Any:  # noqa: ANN401  # a generator fixture
+def _forget() -> Any:
     token = logs.current_request.set("")
     yield
     logs.current_request.reset(token)
@@ -41,17 +41,17 @@ class FakeTracer:
 
 
 async def ask(
-    app: Any,  # noqa: ANN401  # an ASGI app
+    app: Any,
     path: str = "/v1/completions",
     tracer: FakeTracer | None = None,
     **headers: str,
 ) -> list[dict[str, Any]]:
     said: list[dict[str, Any]] = []
 
-    async def send(message: Any) -> None:  # noqa: ANN401
+    async def send(message: Any) -> None:
         said.append(message)
 
-    async def receive() -> Any:  # noqa: ANN401
+    async def receive() -> Any:
         raise AssertionError
 
     scope: Any = {
@@ -66,17 +66,17 @@ async def ask(
     return said
 
 
-async def fine(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+async def fine(scope: Any, receive: Any, send: Any) -> None:
     logging.getLogger("app").warning("serving %s", logs.current_request.get())
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b""})
 
 
-async def full(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+async def full(scope: Any, receive: Any, send: Any) -> None:
     raise Overloaded("full")
 
 
-async def broken(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+async def broken(scope: Any, receive: Any, send: Any) -> None:
     raise RuntimeError("why")
 
 
@@ -108,7 +108,7 @@ async def test_probes_are_told_in_detail_only(caplog: pytest.LogCaptureFixture) 
 async def test_what_generates_is_traced_from_its_callers_span_to_its_status() -> None:
     given, tracer = f"00-{'c' * 32}-{'d' * 16}-01", FakeTracer()
 
-    async def generates(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401
+    async def generates(scope: Any, receive: Any, send: Any) -> None:
         assert scope["state"]["traceparent"] == tracer.traceparent
         await fine(scope, receive, send)
 

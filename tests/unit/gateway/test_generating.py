@@ -70,7 +70,7 @@ async def tell(
     *generations: FakeGeneration,
     receive: Callable[[], Awaitable[dict[str, Any]]] = stays,
     send: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
-    config: GatewayConfig = GatewayConfig(),  # noqa: B008  # frozen
+    config: GatewayConfig = GatewayConfig(),
     traffic: Traffic | None = None,
     **fields: object,
 ) -> Said:

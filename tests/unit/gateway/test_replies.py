@@ -32,7 +32,7 @@ def done(num: int, index: int = 0) -> Done:
     return Done("", "length", BusUsage(10, 4, num), TIMINGS, "w", "because", "r", index)
 
 
-def plain(value: object) -> Any:  # noqa: ANN401  # JSON
+def plain(value: object) -> Any:
     return msgspec.json.decode(msgspec.json.encode(value))
 
 
@@ -66,7 +66,7 @@ def test_tokens_are_kept_only_where_somebody_wants_their_logprobs() -> None:
 def test_a_chat_begins_with_its_role_and_shows_no_empty_chunks() -> None:
     outputs, shape = Outputs(1, 1, has_logprobs=False), ChatShape()
 
-    def chunk(*events: Event) -> Any:  # noqa: ANN401  # JSON
+    def chunk(*events: Event) -> Any:
         (piece,) = outputs.fold(0, events)
         made = shape.chunk(HEAD, piece, UNSET, None)
         return None if made is None else plain(made)["choices"][0]
@@ -79,7 +79,7 @@ def test_a_chat_begins_with_its_role_and_shows_no_empty_chunks() -> None:
 
 
 @pytest.mark.parametrize(("usage", "has_usage"), [(UNSET, False), (None, True)])
-def test_a_chunk_has_a_null_usage_only_where_one_will_come(usage: Any, has_usage: bool) -> None:  # noqa: ANN401
+def test_a_chunk_has_a_null_usage_only_where_one_will_come(usage: Any, has_usage: bool) -> None:
     (piece,) = Outputs(1, 1, has_logprobs=False).fold(0, [token("hi")])
     for shape in (ChatShape(), CompletionShape()):
         assert ("usage" in plain(shape.chunk(HEAD, piece, usage, None))) == has_usage

@@ -45,7 +45,7 @@ def frames_of(message: m.Message, *payload: bytes) -> list[Buffer]:
 class Driver:
     """One core and its clock. Ids that the core makes count up, so that a test can name them."""
 
-    def __init__(self, **config: Any) -> None:  # noqa: ANN401  # the fields of BrokerConfig, and is_tracing
+    def __init__(self, **config: Any) -> None:
         self.now = 1000.0
         ids = itertools.count(1)
         is_tracing = bool(config.pop("is_tracing", False))
@@ -92,7 +92,7 @@ class Driver:
         assert isinstance(heard.message, m.Welcome)
         return heard.message
 
-    def join_worker(self, link: bytes, worker_id: str, incarnation: int = 1, **fields: Any) -> m.Welcome:  # noqa: ANN401
+    def join_worker(self, link: bytes, worker_id: str, incarnation: int = 1, **fields: Any) -> m.Welcome:
         """It holds nothing yet, and says so."""
         (heard,) = self.worker(link, worker_hello(worker_id, incarnation, **fields))
         assert isinstance(heard.message, m.Welcome)
@@ -104,7 +104,7 @@ class Driver:
         assert isinstance(heard.message, m.StreamOpened)
         return heard.message.stream_id
 
-    def stats(self) -> Any:  # noqa: ANN401  # bus.stats.BrokerStats
+    def stats(self) -> Any:
         return self.core.cluster_stats(self.now, m.QueryKind.STATS).broker
 
 
@@ -112,7 +112,7 @@ def hello(instance: bytes = bytes(16), major: int = wire.MAJOR) -> m.Hello:
     return m.Hello(instance=instance, major=major, minor=0, software="test")
 
 
-def worker_hello(worker_id: str, incarnation: int = 1, major: int = wire.MAJOR, **fields: Any) -> m.WorkerHello:  # noqa: ANN401
+def worker_hello(worker_id: str, incarnation: int = 1, major: int = wire.MAJOR, **fields: Any) -> m.WorkerHello:
     return m.WorkerHello(worker_id=worker_id, incarnation=incarnation, major=major, minor=0, **fields)
 
 
@@ -133,7 +133,7 @@ def length(number: int = 1, seq_id: str = "s", deadline_ms: int = 5000, attempt:
 PROMPT = b"hello"
 
 
-def generate(stream_id: bytes, number: int = 1, **fields: Any) -> m.Generate:  # noqa: ANN401
+def generate(stream_id: bytes, number: int = 1, **fields: Any) -> m.Generate:
     """Comes with `PROMPT` as its payload."""
     return m.Generate(
         **{

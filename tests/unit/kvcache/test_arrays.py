@@ -20,7 +20,7 @@ from kvcache.client.arrays import KVPair, Tensor, kv_pair, kv_tensors
 NUMPY = [dtype for dtype in DType if dtype.name not in {"BFLOAT16", "FLOAT8_E4M3FN", "FLOAT8_E5M2"}]
 
 
-def there_and_back(k: Any, v: Any) -> KVPair:  # noqa: ANN401  # numpy or torch
+def there_and_back(k: Any, v: Any) -> KVPair:
     sent = kv_tensors(k, v, MAX_TENSOR_BYTES)
     return kv_pair(sent[0].meta, sent[1].meta, bytes(sent[0].data), bytes(sent[1].data))
 
@@ -59,7 +59,7 @@ def test_nan_and_negative_zero_keep_their_bits() -> None:
     ],
     ids=["strided", "reversed", "transposed", "fortran", "broadcast", "big endian"],
 )
-def test_what_is_not_plain_is_copied(view: Any) -> None:  # noqa: ANN401  # a lambda over arrays
+def test_what_is_not_plain_is_copied(view: Any) -> None:
     array = view(np.arange(24, dtype=np.float32).reshape(4, 3, 2))
     pair = there_and_back(array, array)
     assert np.array_equal(pair.k, array)
@@ -112,7 +112,7 @@ OK = np.zeros((2, 2, 2), np.float32)
         (np.ma.masked_equal(OK, 0), OK, "fill it first"),
     ],
 )
-def test_a_bad_tensor_is_refused_before_anything_is_sent(k: Any, v: Any, words: str) -> None:  # noqa: ANN401
+def test_a_bad_tensor_is_refused_before_anything_is_sent(k: Any, v: Any, words: str) -> None:
     with pytest.raises(BadTensor, match=words):
         kv_tensors(k, v, MAX_TENSOR_BYTES)
 

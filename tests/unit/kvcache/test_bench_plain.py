@@ -28,7 +28,7 @@ PROMPT = [5, 17, 300, 8, 44]
 class Service:
     """One of the services, in a thread of its own."""
 
-    def __init__(self, app: Any) -> None:  # noqa: ANN401 (Starlette's)
+    def __init__(self, app: Any) -> None:
         self.place = free_url().removeprefix("tcp://")
         host, _, port = self.place.rpartition(":")
         config = uvicorn.Config(app, host=host, port=int(port), log_config=None, ws="none", lifespan="off")

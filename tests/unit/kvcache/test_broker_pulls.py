@@ -23,7 +23,7 @@ def driver() -> Driver:
     return driver
 
 
-def submit(driver: Driver, number: int = 1, **fields: Any) -> list[Heard]:  # noqa: ANN401  # any field of Generate
+def submit(driver: Driver, number: int = 1, **fields: Any) -> list[Heard]:
     return driver.client(b"c1", generate(driver.open_stream(), number, **fields), PROMPT)
 
 
@@ -99,7 +99,7 @@ def test_orders_are_counted(driver: Driver) -> None:
     assert driver.core.cluster_stats(driver.now, m.QueryKind.STATS).broker.pulls_ordered == 2
 
 
-def attach(driver: Driver, link: bytes, worker_id: str, **fields: Any) -> None:  # noqa: ANN401  # any field of the hello
+def attach(driver: Driver, link: bytes, worker_id: str, **fields: Any) -> None:
     user = fields.pop("user", USER)
     (heard,) = driver.worker(link, worker_hello(worker_id, **fields), user=user)
     driver.worker_bulk(b"bulk-" + link, m.AttachBulk(session=heard.message.session), user=user)

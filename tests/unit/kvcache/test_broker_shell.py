@@ -52,7 +52,7 @@ class Peer:
         async with asyncio.timeout(WAIT_S):
             return await self.received.get()
 
-    async def hear(self, kind: type[m.Message]) -> Any:  # noqa: ANN401  # an instance of `kind`
+    async def hear(self, kind: type[m.Message]) -> Any:
         message = wire.decode_envelope(await self.frames())
         assert isinstance(message, kind), message
         return message

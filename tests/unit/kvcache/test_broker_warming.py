@@ -53,7 +53,7 @@ class Cluster:
         self.names.append(name)
         self.driver.join_worker(name.encode(), name, incarnation, peer_url=f"tcp://{name}")
 
-    def ask(self, prompt: str, times: int = 2, **fields: Any) -> str:  # noqa: ANN401  # any field of Generate
+    def ask(self, prompt: str, times: int = 2, **fields: Any) -> str:
         """Have it generated so often; the last worker that did, which holds nothing of it yet."""
         worker = ""
         for _ in range(times):

@@ -139,7 +139,7 @@ class FakeClient:
         self,
         prompt: str | None = None,
         params: SamplingParams | None = None,
-        **kwargs: Any,  # noqa: ANN401 - whatever is asked
+        **kwargs: Any,
     ) -> FakeGeneration:
         # A copy of the messages: the chat goes on adding to its list.
         self._record("generate", prompt, params, **{k: list(v) if k == "messages" else v for k, v in kwargs.items()})

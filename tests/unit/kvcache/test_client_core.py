@@ -75,11 +75,11 @@ def core(*, joined: bool = True, max_retries: int = 2) -> ClientCore:
     return made
 
 
-def length_call(deadline: float = 60.0) -> Any:  # noqa: ANN401  # one of the calls
+def length_call(deadline: float = 60.0) -> Any:
     return requests.length(new_id(), deadline, "s", 0)
 
 
-def generate_call(deadline: float = 60.0, **wanted: Any) -> GenerateCall:  # noqa: ANN401  # fields of Wanted
+def generate_call(deadline: float = 60.0, **wanted: Any) -> GenerateCall:
     prompt = make_prompt("hello", None, None, model="", cache_salt="")
     return GenerateCall(new_id(), deadline, Wanted(prompt=prompt, sampling=m.Sampling(seed=9), **wanted), 0.0)
 

@@ -11,7 +11,7 @@ from bus.errors import BadArgument
 from kvcache.sampling import SamplingParams
 
 
-def config(**settings: Any) -> GenerationConfig:  # noqa: ANN401  # any setting of transformers
+def config(**settings: Any) -> GenerationConfig:
     return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
 
 

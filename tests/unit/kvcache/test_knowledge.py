@@ -58,7 +58,7 @@ def hits(explanation: Explanation) -> dict[str, int]:
     return {it.worker_id: it.hit_tokens for it in explanation.candidates}
 
 
-def submit(driver: Driver, number: int, **fields: Any) -> int:  # noqa: ANN401
+def submit(driver: Driver, number: int, **fields: Any) -> int:
     """Dispatch a generation over CHAIN; the number of its call."""
     options = {"kind": m.PromptKind.TOKENS, "chain": CHAIN, "payload": PAYLOAD} | fields
     heard = driver.client(b"c1", generate(driver.open_stream(), number, **options), bytes(4 * len(TOKENS)))
@@ -270,7 +270,7 @@ def test_an_explanation_comes_with_a_generation_that_asks_for_it() -> None:
     assert len(explanation.candidates) == 2
 
 
-def place(driver: Driver, number: int, **fields: Any) -> m.Message | bytes:  # noqa: ANN401
+def place(driver: Driver, number: int, **fields: Any) -> m.Message | bytes:
     """The link of the worker that a generation over CHAIN goes to, or its refusal."""
     options = {"kind": m.PromptKind.TOKENS, "chain": CHAIN, "payload": PAYLOAD} | fields
     (heard,) = driver.client(b"c1", generate(driver.open_stream(), number, **options), bytes(4 * len(TOKENS)))
@@ -367,7 +367,7 @@ def owner_of(driver: Driver, seq_id: str) -> str:
     return str(heard.message.worker_id)
 
 
-def order_of(driver: Driver, number: int, **fields: Any) -> tuple[m.PullOrder | None, m.Assign]:  # noqa: ANN401
+def order_of(driver: Driver, number: int, **fields: Any) -> tuple[m.PullOrder | None, m.Assign]:
     options = {"kind": m.PromptKind.TOKENS, "chain": CHAIN, "payload": PAYLOAD} | fields
     heard = driver.client(b"c1", generate(driver.open_stream(), number, **options), bytes(4 * len(TOKENS)))
     (assign,) = [it.message for it in heard if isinstance(it.message, m.Assign)]

@@ -40,7 +40,7 @@ BAD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{name}-{case}" for case, (name, _) in enumerate(BAD)])
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:  # noqa: ANN401  # wrong on purpose
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(BadArgument) as caught:
         SamplingParams(**{name: value})
     assert name.split("_")[0] in str(caught.value)

@@ -96,7 +96,7 @@ def make_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def save_model(model: Any, path: Path) -> Path:  # noqa: ANN401 (any family)
+def save_model(model: Any, path: Path) -> Path:
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path

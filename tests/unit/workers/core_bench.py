@@ -92,7 +92,7 @@ class CoreBench:
 
     def assign(
         self,
-        message: Any,  # noqa: ANN401  # any request
+        message: Any,
         *payload: Buffer,
         link: int = 0,
         tenant: str = "t",
@@ -121,7 +121,7 @@ class CoreBench:
         handle = self.core.on_bulk if bulk else self.core.on_control
         return call, handle(link, frames, self.now)
 
-    def forward(self, call: int, message: Any, *payload: Buffer, link: int = 0, bulk: bool = False) -> list[Action]:  # noqa: ANN401
+    def forward(self, call: int, message: Any, *payload: Buffer, link: int = 0, bulk: bool = False) -> list[Action]:
         if payload and not message.payload:
             message = msgspec.structs.replace(message, payload=wire.describe(payload))
         frames = [wire.encode(Forward(call=call)), wire.encode(message), *payload]
@@ -155,7 +155,7 @@ class CoreBench:
     def req_id(self) -> bytes:
         return next(self._req_ids).to_bytes(16, "big")
 
-    def generate(self, **changes: Any) -> Generate:  # noqa: ANN401  # any field
+    def generate(self, **changes: Any) -> Generate:
         fields: dict[str, Any] = {
             "req_id": self.req_id(),
             "attempt": 0,
@@ -172,14 +172,14 @@ class CoreBench:
         message: Generate | None = None,
         *,
         resume: Sequence[int] = (),
-        **options: Any,  # noqa: ANN401
+        **options: Any,
     ) -> tuple[int, Start]:
         """Begin a generation; returns its call and what the engine was told."""
         payload = [token_bytes([1, 2, 3]), *([token_bytes(resume)] if resume else [])]
         call, actions = self.assign(message or self.generate(), *payload, **options)
         return call, commands(actions, Start)[-1]
 
-    def has_failed(self, actions: Sequence[Action]) -> Any:  # noqa: ANN401  # the one failure among the answers
+    def has_failed(self, actions: Sequence[Action]) -> Any:
         failures = [said.message for said in answers(actions) if said.final]
         assert len(failures) == 1, failures
         return failures[0]

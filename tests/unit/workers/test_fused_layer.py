@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 FUSED = {"llama", "mistral", "mistral without windows", "qwen2", "qwen2 with windows"}
 
 
-def load(name: str, tmp_path: Path) -> Any:  # noqa: ANN401 (any family)
+def load(name: str, tmp_path: Path) -> Any:
     return load_model(source_of(save_random(name, tmp_path / "model")), dtype="bfloat16").model
 
 
@@ -51,23 +51,23 @@ def double(_module: nn.Module, _given: object, output: torch.Tensor) -> torch.Te
     return output * 2
 
 
-def queries_scaled(layer: Any) -> None:  # noqa: ANN401
+def queries_scaled(layer: Any) -> None:
     layer.self_attn.q_proj.register_forward_hook(double)
 
 
-def output_scaled(layer: Any) -> None:  # noqa: ANN401
+def output_scaled(layer: Any) -> None:
     layer.register_forward_hook(double)
 
 
-def norm_of_another_kind(layer: Any) -> None:  # noqa: ANN401
+def norm_of_another_kind(layer: Any) -> None:
     layer.post_attention_layernorm = nn.LayerNorm(32, dtype=torch.bfloat16)
 
 
-def unit_of_another_kind(layer: Any) -> None:  # noqa: ANN401
+def unit_of_another_kind(layer: Any) -> None:
     layer.mlp.act_fn = nn.Tanh()
 
 
-def one_part_more(layer: Any) -> None:  # noqa: ANN401
+def one_part_more(layer: Any) -> None:
     layer.self_attn.q_norm = nn.Identity()
 
 

@@ -33,7 +33,7 @@ PROMPT = list(range(3, 43))
 TABLE = [BlockId(2), BlockId(0)]
 
 
-def make_runner(loaded: LoadedModel, **options: Any) -> OpenVinoRunner:  # noqa: ANN401 (those of the runner)
+def make_runner(loaded: LoadedModel, **options: Any) -> OpenVinoRunner:
     from workers.openvino_runner import OpenVinoRunner
 
     return OpenVinoRunner(loaded, make_pool(loaded, 8, 32), **{"threads": 1, **options})
@@ -135,7 +135,7 @@ def test_entry_of_a_worker_that_was_faster_is_replaced_by_one_as_good(family: Fa
     from workers import openvino_export
     from workers.openvino_cache import GraphCache
 
-    def make_late() -> Any:  # noqa: ANN401
+    def make_late() -> Any:
         GraphCache(tmp_path).fetch(key_of(), lambda: openvino_export.export(family.loaded))
         return openvino_export.export(family.loaded)
 
@@ -159,7 +159,7 @@ def test_entries_used_last_are_kept_and_those_of_other_models_left_alone(family:
     assert left == {key.folder_name() for key in expected}
 
 
-def key_of(**facts: Any) -> GraphKey:  # noqa: ANN401
+def key_of(**facts: Any) -> GraphKey:
     from workers.openvino_cache import GraphKey
 
     usual = {"fingerprint": "a" * 64, "dtype": "float32", "weights": "auto", "max_model_len": 8, "versions": ("1",)}

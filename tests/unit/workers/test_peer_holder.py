@@ -27,12 +27,12 @@ TICKET = b"t" * 16
 PEER = b"peer"
 
 
-def grant(ticket: bytes = TICKET, **changes: Any) -> Grant:  # noqa: ANN401  # any field
+def grant(ticket: bytes = TICKET, **changes: Any) -> Grant:
     fields: dict[str, Any] = {"ticket": ticket, "target": "puller", "tenant": "mine", "num_tokens": 40, "ttl_ms": 1000}
     return Grant(**(fields | changes))
 
 
-def ask(ticket: bytes = TICKET, number: int = 1, tokens: bytes = TOKENS, **changes: Any) -> list[Any]:  # noqa: ANN401
+def ask(ticket: bytes = TICKET, number: int = 1, tokens: bytes = TOKENS, **changes: Any) -> list[Any]:
     fields: dict[str, Any] = {
         "req_id": number.to_bytes(16, "big"),
         "ticket": ticket,
@@ -63,7 +63,7 @@ def holder() -> Holder:
     return Holder()
 
 
-def lend(holder: Holder, num_blocks: int = 10, **changes: Any) -> tuple[Lend, list[Action]]:  # noqa: ANN401
+def lend(holder: Holder, num_blocks: int = 10, **changes: Any) -> tuple[Lend, list[Action]]:
     """A copy that was admitted and whose blocks were found; what follows from that."""
     holder.granted(grant(), now=0.0)
     (wanted,) = commands(holder.on_message(PEER, ask(**changes), now=0.0), Lend)
@@ -115,7 +115,7 @@ def test_no_more_is_read_than_there_is_credit_for(holder: Holder) -> None:
     assert not commands(actions, ReadBlocks)
 
 
-def lend_second(holder: Holder, **changes: Any) -> tuple[Lend, list[Action]]:  # noqa: ANN401
+def lend_second(holder: Holder, **changes: Any) -> tuple[Lend, list[Action]]:
     holder.granted(grant(b"u" * 16), now=0.0)
     (wanted,) = commands(holder.on_message(PEER, ask(b"u" * 16, number=2, **changes), now=0.0), Lend)
     return wanted, holder.on_engine(Lent(wanted.loan, 10, b"d" * 32, BLOCK_BYTES), now=0.0)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ RUN = RunId(b"run")
 BLOCK_BYTES = CHUNK_BYTES // 2
 
 
-def wanted(run: RunId = RUN, **changes: Any) -> Wanted:  # noqa: ANN401  # any field
+def wanted(run: RunId = RUN, **changes: Any) -> Wanted:
     order = PullOrder(worker_id="holder", url=URL, ticket=b"t" * 16, num_tokens=40, budget_ms=60_000)
     fields: dict[str, Any] = {
         "run": run,
@@ -55,7 +55,7 @@ def ends(actions: Sequence[Action]) -> list[RunId]:
 class Bench:
     """One puller with one pull under way, and its holder and engine played by the test."""
 
-    def __init__(self, **changes: Any) -> None:  # noqa: ANN401
+    def __init__(self, **changes: Any) -> None:
         self.now = 0.0
         self.puller = Puller("puller")
         self.begun = self.puller.begin(wanted(**changes), self.now)
@@ -63,10 +63,10 @@ class Bench:
         assert isinstance(self.request, PullBlocks)
         self.offset = 0
 
-    def hear(self, message: Any, *payload: bytes) -> list[Action]:  # noqa: ANN401
+    def hear(self, message: Any, *payload: bytes) -> list[Action]:
         return self.puller.on_message(URL, [wire.encode(message), *payload], self.now)
 
-    def found(self, **changes: Any) -> list[Action]:  # noqa: ANN401
+    def found(self, **changes: Any) -> list[Action]:
         fields = {"req_id": self.request.req_id, "num_blocks": 10, "digest": DIGESTS[9], "block_bytes": BLOCK_BYTES}
         return self.hear(BlocksFound(**(fields | changes)))
 

@@ -108,7 +108,7 @@ def test_weights_of_torch_go_when_openvino_has_its_own(
 ) -> None:
     loads: list[LoadedModel] = []
 
-    def load(*args: Any, **kwargs: Any) -> LoadedModel:  # noqa: ANN401 (handed on as they come)
+    def load(*args: Any, **kwargs: Any) -> LoadedModel:
         loads.append(load_model(*args, **kwargs))
         return loads[-1]
 

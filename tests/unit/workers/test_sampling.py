@@ -20,7 +20,7 @@ VECTORS = [0.011546754286331562, 0.3035680343067586, 0.5023796042735054, 0.16538
 TOKENS = [96, 83, 97, 67, 99, 99, 96, 84]
 
 
-def draw_of(position: int = 0, banned_ids: tuple[int, ...] = (), **parameters: Any) -> Draw:  # noqa: ANN401
+def draw_of(position: int = 0, banned_ids: tuple[int, ...] = (), **parameters: Any) -> Draw:
     return Draw(sampling=Sampling(**parameters), position=position, banned_ids=banned_ids)
 
 
@@ -29,7 +29,7 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[int | InternalError]
     return [drawn.token_id if isinstance(drawn, Drawn) else drawn for drawn in sample_drawn(logits, draws)]
 
 
-def draw_many(logits: list[float], count: int, **parameters: Any) -> Counter[int | InternalError]:  # noqa: ANN401
+def draw_many(logits: list[float], count: int, **parameters: Any) -> Counter[int | InternalError]:
     rows = torch.tensor(logits).repeat(count, 1)
     return Counter(sample(rows, [draw_of(position, **parameters) for position in range(count)]))
 

@@ -85,7 +85,7 @@ def order(number: int = 1, version: int = 1, seq_id: str = "s") -> m.CopySequenc
     )
 
 
-def grant(number: int = 1, **changes: Any) -> m.Grant:  # noqa: ANN401  # any field
+def grant(number: int = 1, **changes: Any) -> m.Grant:
     fields: dict[str, Any] = {"target": "taker", "tenant": "t", "num_tokens": 0, "ttl_ms": 5000, "seq_id": "s"}
     return m.Grant(ticket=number.to_bytes(16, "big"), **(fields | changes))
 

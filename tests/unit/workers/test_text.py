@@ -24,7 +24,7 @@ any_tokens = st.lists(st.integers(0, 261) | st.just(EOS_ID), max_size=120)
 characters = st.text(st.sampled_from("ab €é😀\n\ufffd"), max_size=40)
 
 
-def make_llama2_tokenizer() -> Any:  # noqa: ANN401 (untyped in transformers)
+def make_llama2_tokenizer() -> Any:
     """Byte fallback and a space in front of words, as Llama 2's tokenizer decodes."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁he", "llo", "▁", "é", "a"]
     core = CoreTokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
@@ -110,7 +110,7 @@ def test_endless_invalid_bytes_keep_flowing() -> None:
 
 
 @given(characters, st.lists(st.text("ab €", min_size=1, max_size=4), max_size=3), st.randoms(use_true_random=False))
-def test_stop_strings_cut_at_the_same_place_however_text_is_cut_up(text: str, stops: list[str], random: Any) -> None:  # noqa: ANN401
+def test_stop_strings_cut_at_the_same_place_however_text_is_cut_up(text: str, stops: list[str], random: Any) -> None:
     matcher = StopStrings(stops)
     pieces, rest = [], text
     while rest:

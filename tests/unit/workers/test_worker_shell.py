@@ -169,7 +169,7 @@ class FakeBroker:
         """Know nothing of the worker any more, as after a restart; beats of strangers are not answered."""
         self._knows_worker = False
 
-    async def next(self, kind: type[Message]) -> Any:  # noqa: ANN401  # a message of that kind
+    async def next(self, kind: type[Message]) -> Any:
         """The next message of that kind outside calls; others before it are dropped."""
         async with asyncio.timeout(30):
             while True:
@@ -466,7 +466,7 @@ async def test_a_fault_of_ours_in_one_message_does_not_stop_the_next(
 def _explode_once() -> Callable[[Buffer], Any]:
     real, has_exploded = wire.decode_header, False
 
-    def decode_header(frame: Buffer) -> Any:  # noqa: ANN401  # as the real one
+    def decode_header(frame: Buffer) -> Any:
         nonlocal has_exploded
         message = real(frame)
         if isinstance(message, Assign) and not has_exploded:
