@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -50,13 +50,7 @@ class PolicyReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def optimum(trace: Sequence[Arrival]) -> float:
     """The share of prompt tokens that one infinite cache, of everybody, would have."""
-    seen: set[bytes] = set()
-    hit = 0
-    for arrival in trace:
-        depth = next((i for i, node in enumerate(arrival.chain) if node not in seen), len(arrival.chain))
-        hit += arrival.ends[depth - 1] if depth else 0
-        seen.update(arrival.chain)
-    return hit / sum(arrival.num_tokens for arrival in trace)
+    return sum(_seen_tokens(trace)) / sum(arrival.num_tokens for arrival in trace)
 
 
 def shared_queue_s(trace: Sequence[Arrival], costs: Costs, num_workers: int) -> list[float]:
@@ -64,13 +58,10 @@ def shared_queue_s(trace: Sequence[Arrival], costs: Costs, num_workers: int) -> 
 
     What no router can be: each worker takes whatever is next, and finds all that anybody ever computed.
     """
-    seen: set[bytes] = set()
     free_at = [0.0] * num_workers
     ttft = []
-    for arrival in trace:
-        depth = next((i for i, node in enumerate(arrival.chain) if node not in seen), len(arrival.chain))
-        seen.update(arrival.chain)
-        hit = min(arrival.ends[depth - 1] if depth else 0, arrival.num_tokens - 1)
+    for arrival, seen in zip(trace, _seen_tokens(trace), strict=True):
+        hit = min(seen, arrival.num_tokens - 1)
         done = max(free_at[0], arrival.at) + costs.rates.prefill_s(arrival.num_tokens, hit)
         heapq.heapreplace(free_at, done)
         ttft.append(done - arrival.at)
@@ -140,6 +131,15 @@ def show(reports: Sequence[PolicyReport], title: str, bound: Sequence[float], co
     console.print(
         f"one queue and one infinite cache for all workers, which no router can be: {figures_}", soft_wrap=True
     )
+
+
+def _seen_tokens(trace: Sequence[Arrival]) -> Iterator[int]:
+    """Of each prompt, how many of its leading tokens one cache of all before it would have."""
+    seen: set[bytes] = set()
+    for arrival in trace:
+        depth = next((i for i, node in enumerate(arrival.chain) if node not in seen), len(arrival.chain))
+        yield arrival.ends[depth - 1] if depth else 0
+        seen.update(arrival.chain)
 
 
 def _hit_between(result: Result, start: float, end: float) -> float | None:
