@@ -8,30 +8,22 @@ of a plain microservice. The references of `bench tensors`.
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
-from typing import Protocol
 
 import numpy as np
 import safetensors.numpy as st
 
 from bus.endpoints import endpoints
 from kvcache.bench import raw
+from kvcache.bench.peers.contract import Bytes
+from kvcache.bench.systems.stores import PlainStore
 from kvcache.local import free_url
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-
-
-class Store(Protocol):
-    """put keeps a copy of K and V on the other side and returns when it has it; get brings them back."""
-
-    def put(self, k: Array, v: Array) -> None: ...
-
-    def get(self) -> tuple[Array, Array]: ...
 
 
 class RawStore:
@@ -40,12 +32,12 @@ class RawStore:
     def __init__(self, endpoint: str) -> None:
         self._socket = raw.dealer(endpoint)
 
-    def put(self, k: Array, v: Array) -> None:
-        raw.exchange(self._socket, [b"put", k.data, v.data])
+    def put(self, k: Bytes, v: Bytes) -> None:
+        raw.exchange(self._socket, [b"put", k, v])
 
-    def get(self) -> tuple[Array, Array]:
+    def get(self) -> tuple[Bytes, Bytes]:
         k, v = raw.exchange(self._socket, [b"get"])
-        return np.frombuffer(k, np.float32), np.frombuffer(v, np.float32)
+        return k, v
 
 
 class SafetensorsStore:
@@ -54,30 +46,13 @@ class SafetensorsStore:
     def __init__(self, endpoint: str) -> None:
         self._socket = raw.dealer(endpoint)
 
-    def put(self, k: Array, v: Array) -> None:
-        raw.exchange(self._socket, [b"put", st.save({"k": k, "v": v})])
+    def put(self, k: Bytes, v: Bytes) -> None:
+        tensors = {name: np.frombuffer(data, np.float32) for name, data in (("k", k), ("v", v))}
+        raw.exchange(self._socket, [b"put", st.save(tensors)])
 
-    def get(self) -> tuple[Array, Array]:
+    def get(self) -> tuple[Bytes, Bytes]:
         tensors = st.load(bytes(raw.exchange(self._socket, [b"get"])[0]))
-        return tensors["k"], tensors["v"]
-
-
-class HttpStore:
-    """JSON with base64 strings."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._connection = http.client.HTTPConnection(host, port)
-
-    def put(self, k: Array, v: Array) -> None:
-        body = {name: {"shape": a.shape, "data": base64.b64encode(a.data).decode()} for name, a in (("k", k), ("v", v))}
-        self._connection.request("POST", "/", json.dumps(body), {"Content-Type": "application/json"})
-        self._connection.getresponse().read()
-
-    def get(self) -> tuple[Array, Array]:
-        self._connection.request("GET", "/")
-        body = json.loads(self._connection.getresponse().read())
-        k, v = (np.frombuffer(base64.b64decode(body[name]["data"]), np.float32) for name in ("k", "v"))
-        return k.reshape(body["k"]["shape"]), v.reshape(body["v"]["shape"])
+        return tensors["k"].data.cast("B"), tensors["v"].data.cast("B")
 
 
 @contextmanager
@@ -106,10 +81,11 @@ def safetensors_store() -> Iterator[SafetensorsStore]:
 
 
 @contextmanager
-def http_store() -> Iterator[HttpStore]:
-    host, _, port = endpoints(free_url()).control.removeprefix("tcp://").rpartition(":")
-    with raw.process(keep_json, host, int(port)):
-        yield HttpStore(host, int(port))
+def http_store() -> Iterator[PlainStore]:
+    place = endpoints(free_url()).control.removeprefix("tcp://")
+    host, _, port = place.rpartition(":")
+    with raw.process(keep_json, host, int(port)), closing(PlainStore(place)) as store:
+        yield store
 
 
 def keep_safetensors(pipe: Connection, endpoint: str) -> None:
@@ -132,7 +108,7 @@ def keep_json(pipe: Connection, host: str, port: int) -> None:
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True  # or each answer waits 40 ms for the client's delayed acknowledgement
 
-        def do_POST(self) -> None:
+        def do_PUT(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             for name, tensor in body.items():
                 kept[name] = np.frombuffer(base64.b64decode(tensor["data"]), np.float32).reshape(tensor["shape"])

@@ -2,13 +2,11 @@
 
 Ours crosses two hops (client, broker, worker), is checked at both ends (crc32c) and is copied into the
 worker's pool; the references go straight from process to process, but for the raw frames that `zmq.proxy`
-forwards, which show what the second hop costs by itself. All over TCP loopback, one request at a time, on the
-same arrays in turn.
+forwards, which show what the second hop costs by itself. All over TCP loopback, one request at a time, in turn.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,8 +14,10 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from crc32c import crc32c
 
+from kvcache.bench.peers.contract import Store, measure_store
 from kvcache.bench.report import Report, Row, report, row
-from kvcache.bench.stores import Array, Store, forwarded_store, http_store, raw_store, safetensors_store
+from kvcache.bench.stores import forwarded_store, http_store, raw_store, safetensors_store
+from kvcache.bench.systems.stores import OurStore
 from kvcache.client import Client
 from kvcache.local import cluster
 
@@ -26,25 +26,12 @@ KIB, MIB = 1 << 10, 1 << 20
 SIZES = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 GOAL_SIZES = (MIB, 4 * MIB, 16 * MIB)
 GOAL = 0.5
+VERBS = ("put", "get")
 OTHERS = ("raw through zmq.proxy", "safetensors", "base64 JSON over HTTP")
 
 
-class OurStore:
-    """The KV plane of one worker behind the broker."""
-
-    def __init__(self, client: Client) -> None:
-        self._kv = client.kv
-
-    def put(self, k: Array, v: Array) -> None:
-        self._kv.put("bench", 0, k, v)
-
-    def get(self) -> tuple[Array, Array]:
-        pair = self._kv.get("bench", 0)
-        return pair.k, pair.v
-
-
 def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
-    """For each size five runs, in each of which every store puts and gets the same arrays."""
+    """For each size five runs, in each of which every store puts and gets as much."""
     repeats = 3 if quick else 10
     rows: list[Row] = []
     with _stores(progress) as stores:
@@ -52,18 +39,17 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
             figures: dict[tuple[str, str], list[float]] = {}
             for index in range(RUNS):
                 progress(f"{_text(size)}, run {index + 1} of {RUNS}")
-                k, v = _arrays(size)
                 for name, store in stores.items():
                     few = 1 if name.startswith("base64") else repeats
-                    put_s, get_s = _measure(store, k, v, few)
-                    figures.setdefault((name, "put"), []).append(size / put_s / 1e9)
-                    figures.setdefault((name, "get"), []).append(size / get_s / 1e9)
+                    seconds = measure_store(store, size, few, appends=False)
+                    for verb in VERBS:
+                        figures.setdefault((name, verb), []).append(size / seconds[verb] / 1e9)
             rows += _rows(size, figures)
     return report("tensors", rows, _where_the_rest_goes())
 
 
 def _rows(size: int, figures: dict[tuple[str, str], list[float]]) -> Iterator[Row]:
-    for verb in ("put", "get"):
+    for verb in VERBS:
         name, ours = f"{verb} {_text(size)}", figures["ours", verb]
         goal = GOAL if size in GOAL_SIZES else None
         yield row(f"{name}, raw frames", figures["raw", verb], "GB/s")
@@ -87,29 +73,6 @@ def _stores(progress: Callable[[str], None]) -> Iterator[dict[str, Store]]:
             OTHERS[1]: stack.enter_context(safetensors_store()),
             OTHERS[2]: stack.enter_context(http_store()),
         }
-
-
-def _measure(store: Store, k: Array, v: Array, repeats: int) -> tuple[float, float]:
-    """Median seconds of a put and of a get; what comes back is compared, once."""
-    puts, gets = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        store.put(k, v)
-        puts.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        store.get()
-        gets.append(time.perf_counter() - start)
-    back_k, back_v = store.get()
-    if not (np.array_equal(back_k.ravel(), k.ravel()) and np.array_equal(back_v.ravel(), v.ravel())):
-        raise RuntimeError(f"{type(store).__name__} gave back other bytes")
-    return statistics.median(puts), statistics.median(gets)
-
-
-def _arrays(size: int) -> tuple[Array, Array]:
-    draw = np.random.default_rng(size)
-    shape = (size // 2 // (3 * 64 * 4), 3, 64)
-    k, v = (draw.random(shape, np.float32) for _ in range(2))
-    return k, v
 
 
 def _where_the_rest_goes() -> list[str]:

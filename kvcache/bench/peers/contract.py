@@ -83,15 +83,18 @@ def serve_store(open_store: Callable[[], tuple[Any, str]], measure: Measure | No
     _answer_lines(answer)
 
 
-def measure_store(store: Store | AppendingStore, num_bytes: int, repeats: int) -> dict[str, float]:
+def measure_store(
+    store: Store | AppendingStore, num_bytes: int, repeats: int, *, appends: bool = True
+) -> dict[str, float]:
     """Median seconds of a put and of a get of `num_bytes`, K and V together, and of appending a token to them.
 
-    What comes back is compared, once. Raises RuntimeError if it is not what was put.
+    appends: measure that too, of a store that can. What comes back is compared, once.
+    Raises RuntimeError if it is not what was put.
     """
     k, v = (bytes(os.urandom(num_bytes // 2 // TOKEN_BYTES * TOKEN_BYTES)) for _ in range(2))
     seconds = {"put": median_s(lambda: store.put(k, v), repeats), "get": median_s(store.get, repeats)}
     num_appended = 0
-    if hasattr(store, "append"):
+    if appends and hasattr(store, "append"):
         seconds["append"] = median_s(lambda: store.append(k[:TOKEN_BYTES], v[:TOKEN_BYTES]), repeats)
         num_appended = repeats
     for sent, came in zip((k, v), store.get(), strict=True):
