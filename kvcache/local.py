@@ -103,6 +103,14 @@ def running(command: Sequence[str], log: IO[bytes] | None = None) -> Iterator[su
             child.wait()
 
 
+def name_on(client: Client, worker_id: str) -> str:
+    """A new sequence id that this worker owns, by which a request is sent to it."""
+    while True:
+        name = f"on-{worker_id}-{secrets.token_hex(8)}"
+        if client.route(name).worker_id == worker_id:
+            return name
+
+
 def wait_for_port(endpoint: str, timeout_s: float = 30.0) -> None:
     """Raises RuntimeError unless somebody listens there in time."""
     host, _, port = endpoint.removeprefix("tcp://").rpartition(":")

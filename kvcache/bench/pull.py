@@ -13,7 +13,7 @@ from collections.abc import Callable
 from bus.stats import PeerStats
 from kvcache.bench.report import Report, Row, report, row
 from kvcache.client import Client
-from kvcache.local import cluster
+from kvcache.local import cluster, name_on
 
 LENGTHS = (256, 1024, 2048, 4096)
 RUNS = 5
@@ -78,19 +78,11 @@ def _first_token(
     client: Client, token_ids: list[int], worker_id: str, *, pull_from: str | None = None
 ) -> tuple[float, int]:
     """(seconds to the first token, cached prompt tokens) on this worker."""
-    name = _name_on(client, worker_id)
+    seq_id = name_on(client, worker_id)
     done = client.generate(
-        token_ids=token_ids, max_tokens=1, temperature=0.0, ignore_eos=True, seq_id=name, pull_from=pull_from
+        token_ids=token_ids, max_tokens=1, temperature=0.0, ignore_eos=True, seq_id=seq_id, pull_from=pull_from
     ).result()
     return done.timings.ttft_s, done.usage.cached_tokens
-
-
-def _name_on(client: Client, worker_id: str) -> str:
-    """A new sequence id that this worker owns, by which a request is sent to it."""
-    while True:
-        name = f"bench-pull-{time.monotonic_ns()}"
-        if client.route(name).worker_id == worker_id:
-            return name
 
 
 def _peers(client: Client, worker_id: str) -> PeerStats:

@@ -9,7 +9,6 @@ with the chains that clients send for them. Costs are measured first, on the sam
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 import statistics
 import time
@@ -28,7 +27,7 @@ from kvcache.client import AsyncClient, Client
 from kvcache.client.results import Token
 from kvcache.client.sync import Generation
 from kvcache.hashing import ROUTING_BLOCK_TOKENS, ROUTING_DEPTHS, ROUTING_NODE_BYTES, routing_chain
-from kvcache.local import cluster
+from kvcache.local import cluster, name_on
 from kvcache.routing.policies import DEFAULT_POLICY, POLICIES
 from kvcache.simulate.calibrate import VOCABULARY, calibrate
 from kvcache.simulate.costs import Costs
@@ -220,10 +219,10 @@ def _link_s(client: Client) -> float | None:
     if len(names) < 2:
         return None
     draw = random.Random(1)
-    for run in range(LINK_RUNS):
+    for _ in range(LINK_RUNS):
         prompt = draw.choices(VOCABULARY, k=LINK_TOKENS)
         for worker, source in ((names[0], None), (names[1], names[0])):
-            seq_id = _owned_by(client, worker, f"link-{run}-{worker}")
+            seq_id = name_on(client, worker)
             client.generate(token_ids=prompt, max_tokens=1, seq_id=seq_id, pull_from=source).result()
     time.sleep(STATUS_S)
     peers = _peers(client)[names[1]]
@@ -237,11 +236,10 @@ def _beside(client: Client, costs: Costs) -> tuple[float, float]:
     all takes longer for each other worker that is busy.
     """
     names = sorted(view.worker_id for view in client.workers())
-    draw, numbers = random.Random(2), itertools.count()
+    draw = random.Random(2)
 
     def begin(worker: str, num_tokens: int, output: int) -> Generation:
-        seq_id = _owned_by(client, worker, f"beside-{next(numbers)}")
-        prompt = draw.choices(VOCABULARY, k=num_tokens)
+        seq_id, prompt = name_on(client, worker), draw.choices(VOCABULARY, k=num_tokens)
         return client.generate(
             token_ids=prompt, max_tokens=output, seq_id=seq_id, policy="consistent_hash", ignore_eos=True
         )
@@ -261,14 +259,6 @@ def _beside(client: Client, costs: Costs) -> tuple[float, float]:
         it.cancel()
     others = max(1, len(names) - 1)
     return max(0.0, beside_s - alone_s) / NUM_DECODES / BESIDE_TOKENS, max(0.0, together_s / alone_s - 1) / others
-
-
-def _owned_by(client: Client, worker: str, name: str) -> str:
-    """A sequence id that this worker owns."""
-    number = 0
-    while client.route(f"{name}-{number}").worker_id != worker:
-        number += 1
-    return f"{name}-{number}"
 
 
 def _peers(client: Client) -> dict[str, PeerStats]:
