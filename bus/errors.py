@@ -108,14 +108,10 @@ class WorkerLost(Unavailable):
 
 
 class StaleEpoch(Unavailable):
-    """A newer attempt of the same request has taken over."""
+    """A newer attempt of the same request has taken over; `detail` is its epoch."""
 
     code = ErrorCode.STALE_EPOCH
     retryable = False
-
-    @property
-    def epoch(self) -> int:
-        return self.detail
 
 
 class Draining(Unavailable):
@@ -243,34 +239,12 @@ class InternalError(KVCacheError):
     """A fault of ours, with its traceback in the log of the process that had it."""
 
 
-_LEAVES: tuple[type[KVCacheError], ...] = (
-    MalformedMessage,
-    UnsupportedVersion,
-    NoWorkers,
-    Overloaded,
-    WorkerLost,
-    StaleEpoch,
-    Draining,
-    Corrupt,
-    ConnectionLost,
-    DeadlineExceeded,
-    Cancelled,
-    BadArgument,
-    BadTensor,
-    TooLarge,
-    Unauthenticated,
-    Forbidden,
-    NotFound,
-    Conflict,
-    NoSpace,
-    ModelNotFound,
-    ModelUnavailable,
-    TokenizerError,
-    StreamGap,
-    ReplayExpired,
-    InternalError,
-)
-BY_CODE: dict[ErrorCode, type[KVCacheError]] = {leaf.code: leaf for leaf in _LEAVES}
+def _leaves(kind: type[KVCacheError]) -> list[type[KVCacheError]]:
+    """The classes that errors are raised as: those of which there is no narrower one."""
+    return [leaf for narrower in kind.__subclasses__() for leaf in _leaves(narrower)] or [kind]
+
+
+BY_CODE: dict[ErrorCode, type[KVCacheError]] = {leaf.code: leaf for leaf in _leaves(KVCacheError)}
 
 
 def error_from_wire(

@@ -62,4 +62,3 @@ def test_an_error_without_a_request_is_its_message() -> None:
 
 def test_the_number_that_an_error_carries_has_a_name() -> None:
     assert errors.Conflict("x", detail=12).current_len == 12
-    assert errors.StaleEpoch("x", detail=4).epoch == 4
