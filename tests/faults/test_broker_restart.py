@@ -27,8 +27,7 @@ async def test_kill_and_restart_under_load_changes_no_token(cluster: Cluster, cl
     expected = await Crowd(16, 80).run(client)
     k = np.arange(4 * MIB, dtype=np.float32).reshape(-1, 2, 8)
     crowd = Crowd(16, 80)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     hit = [reader for reader in crowd.readers if reader.done is None]
     assert hit
     put = asyncio.create_task(client.kv.put("over-the-restart", 0, k, k))
@@ -83,8 +82,7 @@ async def test_broker_told_to_stop_lets_streams_end_and_its_successor_takes_the_
 ) -> None:
     expected = await Crowd(8, 300).run(client)
     crowd = Crowd(8, 300)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     cluster.broker.term()
 
     async def is_draining() -> bool:

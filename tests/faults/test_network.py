@@ -18,7 +18,7 @@ from tests.harness.generations import Crowd, greedy
 from tests.harness.models import Reference
 from tests.harness.placement import owned_by
 from tests.harness.prompts import token_prompt
-from tests.harness.waiting import until
+from tests.harness.waiting import until, until_serving
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150)]
 
@@ -42,8 +42,7 @@ async def remote(proxy: FaultProxy) -> AsyncIterator[AsyncClient]:
 
 async def begun(client: AsyncClient, num: int = 4) -> tuple[Crowd, asyncio.Task[list[list[int]]]]:
     crowd = Crowd(num, NUM_TOKENS)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     assert not any(reader.done for reader in crowd.readers)
     return crowd, running
 
@@ -133,11 +132,7 @@ async def test_half_open_worker_link_moves_its_streams_and_comes_back(
 ) -> None:
     cluster.add_worker("far", "--model", str(tiny_model), *TINY_FLAGS, brokers=[proxy.url])
     try:
-
-        async def far_serves() -> bool:
-            return any((view.worker_id, view.status) == ("far", "ready") for view in await client.workers())
-
-        await until(far_serves, "the far worker serves", 90.0)
+        await until_serving(client, "far")
         (name,) = await owned_by(client, "far", 1)
         prompt = token_prompt(50, 40)
         running = asyncio.create_task(greedy(client, prompt, NUM_TOKENS, seq_id=name))
@@ -151,7 +146,7 @@ async def test_half_open_worker_link_moves_its_streams_and_comes_back(
         assert tokens == reference.greedy(prompt, NUM_TOKENS)
         assert (done.worker_id in {"worker-1", "worker-2"}, done.timings.resumes) == (True, 1)
         proxy.heal()
-        await until(far_serves, "the far worker has joined again")
+        await until_serving(client, "far")
         # The name itself lives on where its stream ended; what is new and far's goes there again.
         (another,) = await owned_by(client, "far", 1)
         tokens, done = await greedy(client, prompt, 20, seq_id=another)

@@ -60,8 +60,7 @@ async def test_kill_under_sixteen_streams_changes_no_token(cluster: Cluster, cli
     expected = await Crowd(16, 80).run(client)
     assert all(len(tokens) == 80 for tokens in expected)
     crowd = Crowd(16, 80)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     victim = max(cluster.workers, key=lambda name: len(crowd.on(name)))
     hit = [reader for reader in crowd.on(victim) if reader.done is None]
     assert hit, "the worker to be killed has streams"

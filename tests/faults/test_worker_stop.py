@@ -19,8 +19,7 @@ FROZEN_S = 3.0
 async def test_frozen_and_thawed_worker_adds_no_stale_token(cluster: Cluster, client: AsyncClient) -> None:
     expected = await Crowd(16, 80).run(client)
     crowd = Crowd(16, 80)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     victim = max(cluster.workers, key=lambda name: len(crowd.on(name)))
     hit = [reader for reader in crowd.on(victim) if reader.done is None]
     assert hit, "the worker to be frozen has streams"
@@ -39,8 +38,7 @@ async def test_frozen_and_thawed_worker_adds_no_stale_token(cluster: Cluster, cl
 async def test_drain_of_a_worker_under_load_shows_no_client_an_error(cluster: Cluster, client: AsyncClient) -> None:
     expected = await Crowd(16, 80).run(client)
     crowd = Crowd(16, 80)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     victim = max(cluster.workers, key=lambda name: len(crowd.on(name)))
     cluster.workers[victim].term()
     late = Crowd(4, 40)

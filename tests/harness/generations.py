@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from bus.errors import KVCacheError
 from kvcache import AsyncClient, AsyncGeneration, Done, Start, Token
 from tests.harness.prompts import token_prompt
+from tests.harness.waiting import until
 
 TIE = 1e-3
 """Logprobs so close are one in float32: some tens of times what they differ by from step to step."""
@@ -102,9 +103,14 @@ class Crowd:
         await asyncio.gather(*(reader.read() for reader in self.readers))
         return [reader.tokens if reader.done is not None else [] for reader in self.readers]
 
-    def have_all(self, num_tokens: int) -> Callable[[], bool]:
-        """Whether every reader has got that far."""
-        return lambda: bool(self.readers) and all(len(reader.tokens) >= num_tokens for reader in self.readers)
+    async def begun(self, client: AsyncClient) -> asyncio.Task[list[list[int]]]:
+        """Come back as soon as every stream has begun; the task ends as `run` does."""
+        running = asyncio.create_task(self.run(client))
+        await until(
+            lambda: bool(self.readers) and all(len(reader.tokens) >= 5 for reader in self.readers),
+            "every stream has begun",
+        )
+        return running
 
     @property
     def errors(self) -> list[KVCacheError]:
