@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import mmap
-from typing import Protocol
 
 import numpy as np
 
 
-class Memory(Protocol):
-    """A region of `nbytes` bytes, on whatever device. Offsets are in bytes; ranges must lie inside."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Copy `data` (contiguous, format "B") to `offset`."""
-
-    def read(self, offset: int, nbytes: int) -> memoryview:
-        """The bytes at `offset`, read-only: a window on the region where that is possible, else a copy."""
-
-
 class HostMemory:
-    """Main memory, aligned to the operating system's page. Raises ValueError for a size below 1."""
+    """Main memory, aligned to the operating system's page. Raises ValueError for a size below 1.
+
+    Offsets are in bytes; ranges must lie inside.
+    """
 
     def __init__(self, nbytes: int) -> None:
         if nbytes < 1:
             raise ValueError(f"a memory region needs at least 1 byte, not {nbytes}")
-        self._nbytes = nbytes
+        self.nbytes = nbytes
         padded = np.empty(nbytes + mmap.PAGESIZE, dtype=np.uint8)
         start = -padded.ctypes.data % mmap.PAGESIZE
         self._view = padded[start : start + nbytes].data
 
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
     def write(self, offset: int, data: memoryview) -> None:
+        """Copy `data` (contiguous, format "B") to `offset`."""
         self._view[offset : offset + len(data)] = data
 
     def read(self, offset: int, nbytes: int) -> memoryview:
-        """A window, not a copy: what is written there later shows through."""
+        """A read-only window on the bytes at `offset`, not a copy: what is written there later shows through."""
         return self._view[offset : offset + nbytes].toreadonly()

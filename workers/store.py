@@ -24,7 +24,7 @@ from bus.stats import SequenceInfo, StoreStats
 from bus.tensors import TensorMeta, check_kv_pair
 from workers.keys import SequenceKey
 from workers.kv_sequences import KVSequences
-from workers.memory import Memory
+from workers.memory import HostMemory
 from workers.transfers import Kind, Layer, Transfer, place_of_append, row_bytes
 
 PAGE_BYTES = 65536
@@ -58,12 +58,11 @@ class Read:
 class KVStore:
     """Keys and values in `memory`, in pages of `page_bytes`. Raises ValueError if not even one page fits."""
 
-    def __init__(self, memory: Memory, page_bytes: int = PAGE_BYTES) -> None:
+    def __init__(self, memory: HostMemory, page_bytes: int = PAGE_BYTES) -> None:
         if not 0 < page_bytes <= memory.nbytes:
             raise ValueError(f"pages of {page_bytes} bytes cannot be cut from {memory.nbytes} bytes")
         self._memory = memory
         self._sequences = KVSequences(memory.nbytes // page_bytes, page_bytes)
-        self._transfers: dict[Transfer, None] = {}  # in the order in which they began
         self._totals: Counter[str] = Counter()  # by the names of StoreStats
 
     # --- writing ---
@@ -272,13 +271,11 @@ class KVStore:
     def check(self) -> None:
         """Assert that every page and every holder is accounted for."""
         self._sequences.check()
-        assert all(transfer.is_open for transfer in self._transfers), "an ended transfer is kept"
 
     # --- helpers ---
 
     def _begin(self, transfer: Transfer, now: float, *, may_evict: bool = True) -> Transfer:
         self._sequences.hold(transfer.key, transfer.layer)
-        self._transfers[transfer] = None
         if transfer.kind is Kind.VERIFY:
             return transfer
         transfer.layer.appender = transfer
@@ -292,7 +289,6 @@ class KVStore:
     def _end(self, transfer: Transfer) -> None:
         """Whatever was not committed is freed: an unplaced layer whole, an append's pages behind the layer's end."""
         transfer.is_open = False
-        del self._transfers[transfer]
         layer = transfer.layer
         if transfer.kind is not Kind.VERIFY:
             layer.appender = None
