@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kvcache.broker.main import EXIT_FAILED, EXIT_USAGE, main
 from kvcache.broker.shell import Broker
 from kvcache.config import BrokerConfig
 from kvcache.simulate.traces import read_trace
+from tests.harness.waiting import until
 from tests.unit.kvcache.broker_driver import PROMPT, done, generate, hello, length, rid, stream_end, worker_hello
 
 SECURITY = SecurityConfig()
@@ -164,18 +165,12 @@ async def test_a_stream_that_is_not_open_is_refused_and_counted() -> None:
         client, streams = await w.client(), Peer(w, Subscriber, sockets.TOKENS, w.at.streams)
         assert isinstance(streams.socket, Subscriber)
         streams.socket.subscribe(b"")
-        await until(lambda: w.broker.core.gauges.refused_subscriptions == 1)
+        await until(lambda: w.broker.core.gauges.refused_subscriptions == 1, "it was refused")
         client.say(m.Query(req_id=rid(1), kind=m.QueryKind.STATS))
         stats = unpack((await client.frames())[1], ClusterStats).broker
         assert stats.refused_subscriptions == 1
         assert stats.rss_bytes > 1 << 20
         assert stats.pid > 0
-
-
-async def until(is_so: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not is_so():  # noqa: ASYNC110  # the broker tells nobody
-            await asyncio.sleep(0.005)
 
 
 async def test_a_silent_worker_is_noticed_by_the_clock() -> None:
@@ -213,7 +208,7 @@ async def test_a_stopped_broker_finishes_what_it_has_and_says_goodbye(caplog: py
         client.say(length(1))
         call = (await worker.hear(m.Assign)).call
         w.stop.set()
-        await until(lambda: w.broker.core._requests.is_draining)
+        await until(lambda: w.broker.core._requests.is_draining, "the broker drains")
         client.say(length(2))
         assert (await client.hear(m.Failed)).code == ErrorCode.DRAINING
         worker.say(m.Reply(call=call, final=True), wire.encode(done(1)))
