@@ -14,7 +14,6 @@ are and goes on with the next character. No torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bus.errors import BadArgument, TokenizerError, TooLarge
@@ -251,14 +250,6 @@ class StopStrings:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """What one token releases. `is_stopped`: a stop string is complete, and no more text will come."""
-
-    text: str
-    is_stopped: bool
-
-
 class TextStream:
     """One generation's output as text: push every output token, then `finish`.
 
@@ -273,21 +264,19 @@ class TextStream:
 
     @property
     def is_stopped(self) -> bool:
+        """Whether a stop string is complete, and no more text will come."""
         return self._stops.is_stopped
 
-    def push(self, token: int) -> TextPiece:
+    def push(self, token: int) -> str:
         """The text that this token releases. Raises TokenizerError if it cannot be decoded."""
         counts = self._num_immune == 0
         self._num_immune -= not counts
-        text = self._stops.push(self._detokenizer.push(token), counts=counts)
-        return TextPiece(text, self._stops.is_stopped)
+        return self._stops.push(self._detokenizer.push(token), counts=counts)
 
-    def replay(self, tokens: Sequence[int]) -> TextPiece:
+    def replay(self, tokens: Sequence[int]) -> str:
         """Push many at once; all the text they release together."""
-        text = "".join(self.push(token).text for token in tokens)
-        return TextPiece(text, self._stops.is_stopped)
+        return "".join(map(self.push, tokens))
 
-    def finish(self) -> TextPiece:
+    def finish(self) -> str:
         """The rest, when no more tokens come; empty after a stop string."""
-        text = self._stops.push(self._detokenizer.finish(), counts=self._num_immune == 0)
-        return TextPiece(text + self._stops.finish(), self._stops.is_stopped)
+        return self._stops.push(self._detokenizer.finish(), counts=self._num_immune == 0) + self._stops.finish()

@@ -96,9 +96,9 @@ class Texts:
             commands.append(Finish(event.run, output.num_tokens))
 
     def _produced(self, output: _Output, event: NewToken) -> Produced:
-        text = output.text.push(event.token).text
+        text = output.text.push(event.token)
         if event.is_last:
-            text += output.text.finish().text
+            text += output.text.finish()
         output.num_tokens += 1
         return Produced(event.run, (event.token,), (text,), () if event.logprobs is None else (event.logprobs,))
 

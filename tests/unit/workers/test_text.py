@@ -39,7 +39,7 @@ LLAMA2 = Tokenizer(make_llama2_tokenizer(), vocab_size=300, max_prompt_bytes=409
 
 def stream_text(tokens: Sequence[int], stops: Sequence[str] = (), decoder: Tokenizer = TOKENIZER) -> str:
     stream = TextStream(decoder, stops)
-    return "".join(stream.push(token).text for token in tokens) + stream.finish().text
+    return "".join(stream.push(token) for token in tokens) + stream.finish()
 
 
 @given(any_tokens)
@@ -50,16 +50,16 @@ def test_pieces_joined_are_the_whole_decoding_whatever_the_bytes(tokens: list[in
 @given(characters)
 def test_no_piece_holds_half_a_character(text: str) -> None:
     stream = TextStream(TOKENIZER)
-    pieces = [stream.push(token).text for token in TOKENIZER.encode(text or "x")]
+    pieces = [stream.push(token) for token in TOKENIZER.encode(text or "x")]
     assert sum(piece.count("\ufffd") for piece in pieces) <= text.count("\ufffd")
-    assert "".join(pieces) + stream.finish().text == (text or "x")
+    assert "".join(pieces) + stream.finish() == (text or "x")
 
 
 @given(any_tokens, st.integers(0, 120), st.lists(st.sampled_from(["he", "hello", "\ufffd", "aa"]), max_size=2))
 def test_replayed_stream_goes_on_as_the_first_would_have(tokens: list[int], cut: int, stops: list[str]) -> None:
     first, resumed = TextStream(TOKENIZER, stops), TextStream(TOKENIZER, stops)
-    released = "".join(first.push(token).text for token in tokens[:cut])
-    assert resumed.replay(tokens[:cut]).text == released
+    released = "".join(first.push(token) for token in tokens[:cut])
+    assert resumed.replay(tokens[:cut]) == released
     for token in tokens[cut:]:
         assert first.push(token) == resumed.push(token)
     assert first.finish() == resumed.finish()
@@ -92,20 +92,20 @@ def test_an_endless_run_of_tokens_without_text_costs_no_more_than_any_other(text
 
     stream = TextStream(Watched())
     begun = TOKENIZER.encode(text) if text else []
-    released = "".join(stream.push(token).text for token in [*begun, *[EOS_ID] * 200, *TOKENIZER.encode("end")])
+    released = "".join(stream.push(token) for token in [*begun, *[EOS_ID] * 200, *TOKENIZER.encode("end")])
     assert released == f"{text}end"
     assert longest <= 4 * WINDOW_TOKENS
 
 
 def test_text_comes_with_the_token_that_settles_it() -> None:
     stream = TextStream(TOKENIZER)
-    assert [stream.push(token).text for token in TOKENIZER.encode("a€b")] == ["a", "", "€", "b"]
+    assert [stream.push(token) for token in TOKENIZER.encode("a€b")] == ["a", "", "€", "b"]
 
 
 def test_endless_invalid_bytes_keep_flowing() -> None:
     stream = TextStream(TOKENIZER)
     continuation = make_tokenizer().get_vocab()["Ĥ"]  # how the byte-level alphabet writes 0x82
-    released = "".join(stream.push(continuation).text for _ in range(100))
+    released = "".join(stream.push(continuation) for _ in range(100))
     assert released == "\ufffd" * 97
 
 
@@ -125,12 +125,11 @@ def test_stop_strings_cut_at_the_same_place_however_text_is_cut_up(text: str, st
 
 def test_stop_string_across_tokens_is_held_back_and_left_out() -> None:
     stream = TextStream(TOKENIZER, ["END"])
-    pieces = [stream.push(token) for token in TOKENIZER.encode("ab EN ENDx")]
-    assert "".join(piece.text for piece in pieces) == "ab EN "
-    assert [piece.text for piece in pieces][3:6] == ["", "", "EN "]
-    assert [piece.is_stopped for piece in pieces] == [False] * 8 + [True] * 2
-    assert stream.is_stopped
-    assert stream.finish().text == ""
+    pieces = [(stream.push(token), stream.is_stopped) for token in TOKENIZER.encode("ab EN ENDx")]
+    assert "".join(text for text, _ in pieces) == "ab EN "
+    assert [text for text, _ in pieces][3:6] == ["", "", "EN "]
+    assert [is_stopped for _, is_stopped in pieces] == [False] * 8 + [True] * 2
+    assert stream.finish() == ""
 
 
 def test_text_that_never_became_a_stop_string_comes_at_the_end() -> None:
