@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import signal
-import subprocess
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from typing import Any, NoReturn
 
 from kvcache.bench.peers.environments import PeerUnavailable
-from kvcache.orphans import die_with_us
+from kvcache.bench.peers.processes import Processes
 
 ANSWER_S = 600.0
 CLOSE_S = 10.0
@@ -24,16 +21,8 @@ class PeerProcess:
     """`ask` it; `close` it. Raises PeerUnavailable whenever it ends, is silent for ten minutes or reports an error."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, **variables},
-            start_new_session=True,  # so that what it starts stops and ends with it
-            preexec_fn=die_with_us(signal.SIGKILL),
-        )
+        self._processes = Processes(end_s=0.0)
+        self._process = self._processes.start(command, variables, is_asked=True)
 
     def ask(self, **request: Any) -> dict[str, Any]:  # noqa: ANN401 (a line of JSON)
         """One request, one answer."""
@@ -42,29 +31,22 @@ class PeerProcess:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError:
-            raise self._ended() from None
+            self._ended()
         answer: dict[str, Any] = json.loads(self._read_line())
         if "error" in answer:
             raise PeerUnavailable(str(answer["error"]).strip().splitlines()[0])
         return answer
 
-    @contextmanager
-    def awake(self) -> Iterator[None]:
+    def awake(self) -> AbstractContextManager[None]:
         """Let it run within; outside it is stopped, so that its idle threads take nothing from the others."""
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
+        return self._processes.awake()
 
     def close(self) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.wait(CLOSE_S)
+        self._processes.close()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):  # what it never read
                     pipe.close()
-        self._log.close()
 
     def _read_line(self) -> bytes:
         assert self._process.stdout is not None
@@ -76,18 +58,11 @@ class PeerProcess:
                     raise PeerUnavailable(f"it did not answer within {ANSWER_S:.0f} s")
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not piece:
-                    raise self._ended()
+                    self._ended()
                 line += piece
         return line
 
-    def _ended(self) -> PeerUnavailable:
+    def _ended(self) -> NoReturn:
         self._process.wait(CLOSE_S)
-        self._log.seek(0)
-        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
-        return PeerUnavailable(f"its process ended with status {self._process.returncode}: {' '.join(last)}")
-
-    def _signal(self, number: signal.Signals) -> None:
-        try:
-            os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            return
+        self._processes.check()
+        raise AssertionError("a process that has ended is found to have")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from bus.endpoints import endpoints
 from kvcache.bench.peers.environments import PeerUnavailable
+from kvcache.bench.peers.processes import Processes
 from kvcache.bench.systems.asking import REQUEST_S, Ask, by_bus, by_http
-from kvcache.bench.systems.processes import Processes
 from kvcache.bench.systems.workloads import VOCABULARY
 from kvcache.client import AsyncClient
 from kvcache.local import free_port, free_url, wait_for_port

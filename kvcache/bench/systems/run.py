@@ -25,13 +25,13 @@ from kvcache.bench.engine_goals import Figures
 from kvcache.bench.peers.contract import measure_store
 from kvcache.bench.peers.environments import PeerUnavailable, python_of
 from kvcache.bench.peers.process import PeerProcess
+from kvcache.bench.peers.processes import Processes
 from kvcache.bench.peers.weights import gguf_folder
 from kvcache.bench.report import Report, report
 from kvcache.bench.systems import goals
 from kvcache.bench.systems.asking import put
 from kvcache.bench.systems.contestants import MODEL, ONE, OURS, PEERS, PLAIN, SCRIPTS, Door, Setup, System
 from kvcache.bench.systems.goals import FIRST_P50, FIRST_P90, IN_PROCESS, RATE, SUCCESS
-from kvcache.bench.systems.processes import Processes
 from kvcache.bench.systems.stores import OurStore, PlainStore
 from kvcache.bench.systems.workloads import Workload, chats, documents, unshared
 from kvcache.client import Client

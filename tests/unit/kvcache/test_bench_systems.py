@@ -14,11 +14,11 @@ from kvcache.bench.engine_goals import Figures
 from kvcache.bench.main import main
 from kvcache.bench.peers.contract import TOKEN_BYTES, Bytes, measure_store
 from kvcache.bench.peers.environments import PeerUnavailable
+from kvcache.bench.peers.processes import Processes
 from kvcache.bench.systems import goals
 from kvcache.bench.systems.asking import by_http, put
 from kvcache.bench.systems.contestants import ONE, PLAIN, VLLM
 from kvcache.bench.systems.goals import IN_PROCESS
-from kvcache.bench.systems.processes import Processes
 from kvcache.bench.systems.workloads import Answer, Prompt, chats, documents, percentile, sum_up, unshared
 from tests.harness.waiting import until
 

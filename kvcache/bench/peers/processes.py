@@ -1,4 +1,4 @@
-"""The processes of one system: started together, stopped while others are measured, ended together whatever happens."""
+"""Processes that are measured: started together, stopped while others are, ended together whatever happens."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ class Processes:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
-        """Raises PeerUnavailable if there is no such program."""
+    def start(
+        self, command: Sequence[str], variables: Mapping[str, str], *, is_asked: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """is_asked: its stdin and stdout are pipes. Raises PeerUnavailable if there is no such program."""
         try:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
+                stdin=subprocess.PIPE if is_asked else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if is_asked else self._log,
                 stderr=self._log,
                 env={**os.environ, **variables},
                 start_new_session=True,
@@ -45,6 +47,7 @@ class Processes:
         except OSError as error:
             raise PeerUnavailable(f"{command[0]} cannot be started: {error.strerror}") from error
         self._started.append(process)
+        return process
 
     def check(self) -> None:
         """Raises PeerUnavailable, with the last line that was written, if one has ended."""
