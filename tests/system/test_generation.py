@@ -96,6 +96,20 @@ async def test_another_salt_shares_nothing(client: AsyncClient) -> None:
     assert cached["mine again"] >= 96
 
 
+async def test_flushed_prefixes_are_computed_again(client: AsyncClient) -> None:
+    prompt = token_prompt(411, 80)
+
+    async def cached(salt: str) -> int:
+        done = await client.generate(token_ids=prompt, max_tokens=1, cache_salt=salt, priority=-1).result()
+        return done.usage.cached_tokens
+
+    assert [await cached(salt) for salt in ("x", "y", "x", "y")] == [0, 0, 64, 64]
+    assert await client.flush_prefix_cache(cache_salt="x") > 0
+    assert [await cached(salt) for salt in ("x", "y")] == [0, 64]
+    assert await client.flush_prefix_cache() > 0
+    assert [await cached(salt) for salt in ("x", "y")] == [0, 0]
+
+
 async def test_kv_of_a_generation_is_what_transformers_computes(client: AsyncClient, reference: Reference) -> None:
     prompt = token_prompt(406, 45)
     answer, _ = await greedy(client, prompt, 25, seq_id="read-back")

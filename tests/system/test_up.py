@@ -119,10 +119,3 @@ async def test_up_on_a_port_in_use_fails_with_the_reason(tiny_model: Path) -> No
     assert code == 1
     assert "broker ended with exit code" in err
     assert "in use" in out
-
-
-async def test_command_without_a_broker_is_exit_code_3() -> None:
-    code, out, err = await run("workers", "--url", free_url(), "--timeout", "1")
-    assert (code, out) == (3, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
