@@ -22,6 +22,9 @@ MAX_PROMPT_BYTES = 1 << 20
 MAX_SPELLED_TOKENS = MAX_PROMPT_BYTES // 4
 """Token ids in one question about tokens and text, or in its answer."""
 
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""What a message of a chat may have; the first two it has."""
+
 MAX_PRIORITY = 100
 """A request's class is from minus this, which goes first, to this."""
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bus.errors import BadArgument, TokenizerError, TooLarge
+from bus.limits import MESSAGE_FIELDS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,6 @@ MAX_UNFINISHED = 3
 """Bytes of a UTF-8 character that can be there before its last; some decoders show one mark for each."""
 WINDOW_TOKENS = 16
 """Decode again from the last place known good once this many tokens have come since."""
-MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
 ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
@@ -123,10 +123,10 @@ def _as_conversation(messages: Sequence[object]) -> list[dict[str, Any]]:
         raise BadArgument("messages is empty; it needs at least one message")
     conversation: list[dict[str, Any]] = []
     for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() <= MESSAGE_FIELDS:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys() <= set(MESSAGE_FIELDS):
             raise BadArgument(
                 f"message {position} must be an object of role and content, and besides only"
-                f" {', '.join(sorted(MESSAGE_FIELDS - {'role', 'content'}))}"
+                f" {', '.join(MESSAGE_FIELDS[2:])}"
             )
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus.errors import BadArgument, TooLarge
-from bus.limits import MAX_PROMPT_BYTES
+from bus.limits import MAX_PROMPT_BYTES, MESSAGE_FIELDS
 from bus.messages import PromptKind
 from bus.traces import parse_traceparent
 from kvcache.hashing import canonical_chat, encode_token_ids, routing_chain, session_chain
@@ -28,7 +28,6 @@ MAX_LABEL_CHARS = 128
 MAX_SECONDS = 7 * 24 * 3600.0
 MAX_LAYER = 2**32 - 1
 MAX_LENGTH = 2**63 - 1
-MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id")
 
 
 @dataclass(frozen=True, slots=True)
