@@ -54,7 +54,7 @@ def put(k: object, payload: list[bytes] | None = None) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_every_message_comes_back_as_it_was_sent(kind: type[m.Message], data: st.DataObject) -> None:
     message, payload = data.draw(messages(kind))

