@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -380,7 +381,8 @@ async def test_deadline_that_has_passed_is_not_begun(cluster: Cluster) -> None:
 async def test_prompt_over_the_cap_is_refused_by_the_worker_too(cluster: Cluster) -> None:
     async with raw.raw_client(cluster.url) as peer:
         message, payload = raw.generate(raw.new_id(), await peer.open_stream(), b"x" * (MIB + 1))
-        peer.send(message, *payload)
+        # Time for a prompt so long also on a machine that is slow, or the broker would refuse it for its deadline.
+        peer.send(msgspec.structs.replace(message, deadline_ms=3_600_000), *payload)
         assert (await peer.failure(message.req_id)).code == ErrorCode.TOO_LARGE
 
 
