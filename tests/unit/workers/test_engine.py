@@ -7,7 +7,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -218,17 +219,21 @@ def only(events: Sequence[Event], kind: type[Any]) -> Any:
     return found[0]
 
 
+Make: TypeAlias = Callable[..., TorchModel]
+"""(of which class, TorchModel if it is not said) -> the model."""
+
+
 @pytest.fixture
-def make(family: Family) -> Callable[[], TorchModel]:
-    def make() -> TorchModel:
+def make(family: Family) -> Make:
+    def make(kind: type[TorchModel] = TorchModel) -> TorchModel:
         kv = family.make_kv()
-        return TorchModel(family.loaded, kv, choose_runner("torch", family.loaded, kv, threads=None))
+        return kind(family.loaded, kv, choose_runner("torch", family.loaded, kv, threads=None))
 
     return make
 
 
 @pytest.fixture
-def bench(make: Callable[[], TorchModel]) -> Bench:
+def bench(make: Make) -> Bench:
     return Bench(FakeModels(tiny=make))
 
 
@@ -243,18 +248,13 @@ def test_a_generation_is_admitted_produces_the_models_own_tokens_and_ends(bench:
     assert events[-1] == end
 
 
-def test_the_times_at_the_end_say_where_they_went(make: Callable[[], TorchModel]) -> None:
-    bench = Bench(FakeModels(tiny=lambda: load()))
+def test_the_times_at_the_end_say_where_they_went(make: Make) -> None:
+    bench = Bench(FakeModels(tiny=lambda: make(Slow)))
 
     class Slow(TorchModel):
         def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
             bench.now += 0.5
             return super().compute(batch, draws)
-
-    def load() -> Model:
-        model = make()
-        model.__class__ = Slow
-        return model
 
     bench.tell(start(1))
     bench.work()
@@ -279,7 +279,7 @@ def test_the_engine_tells_which_nodes_of_a_chain_can_be_reused_from_when_their_b
     assert moved[1:] == [(NodeChange("t", other[2], True),)]
 
 
-def test_nodes_go_when_their_blocks_are_evicted(make: Callable[[], TorchModel]) -> None:
+def test_nodes_go_when_their_blocks_are_evicted(make: Make) -> None:
     bench = Bench(FakeModels(tiny=make), max_tokens_per_step=64)
     held: set[bytes] = set()
     chains = []
@@ -298,7 +298,7 @@ def test_nodes_go_when_their_blocks_are_evicted(make: Callable[[], TorchModel]) 
 
 
 def test_blocks_are_told_as_they_are_computed_and_forgotten_if_anybody_follows_them(
-    make: Callable[[], TorchModel],
+    make: Make,
 ) -> None:
     bench = Bench(FakeModels(tiny=make), tells_blocks=True)
     prompt = list(range(9))
@@ -320,26 +320,22 @@ def test_blocks_that_nobody_follows_are_not_told(bench: Bench) -> None:
     assert not [event for event in bench.run() if isinstance(event, BlocksMoved)]
 
 
-def test_without_prefix_caching_no_node_is_told(make: Callable[[], TorchModel]) -> None:
+def test_without_prefix_caching_no_node_is_told(make: Make) -> None:
     bench = Bench(FakeModels(tiny=make), shares_prefixes=False)
     prompt = [1] * 40
     bench.tell(start(1, prompt, chain=routing_chain(prompt)))
     assert not [event for event in bench.run() if isinstance(event, NodesMoved)]
 
 
-def test_what_a_prefill_took_is_told_just_before_the_first_token(make: Callable[[], TorchModel]) -> None:
+def test_what_a_prefill_took_is_told_just_before_the_first_token(make: Make) -> None:
     """Of a step that others share, a prefill is charged its part by tokens; waiting for others is not its time."""
-    bench = Bench(FakeModels(tiny=lambda: load()), max_tokens_per_step=8)
+
+    bench = Bench(FakeModels(tiny=lambda: make(Slow)), max_tokens_per_step=8)
 
     class Slow(TorchModel):
         def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
             bench.now += 0.5
             return super().compute(batch, draws)
-
-    def load() -> Model:
-        model = make()
-        model.__class__ = Slow
-        return model
 
     prompt = list(range(1, 41))
     bench.tell(start(1, prompt))
@@ -359,7 +355,7 @@ def test_what_a_prefill_took_is_told_just_before_the_first_token(make: Callable[
     assert 2000.0 <= sum(event.compute_ms for event in both) <= 2250.0  # 32 tokens, 8 in a step that is full
 
 
-def test_a_model_loads_once_however_many_wait_for_it(make: Callable[[], TorchModel]) -> None:
+def test_a_model_loads_once_however_many_wait_for_it(make: Make) -> None:
     models = FakeModels(tiny=make)
     bench = Bench(models)
     bench.tell(Load("tiny"), start(1), start(2, model="tiny"))
@@ -378,7 +374,7 @@ def test_an_unknown_model_breaks_only_its_own_request_and_leaves_no_trace(bench:
 
 
 def test_a_failed_load_is_told_to_all_who_wait_and_tried_again_only_after_a_pause(
-    make: Callable[[], TorchModel],
+    make: Make,
 ) -> None:
     outcomes: Iterator[Callable[[], Model]] = iter([_refuse, make])
     models = FakeModels(good=make, bad=lambda: next(outcomes)())
@@ -448,17 +444,12 @@ def test_an_audit_finds_what_is_wrong_in_the_pool_and_changes_nothing_that_is_ge
     assert (said[0] == family.plain_greedy(PROMPT, 6)) == (not is_corrupt)
 
 
-def test_an_audit_that_raises_harms_nobody(make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_audit_that_raises_harms_nobody(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     class Blind(TorchModel):
         def difference(self, one: BlockId, other: BlockId) -> float:
             raise RuntimeError("no sight")
 
-    def load() -> Model:
-        model = make()
-        model.__class__ = Blind
-        return model
-
-    bench = Bench(FakeModels(tiny=load), audit_share=1.0)
+    bench = Bench(FakeModels(tiny=partial(make, Blind)), audit_share=1.0)
     bench.tell(start(1))
     first = bench.run()
     bench.tell(start(2))
@@ -485,7 +476,7 @@ def test_a_flush_forgets_the_prefixes_of_its_tenant_and_salt_alone(bench: Bench)
     assert only(bench.tell(FlushKV(Ticket(3), "nobody", None)), Answered).answer == 0
 
 
-def test_without_shared_prefixes_nothing_is_found(make: Callable[[], TorchModel]) -> None:
+def test_without_shared_prefixes_nothing_is_found(make: Make) -> None:
     bench = Bench(FakeModels(tiny=make), shares_prefixes=False)
     bench.tell(start(1, seq_id="s"))
     bench.run()
@@ -657,18 +648,13 @@ class Faulty(TorchModel):
 
 
 @pytest.fixture
-def faulty(make: Callable[[], TorchModel]) -> Bench:
-    def load() -> Model:
-        model = make()
-        model.__class__ = Faulty
-        return model
-
-    return Bench(FakeModels(tiny=load), max_tokens_per_step=64)
+def faulty(make: Make) -> Bench:
+    return Bench(FakeModels(tiny=partial(make, Faulty)), max_tokens_per_step=64)
 
 
 @pytest.mark.parametrize("culprits", [{2}, {1}, {5}, {1, 4}, {1, 2, 3, 4, 5}])
 def test_a_step_that_raises_ends_only_those_that_made_it(
-    faulty: Bench, make: Callable[[], TorchModel], culprits: set[int], caplog: pytest.LogCaptureFixture
+    faulty: Bench, make: Make, culprits: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The others say what they would have said without them, and the engine lives on."""
 
@@ -692,17 +678,12 @@ def test_a_step_that_raises_ends_only_those_that_made_it(
     assert faulty.host.figures().models[0].pool.held_blocks == 0
 
 
-def test_a_copy_that_fails_ends_those_that_counted_on_it_in_the_step_or_not(make: Callable[[], TorchModel]) -> None:
+def test_a_copy_that_fails_ends_those_that_counted_on_it_in_the_step_or_not(make: Make) -> None:
     class Scratched(TorchModel):
         def copy_blocks(self, sources: Sequence[BlockId], targets: Sequence[BlockId]) -> None:
             raise OSError("the memory is gone")
 
-    def load() -> Model:
-        model = make()
-        model.__class__ = Scratched
-        return model
-
-    bench = Bench(FakeModels(tiny=load), max_num_seqs=2, max_tokens_per_step=1)
+    bench = Bench(FakeModels(tiny=partial(make, Scratched)), max_num_seqs=2, max_tokens_per_step=1)
     bench.tell(start(1, seq_id="kept"))
     bench.run()
     bench.tell(start(2, prompt=[*PROMPT[:6], 77], seq_id="in"), start(3, prompt=[*PROMPT[:7], 78], seq_id="out"))
@@ -720,7 +701,7 @@ def test_numbers_that_are_none_end_one_generation_of_a_step_and_not_the_others(f
     assert faulty.host.figures().models[0].pool.held_blocks == 0
 
 
-def test_generations_of_one_step_produce_what_each_does_alone(make: Callable[[], TorchModel]) -> None:
+def test_generations_of_one_step_produce_what_each_does_alone(make: Make) -> None:
     ways = [
         GREEDY,
         Sampling(max_tokens=9, temperature=1.5, seed=3, ignore_eos=True),
@@ -741,13 +722,10 @@ def test_generations_of_one_step_produce_what_each_does_alone(make: Callable[[],
         assert text_of(events, n) == text_of(expected, n)
 
 
-@pytest.mark.parametrize("position", [2, 5])
-def test_a_token_that_cannot_be_decoded_fails_its_own_generation_even_if_it_is_the_last(
-    make: Callable[[], TorchModel], family: Family, position: int
-) -> None:
-    bad = family.plain_greedy(PROMPT, 6)[: position + 1]
+def undecodable(bad: Sequence[int]) -> type[TorchModel]:
+    """A model that makes text of anything but these tokens."""
 
-    class Undecodable:
+    class Decoder:
         def decode(self, token_ids: Sequence[int]) -> str:
             if list(token_ids) == bad:
                 raise TokenizerError("not text")
@@ -755,14 +733,17 @@ def test_a_token_that_cannot_be_decoded_fails_its_own_generation_even_if_it_is_t
 
     class Mute(TorchModel):
         def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
-            return TextStream(Undecodable(), stops, min_tokens)
+            return TextStream(Decoder(), stops, min_tokens)
 
-    def load() -> Model:
-        model = make()
-        model.__class__ = Mute
-        return model
+    return Mute
 
-    bench = Bench(FakeModels(tiny=load))
+
+@pytest.mark.parametrize("position", [2, 5])
+def test_a_token_that_cannot_be_decoded_fails_its_own_generation_even_if_it_is_the_last(
+    make: Make, family: Family, position: int
+) -> None:
+    bad = family.plain_greedy(PROMPT, 6)[: position + 1]
+    bench = Bench(FakeModels(tiny=partial(make, undecodable(bad))))
     bench.tell(start(1))
     events = bench.run()
     assert tokens_of(events, 1) == bad[:-1]
@@ -771,21 +752,8 @@ def test_a_token_that_cannot_be_decoded_fails_its_own_generation_even_if_it_is_t
     assert bench.host.figures().models[0].pool.held_blocks == 0
 
 
-def test_a_resumed_output_that_cannot_be_decoded_fails_at_once(make: Callable[[], TorchModel]) -> None:
-    class Undecodable:
-        def decode(self, token_ids: Sequence[int]) -> str:
-            raise TokenizerError("not text")
-
-    class Mute(TorchModel):
-        def open_text(self, stops: Sequence[str], min_tokens: int) -> TextStream:
-            return TextStream(Undecodable(), stops, min_tokens)
-
-    def load() -> Model:
-        model = make()
-        model.__class__ = Mute
-        return model
-
-    bench = Bench(FakeModels(tiny=load))
+def test_a_resumed_output_that_cannot_be_decoded_fails_at_once(make: Make) -> None:
+    bench = Bench(FakeModels(tiny=partial(make, undecodable([1, 2]))))
     bench.tell(start(1, resume=(1, 2)))
     assert isinstance(only(bench.run(), Broke).error, TokenizerError)
 
@@ -852,7 +820,7 @@ def test_going_on_with_a_name_reuses_all_of_it(bench: Bench) -> None:
     assert only(bench.run(), Admitted).cached_tokens == 15
 
 
-def test_a_name_means_one_sequence_whichever_model_wrote_it(make: Callable[[], TorchModel]) -> None:
+def test_a_name_means_one_sequence_whichever_model_wrote_it(make: Make) -> None:
     bench = Bench(FakeModels(one=make, two=make))
     key = SequenceKey("t", "s")
     bench.tell(start(1, model="one", seq_id="s"))
@@ -865,7 +833,7 @@ def test_a_name_means_one_sequence_whichever_model_wrote_it(make: Callable[[], T
     assert info.seq_id == "s"
 
 
-def test_a_name_that_another_model_is_writing_is_a_conflict(make: Callable[[], TorchModel]) -> None:
+def test_a_name_that_another_model_is_writing_is_a_conflict(make: Make) -> None:
     bench = Bench(FakeModels(one=make, two=make))
     bench.tell(start(1, model="one", seq_id="s"))
     bench.work()
@@ -882,21 +850,14 @@ def test_preloading_what_is_unknown_is_logged(bench: Bench, caplog: pytest.LogCa
     assert "no model named 'nothing'" in caplog.text
 
 
-def test_an_encoder_that_raises_anything_breaks_its_own_request(
-    make: Callable[[], TorchModel], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_encoder_that_raises_anything_breaks_its_own_request(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     class Fragile(TorchModel):
         def encode(self, kind: PromptKind, prompt: bytes, special: bool = True) -> tuple[int, ...]:
             if prompt == b"boom":
                 raise ZeroDivisionError("in foreign code")
             return super().encode(kind, prompt, special)
 
-    def load() -> Model:
-        model = make()
-        model.__class__ = Fragile
-        return model
-
-    bench = Bench(FakeModels(tiny=load))
+    bench = Bench(FakeModels(tiny=partial(make, Fragile)))
     bench.tell(start(1, kind=PromptKind.TEXT, data=b"boom"), start(2))
     events = bench.run()
     assert isinstance(only(events, Broke).error, InternalError)
@@ -904,7 +865,7 @@ def test_an_encoder_that_raises_anything_breaks_its_own_request(
     assert len(tokens_of(events, 2)) == 6
 
 
-async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: Callable[[], TorchModel]) -> None:
+async def test_the_thread_answers_on_the_loop_and_ends_when_it_is_closed(make: Make) -> None:
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     events: list[Event] = []
 
@@ -944,10 +905,9 @@ class Gated(TorchModel):
 
 
 @pytest.fixture
-def gated(make: Callable[[], TorchModel]) -> Gated:
+def gated(make: Make) -> Gated:
     """With closed steps and open encodings."""
-    model = make()
-    model.__class__ = Gated
+    model = make(Gated)
     assert isinstance(model, Gated)
     model.may_step, model.may_encode, model.in_step = threading.Event(), threading.Event(), threading.Event()
     model.widths = []
@@ -1002,7 +962,7 @@ def test_a_job_that_raises_leaves_its_thread_to_the_next_one(caplog: pytest.LogC
 
 @pytest.mark.parametrize("late_steps", [0, 1, 4])
 def test_what_is_kept_of_a_stopped_output_does_not_depend_on_when_the_engine_hears_of_it(
-    make: Callable[[], TorchModel], late_steps: int
+    make: Make, late_steps: int
 ) -> None:
     long = Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)
     plain = Bench(FakeModels(tiny=make))
@@ -1077,7 +1037,7 @@ def test_logprobs_come_with_every_token_if_they_were_asked_for(bench: Bench) -> 
 # --- tokens and text ------------------------------------------------------------------------------
 
 
-def test_questions_about_text_wait_for_the_model_and_are_answered(make: Callable[[], TorchModel]) -> None:
+def test_questions_about_text_wait_for_the_model_and_are_answered(make: Make) -> None:
     bench = Bench(FakeModels(tiny=make))
     ask = EncodePrompt(ticket=Ticket(1), model="tiny", kind=PromptKind.TEXT, prompt=b"hello", special=True)
     heard = bench.tell(ask, SpellTokens(ticket=Ticket(2), model="", tokens=b"\x41\0\0\0\x42\0\0\0", each=True))
