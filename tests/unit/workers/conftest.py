@@ -30,6 +30,8 @@ from workers.runner import TorchRunner
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from workers.runners import Runner
+
 VOCAB_SIZE = 300
 EOS_ID = 299
 BLOCK_SIZE = 4
@@ -166,6 +168,32 @@ def family(request: pytest.FixtureRequest, model_dirs: dict[str, Path]) -> Famil
     path = model_dirs[request.param]
     plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return Family(request.param, path, load_model(source_of(path), dtype="float32"), plain.eval())
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    return random.Random(f"{seed}/{length}").choices(range(VOCAB_SIZE - 1), k=length)
+
+
+def prefill(
+    runner: Runner, tokens: Sequence[int], table: Sequence[BlockId], chunk: int, start: int = 0
+) -> torch.Tensor:
+    """Compute `tokens` from `start` on in chunks; the logits of the last one, `[vocab_size]`."""
+    logits = torch.empty(0)
+    for begin in range(start, len(tokens), chunk):
+        is_last = begin + chunk >= len(tokens)
+        logits = runner.run([make_slice(tokens[begin : begin + chunk], begin, table, wants_logits=is_last)])
+        assert logits.shape == (is_last, VOCAB_SIZE)
+    return logits[0]
+
+
+def continue_greedily(
+    runner: Runner, prompt: Sequence[int], table: Sequence[BlockId], first: torch.Tensor, num_tokens: int
+) -> list[int]:
+    tokens = [int(first.argmax())]
+    while len(tokens) < num_tokens:
+        position = len(prompt) + len(tokens) - 1
+        tokens.append(int(runner.run([make_slice(tokens[-1:], position, table)])[0].argmax()))
+    return tokens
 
 
 def scattered_table(num_tokens: int, seed: int, num_blocks: int = 64) -> list[BlockId]:

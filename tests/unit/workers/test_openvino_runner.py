@@ -6,7 +6,7 @@ import importlib.util
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +18,17 @@ from workers.batch import BlockId, Slice
 from workers.loader import load_model
 from workers.runner import TorchRunner
 
-from .conftest import VOCAB_SIZE, Family, make_pool, make_slice, save_model, source_of
+from .conftest import (
+    VOCAB_SIZE,
+    Family,
+    continue_greedily,
+    make_pool,
+    make_slice,
+    prefill,
+    prompt_of,
+    save_model,
+    source_of,
+)
 from .families import MODELS, save_random
 from .rig import Rig
 
@@ -52,36 +62,10 @@ def torch_runner(family: Family) -> TorchRunner:
     return TorchRunner(family.loaded, make_pool(family.loaded, 32, BLOCK_SIZE))
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(f"{seed}/{length}").choices(range(VOCAB_SIZE - 1), k=length)
-
-
 def tables_of(*lengths: int, seed: int = 0) -> list[list[BlockId]]:
     """A block table for each length, out of one pool, in no order."""
     free = random.Random(seed).sample(range(32), 32)
     return [[BlockId(free.pop()) for _ in range(-(-length // BLOCK_SIZE))] for length in lengths]
-
-
-def prefill(
-    runner: Runner, tokens: Sequence[int], table: Sequence[BlockId], chunk: int, start: int = 0
-) -> torch.Tensor:
-    """Compute `tokens` from `start` on in chunks; the logits of the last one, `[vocab_size]`."""
-    logits = torch.empty(0)
-    for begin in range(start, len(tokens), chunk):
-        is_last = begin + chunk >= len(tokens)
-        logits = runner.run([make_slice(tokens[begin : begin + chunk], begin, table, wants_logits=is_last)])
-        assert logits.shape == (is_last, VOCAB_SIZE)
-    return logits[0]
-
-
-def continue_greedily(
-    runner: Runner, prompt: Sequence[int], table: Sequence[BlockId], first: torch.Tensor, num_tokens: int
-) -> list[int]:
-    tokens = [int(first.argmax())]
-    while len(tokens) < num_tokens:
-        position = len(prompt) + len(tokens) - 1
-        tokens.append(int(runner.run([make_slice(tokens[-1:], position, table)])[0].argmax()))
-    return tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32, 100])

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import random
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -19,48 +18,22 @@ from .conftest import (
     BLOCK_SIZE,
     VOCAB_SIZE,
     Family,
+    continue_greedily,
     make_pool,
     make_slice,
+    prefill,
+    prompt_of,
     scattered_table,
     source_of,
     write_into,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from workers.batch import BlockId
 
 TOLERANCE = 2e-5
 """fp32 logits of magnitude about 5, summed in another order."""
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return random.Random(f"{seed}/{length}").choices(range(VOCAB_SIZE - 1), k=length)
-
-
-def prefill(
-    runner: TorchRunner, tokens: Sequence[int], table: Sequence[BlockId], chunk: int, start: int = 0
-) -> torch.Tensor:
-    """Compute `tokens` from `start` on in chunks; the logits of the last one, `[vocab_size]`."""
-    logits = torch.empty(0)
-    for begin in range(start, len(tokens), chunk):
-        piece = tokens[begin : begin + chunk]
-        is_last = begin + chunk >= len(tokens)
-        logits = runner.run([make_slice(piece, begin, table, wants_logits=is_last)])
-        assert logits.shape[0] == is_last
-    return logits[0]
-
-
-def continue_greedily(
-    runner: TorchRunner, prompt: Sequence[int], table: Sequence[BlockId], first: torch.Tensor, num_tokens: int
-) -> list[int]:
-    tokens = [int(first.argmax())]
-    while len(tokens) < num_tokens:
-        position = len(prompt) + len(tokens) - 1
-        tokens.append(int(runner.run([make_slice(tokens[-1:], position, table)])[0].argmax()))
-    return tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, 64])
