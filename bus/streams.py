@@ -1,4 +1,4 @@
-"""One token stream, seen from both ends: `StreamLog` at the worker, `StreamReceiver` at the client.
+"""How tokens of one stream travel, and the client's end of it; the worker's end is `bus.stream_log`.
 
 Tokens travel on PUB/SUB, which drops when it must (in bursts), so each carries (epoch, seq) and the ends agree
 on the rest over the reliable lane: the client asks again for what is missing (`Resume`), the worker replays it,
@@ -7,8 +7,7 @@ and the terminal `StreamEnd` has a digest of all tokens, which the client checks
 - the receiver delivers exactly the tokens 0, 1, 2 .. of the current epoch, each once, whatever arrives in
   whatever order; a message of another epoch changes nothing;
 - `Finished` comes only when all tokens were delivered and their digest is the sender's; otherwise `Broken`;
-- both ends hold a bounded amount: the log what is not acknowledged (the sequence pauses beyond the window),
-  the receiver `MAX_HELD` messages out of order.
+- the receiver holds at most `MAX_HELD` messages that are out of order.
 
 Neither end knows sockets or clocks: events and `now` (monotonic seconds) go in, actions come out.
 """
@@ -16,24 +15,17 @@ Neither end knows sockets or clocks: events and `now` (monotonic seconds) go in,
 from __future__ import annotations
 
 import struct
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
 from typing import TypeAlias, assert_never
 
 import msgspec
 
-from bus.errors import KVCacheError, MalformedMessage, ReplayExpired, StreamGap, TokenizerError
-from bus.limits import WINDOW_TOKENS
+from bus.errors import KVCacheError, MalformedMessage, StreamGap
 from bus.messages import Ack, Replay, Resume, StreamBeat, StreamEnd, StreamTokens, TokenLogprobs
-from bus.wire import MAX_HEADER_BYTES
 
 MAX_HELD = 256
-MAX_PUBLISHED_TOKENS = 64
-MAX_REPLAYED_TOKENS = 256
-MAX_PIECE_BYTES = 4096
 
 ACK_TOKENS = 64
 ACK_S = 1.0
@@ -42,15 +34,8 @@ SILENCE_S = 3 * BEAT_S
 RESUME_RETRY_S = 0.5
 TAIL_GRACE_S = 0.05
 PULL_PAUSE_S = 0.05
-PULL_RESUMES = 3
-PULL_WITHIN_S = 1.0
 
-_DIGEST_BYTES = 32
-_MESSAGE_BUDGET = MAX_HEADER_BYTES - 256  # leaves room for the other fields of the message
-_ITEM_OVERHEAD = 8  # a token id and the length of its text, as msgpack
-_LOGPROB_OVERHEAD = 15  # a token id and a number in an array, as msgpack
-
-_Item: TypeAlias = tuple[int, str, TokenLogprobs | None]
+DIGEST_BYTES = 32
 
 
 class Deliver(msgspec.Struct, frozen=True):  # a struct because there is one for every token, and it costs a sixth
@@ -92,7 +77,7 @@ def token_bytes(tokens: Sequence[int]) -> bytes:
 
 def stream_digest(data: bytes | bytearray) -> bytes:
     """blake2b-256 over a stream's tokens, given as `token_bytes`."""
-    return blake2b(data, digest_size=_DIGEST_BYTES).digest()
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 class StreamReceiver:
@@ -273,151 +258,3 @@ class StreamReceiver:
         self._acked = upto
         self._acked_at = now
         return Ack(req_id=self._req_id, epoch=self.epoch, upto=upto)
-
-
-class StreamLog:
-    """The worker's end: numbers tokens, keeps those that are not acknowledged, and answers `Resume`.
-
-    epoch: of the attempt that it belongs to; messages of another one are ignored.
-    resume_tokens: what the client already had when this attempt began; they count, and are never sent again.
-    window: how many unacknowledged tokens there may be before the sequence should pause.
-    """
-
-    def __init__(
-        self,
-        req_id: bytes,
-        epoch: int,
-        now: float,
-        *,
-        resume_tokens: Sequence[int] = (),
-        window: int = WINDOW_TOKENS,
-    ) -> None:
-        self.epoch = epoch
-        self.is_pulled = False
-        self._req_id = req_id
-        self._window = window
-        self._digest = blake2b(token_bytes(resume_tokens), digest_size=_DIGEST_BYTES)
-        self._base = len(resume_tokens)  # number of the first token that is kept
-        self._kept: deque[_Item] = deque()
-        self._resumed_at: deque[float] = deque(maxlen=PULL_RESUMES)
-        self._spoke_at = now
-
-    @property
-    def next_seq(self) -> int:
-        """How many tokens the stream has, those of earlier attempts included."""
-        return self._base + len(self._kept)
-
-    @property
-    def digest(self) -> bytes:
-        """blake2b-256 over all tokens of the stream so far, as `<u4`."""
-        return self._digest.digest()
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether the client is so far behind that no more tokens should be computed for it now."""
-        return len(self._kept) > self._window
-
-    def append(
-        self, tokens: Sequence[int], texts: Sequence[str], now: float, logprobs: Sequence[TokenLogprobs] = ()
-    ) -> list[StreamTokens]:
-        """Add tokens with the text each released; returns what to publish (nothing once the client pulls).
-
-        logprobs: one per token, if the client asked for them, and then always.
-        Raises TokenizerError, adding nothing, for a text that is too long to be sent.
-        """
-        longest = max((len(text.encode()) for text in texts), default=0)
-        if longest > MAX_PIECE_BYTES:
-            raise TokenizerError(f"one token released {longest} bytes of text, limit {MAX_PIECE_BYTES}")
-        start = self.next_seq
-        self._digest.update(token_bytes(tokens))
-        self._kept.extend(zip(tokens, texts, logprobs or (None,) * len(tokens), strict=True))
-        if self.is_pulled:
-            return []
-        self._spoke_at = now
-        if len(tokens) == 1:  # as in nearly every step, and it fits whatever it is
-            return [
-                StreamTokens(
-                    epoch=self.epoch, seq=start, tokens=tuple(tokens), texts=tuple(texts), logprobs=tuple(logprobs)
-                )
-            ]
-        return [
-            StreamTokens(epoch=self.epoch, seq=part.seq, tokens=part.tokens, texts=part.texts, logprobs=part.logprobs)
-            for part in self._cut(start, MAX_PUBLISHED_TOKENS)
-        ]
-
-    def beat(self, now: float) -> StreamBeat | None:
-        """The beat to publish, if one is due: it shows the client what it may have missed. None otherwise."""
-        if self.is_pulled or now - self._spoke_at < BEAT_S:
-            return None
-        self._spoke_at = now
-        return StreamBeat(epoch=self.epoch, next_seq=self.next_seq)
-
-    def ack(self, message: Ack) -> None:
-        """Forget what has arrived. More than there is counts as all there is."""
-        if message.epoch != self.epoch:
-            return
-        for _ in range(min(message.upto, self.next_seq) - self._base):
-            self._kept.popleft()
-            self._base += 1
-
-    def resume(self, message: Resume, now: float) -> list[Replay]:
-        """The answer to a client that misses tokens: all from there on, or, once it pulls, the next few.
-
-        The third question within a second makes the stream pulled: its publishing does not get through.
-        An answer without tokens says that there are none yet. Another epoch's question has no answer.
-        Raises ReplayExpired for tokens that the client had acknowledged.
-        """
-        if message.epoch != self.epoch:
-            return []
-        if message.from_seq < self._base:
-            raise ReplayExpired(
-                f"tokens from {message.from_seq} on were asked for; {self._base} and later are kept", detail=self._base
-            )
-        self._resumed_at.append(now)
-        if len(self._resumed_at) == PULL_RESUMES and now - self._resumed_at[0] <= PULL_WITHIN_S:
-            self.is_pulled = True
-        seq = min(message.from_seq, self.next_seq)
-        replays = [self._replay(part) for part in self._cut(seq, MAX_REPLAYED_TOKENS)]
-        return replays[: 1 if self.is_pulled else None] or [self._replay(Deliver(seq, (), ()))]
-
-    def tail(self) -> list[Replay]:
-        """All that is not acknowledged, to be sent on the reliable lane just before the end: whoever gets the
-        end then has every token, and nobody need ask a worker again about a stream that is over."""
-        return [self._replay(part) for part in self._cut(self._base, MAX_REPLAYED_TOKENS)]
-
-    def _replay(self, part: Deliver) -> Replay:
-        return Replay(
-            req_id=self._req_id,
-            epoch=self.epoch,
-            seq=part.seq,
-            tokens=part.tokens,
-            texts=part.texts,
-            pull=self.is_pulled,
-            logprobs=part.logprobs,
-        )
-
-    def _cut(self, seq: int, limit: int) -> Iterator[Deliver]:
-        """What is kept from `seq` on, in parts that fit into one message each."""
-        items: list[_Item] = []
-        size = 0
-        for item in islice(self._kept, seq - self._base, None):
-            need = _num_bytes(item)
-            if items and (len(items) == limit or size + need > _MESSAGE_BUDGET):
-                yield _part(seq, items)
-                seq, size, items = seq + len(items), 0, []
-            items.append(item)
-            size += need
-        if items:
-            yield _part(seq, items)
-
-
-def _num_bytes(item: _Item) -> int:
-    """What a token takes in a message, at most."""
-    _, text, logprobs = item
-    extra = 0 if logprobs is None else _LOGPROB_OVERHEAD + _LOGPROB_OVERHEAD * len(logprobs.top)
-    return _ITEM_OVERHEAD + len(text.encode()) + extra
-
-
-def _part(seq: int, items: Sequence[_Item]) -> Deliver:
-    tokens, texts, logprobs = zip(*items, strict=True)
-    return Deliver(seq, tokens, texts, tuple(entry for entry in logprobs if entry is not None))

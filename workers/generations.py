@@ -23,7 +23,7 @@ from bus import wire
 from bus.errors import BadArgument, Conflict, KVCacheError, StaleEpoch, TooLarge
 from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import Ack, Generate, Resume, Started, StreamBeat, StreamEnd, StreamTokens
-from bus.streams import StreamLog
+from bus.stream_log import StreamLog
 from bus.topics import topic_of
 from bus.wire import Buffer
 from kvcache.hashing import TOKEN_BYTES

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bus import streams, wire
+from bus import stream_log, streams, wire
 from bus.errors import MalformedMessage, ReplayExpired, StreamGap, TokenizerError
 from bus.messages import Ack, FinishReason, Message, Replay, Resume, StreamBeat, StreamEnd, StreamTokens, TokenLogprobs
-from bus.streams import Action, Broken, Deliver, Finished, StreamLog, StreamReceiver
+from bus.stream_log import StreamLog
+from bus.streams import Action, Broken, Deliver, Finished, StreamReceiver
 
 REQ = b"r" * 16
 
@@ -239,9 +240,9 @@ def test_a_log_numbers_tokens_after_those_the_client_had() -> None:
 
 def test_what_a_log_publishes_fits_into_messages() -> None:
     log = StreamLog(REQ, 0, 0.0)
-    messages = log.append(list(range(200)), ["é" * 50] * 199 + ["x" * streams.MAX_PIECE_BYTES], 0.0)
+    messages = log.append(list(range(200)), ["é" * 50] * 199 + ["x" * stream_log.MAX_PIECE_BYTES], 0.0)
     assert [token for message in messages for token in message.tokens] == list(range(200))
-    assert max(len(message.tokens) for message in messages) <= streams.MAX_PUBLISHED_TOKENS
+    assert max(len(message.tokens) for message in messages) <= stream_log.MAX_PUBLISHED_TOKENS
     for message in messages:
         assert wire.decode([wire.encode(message)]).message == message
     for replay in log.resume(Resume(req_id=REQ, epoch=0, from_seq=0), 0.0):
@@ -251,7 +252,7 @@ def test_what_a_log_publishes_fits_into_messages() -> None:
 def test_a_text_too_long_to_send_is_refused_and_adds_nothing() -> None:
     log = StreamLog(REQ, 0, 0.0)
     with pytest.raises(TokenizerError, match="limit 4096"):
-        log.append([1], ["x" * (streams.MAX_PIECE_BYTES + 1)], 0.0)
+        log.append([1], ["x" * (stream_log.MAX_PIECE_BYTES + 1)], 0.0)
     assert log.next_seq == 0
 
 
@@ -294,7 +295,7 @@ def test_the_third_resume_within_a_second_makes_the_stream_pulled() -> None:
     [replay] = log.resume(ask, 1.4)
     assert is_pulled(log)
     assert replay.pull
-    assert len(replay.tokens) == streams.MAX_REPLAYED_TOKENS
+    assert len(replay.tokens) == stream_log.MAX_REPLAYED_TOKENS
     assert log.append([600], ["a"], 1.5) == []
     assert log.beat(9.0) is None
     assert log.resume(Resume(req_id=REQ, epoch=0, from_seq=601), 9.0) == [replay_at(601, [], pull=True)]
@@ -305,7 +306,7 @@ def test_the_tail_is_all_that_was_not_acknowledged() -> None:
     log.append(list(range(600)), ["a"] * 600, 0.0)
     log.ack(Ack(req_id=REQ, epoch=0, upto=10))
     assert [token for replay in log.tail() for token in replay.tokens] == list(range(10, 600))
-    assert max(len(replay.tokens) for replay in log.tail()) <= streams.MAX_REPLAYED_TOKENS
+    assert max(len(replay.tokens) for replay in log.tail()) <= stream_log.MAX_REPLAYED_TOKENS
     for replay in log.tail():
         assert wire.decode([wire.encode(replay)]).message == replay
     assert not is_pulled(log)  # it is no answer to a question

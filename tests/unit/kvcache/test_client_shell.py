@@ -25,7 +25,7 @@ from bus.errors import (
 )
 from bus.limits import UPLOAD_WINDOW
 from bus.stats import BrokerStats, ClusterStats, Explanation, SequenceInfo, SequencePage, WorkerView, pack
-from bus.streams import StreamLog
+from bus.stream_log import StreamLog
 from bus.tensors import DType, TensorMeta
 from kvcache import Alternative, AsyncClient, Done, Event, SamplingParams, Start, Token
 from kvcache.client import AsyncGeneration
