@@ -102,8 +102,7 @@ async def test_broker_told_to_stop_lets_streams_end_and_its_successor_takes_the_
 async def test_frozen_and_thawed_broker_changes_no_token(cluster: Cluster, client: AsyncClient) -> None:
     expected = await Crowd(8, 80).run(client)
     crowd = Crowd(8, 80)
-    running = asyncio.create_task(crowd.run(client))
-    await until(crowd.have_all(5), "every stream has begun")
+    running = await crowd.begun(client)
     cluster.broker.stop()
     with pytest.raises((ConnectionLost, DeadlineExceeded)):
         await client.kv.length("any", 0, deadline=1.5)  # longer than every lease

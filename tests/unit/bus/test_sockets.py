@@ -369,9 +369,10 @@ def test_a_bind_that_others_could_reach_is_refused_without_keys(context: Context
         router.bind("tcp://0.0.0.0:5555")
 
 
-def test_a_socket_more_than_the_process_may_have_is_a_typed_error() -> None:
+def test_a_socket_more_than_the_process_may_have_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bus.sockets.libzmq.MAX_SOCKETS", 1)
     with (
-        Context(max_sockets=1) as context,
+        Context() as context,
         Dealer(context, CONTROL, SECURITY, Inbox()),
         pytest.raises(ConnectionLost, match="cannot open a socket: Too many open files"),
     ):
