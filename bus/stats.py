@@ -12,6 +12,7 @@ import msgspec
 
 from bus.errors import MalformedMessage
 from bus.limits import MAX_COPIES, MAX_RECEIPTS
+from bus.messages import U32, TokenLogprobs
 from bus.wire import Buffer
 
 
@@ -361,6 +362,13 @@ class Spelling(Figures, frozen=True):
     """Texts of token ids: one for each, or one for all of them, special tokens spelled out."""
 
     texts: tuple[str, ...]
+
+
+class PromptPart(Figures, frozen=True):
+    """Some tokens of a prompt, one after the other; `logprobs` has one for each, None for the prompt's first."""
+
+    token_ids: tuple[U32, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
 
 
 F = TypeVar("F", bound=Figures)

@@ -158,7 +158,7 @@ class StreamLog:
         items: list[_Item] = []
         size = 0
         for item in islice(self._kept, seq - self._base, None):
-            need = _num_bytes(item)
+            need = num_bytes(item[1], item[2])
             if items and (len(items) == limit or size + need > _MESSAGE_BUDGET):
                 yield _part(seq, items)
                 seq, size, items = seq + len(items), 0, []
@@ -168,9 +168,8 @@ class StreamLog:
             yield _part(seq, items)
 
 
-def _num_bytes(item: _Item) -> int:
-    """What a token takes in a message, at most."""
-    _, text, logprobs = item
+def num_bytes(text: str, logprobs: TokenLogprobs | None) -> int:
+    """What a token with this text takes in a message, at most."""
     extra = 0 if logprobs is None else _LOGPROB_OVERHEAD + _LOGPROB_OVERHEAD * len(logprobs.top)
     return _ITEM_OVERHEAD + len(text.encode()) + extra
 

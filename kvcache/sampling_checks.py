@@ -45,6 +45,8 @@ def check_sampling(sampling: Sampling) -> None:
     check_int("seed", sampling.seed, 0, MAX_SEED)
     if sampling.logprobs is not None:
         check_int("logprobs", sampling.logprobs, 0, MAX_LOGPROBS, "None for none")
+    if sampling.prompt_logprobs is not None:
+        check_int("prompt_logprobs", sampling.prompt_logprobs, 0, MAX_LOGPROBS, "None for none")
     _check_stop(sampling.stop)
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise BadArgument(f"{len(sampling.stop_token_ids)} stop_token_ids were given, at most {MAX_STOP_TOKEN_IDS}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import NewType, TypeAlias
 
+from bus.errors import KVCacheError
 from bus.messages import Sampling, TokenLogprobs
 from workers.logit_changes import LogitChanges
 
@@ -27,12 +28,17 @@ class Slice:
     start: how many tokens of the sequence are already in the pool (its context length before the pass).
     block_table: the sequence's blocks in order; covers at least `start + len(token_ids)` positions.
     wants_logits: whether the last token's logits are needed (the final prefill chunk, and each decode).
+    targets: tokens whose logprobs are to be told: `targets[i]` is the one that follows `token_ids[i]`. There are fewer
+        than `token_ids` where the last one's logits are wanted to draw from. num_top: how many of the likeliest tokens
+        at each of these places are to be told besides.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[BlockId]
     wants_logits: bool
+    targets: Sequence[int] = ()
+    num_top: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,32 @@ class Drawn:
     logprobs: TokenLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """How probable each of a slice's `targets` was, and the token that was drawn behind them if one was wanted."""
+
+    scores: tuple[TokenLogprobs, ...]
+    drawn: Drawn | None
+
+
 Batch = Sequence[Slice]
+Outcome: TypeAlias = Drawn | Scored | KVCacheError | None
+"""What came of a slice: `Scored` if it has targets, else the token drawn; what was wrong with its numbers; or nothing,
+since nothing was wanted."""
+
+
+def wanted_rows(batch: Batch) -> list[int]:
+    """Whose logits are needed, as places in the batch's row of tokens: of each slice those before its `targets`, then
+    its last one, if that is wanted."""
+    rows: list[int] = []
+    end = 0
+    for piece in batch:
+        begin, end = end, end + len(piece.token_ids)
+        if piece.targets:
+            rows += range(begin, begin + len(piece.targets))
+        if piece.wants_logits:
+            rows.append(end - 1)
+    return rows
 
 
 def check_batch(batch: Batch, *, max_model_len: int, block_size: int) -> None:

@@ -18,11 +18,10 @@ from typing import cast
 import torch
 from safetensors import safe_open
 
-from bus.errors import KVCacheError
 from bus.messages import PromptKind, Sampling
 from kvcache.bench.peers.contract import serve
 from kvcache.hashing import encode_token_ids
-from workers.batch import Batch, Draw, Drawn
+from workers.batch import Batch, Draw, Outcome
 from workers.engine_api import Broke, EngineEvent, Load, NewToken, RunId, Start
 from workers.host import Host, Result
 from workers.loader import DTypeName
@@ -51,7 +50,7 @@ class _Timed:
     def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
         started = time.perf_counter()
         drawn = self._model.compute(batch, draws)
         self._clock.add(time.perf_counter() - started, is_decode=all(len(each.token_ids) == 1 for each in batch))

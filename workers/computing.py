@@ -10,15 +10,13 @@ from collections.abc import Sequence
 
 from bus.errors import InternalError, KVCacheError
 from workers import tasks
-from workers.batch import Batch, Draw, Drawn
+from workers.batch import Batch, Draw, Outcome
 from workers.model import Model
 
 log = logging.getLogger(__name__)
 
 
-def compute_step(
-    model: Model, step: tasks.Step, draws: Sequence[Draw | None]
-) -> Sequence[Drawn | KVCacheError | None] | KVCacheError:
+def compute_step(model: Model, step: tasks.Step, draws: Sequence[Draw | None]) -> Sequence[Outcome] | KVCacheError:
     """Per slice its result, or one error for all if the step's copies could not be made."""
     try:
         if step.copies:
@@ -29,7 +27,7 @@ def compute_step(
     return _compute_part(model, step.batch, draws)
 
 
-def _compute_part(model: Model, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+def _compute_part(model: Model, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
     """Per slice its result; what raises is computed again in halves, at most twice as many passes as slices.
 
     Again does no harm: a pass writes the same positions, draws depend on seed and position, and no slice of a

@@ -236,6 +236,21 @@ class Prefilled:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScored:
+    """What is to be told of the tokens `start ..` of a prompt of `num_tokens`. Parts come in order; one that was
+    computed again may repeat what others had.
+
+    logprobs: one per token; None for the very first, which follows nothing.
+    """
+
+    run: RunId
+    num_tokens: int
+    start: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodesMoved:
     """Chain nodes whose blocks can be reused from now on, or no longer, in order."""
 
@@ -325,11 +340,13 @@ class Answered:
     answer: Answer
 
 
-RunEvent: TypeAlias = Admitted | Prefilled | Produced | Ended | Broke
+RunEvent: TypeAlias = Admitted | Prefilled | PromptScored | Produced | Ended | Broke
 KVEvent: TypeAlias = Retained | Forgotten | Answered
 PoolEvent: TypeAlias = NodesMoved | BlocksMoved
 Event: TypeAlias = RunEvent | KVEvent | PoolEvent | CopyEvent
-EngineEvent: TypeAlias = Opened | NewToken | Admitted | Prefilled | Ended | Broke | KVEvent | PoolEvent | CopyEvent
+EngineEvent: TypeAlias = (
+    Opened | NewToken | Admitted | Prefilled | PromptScored | Ended | Broke | KVEvent | PoolEvent | CopyEvent
+)
 """What the engine's thread says; `workers.texts` makes `Event`s of it."""
 OnEvents: TypeAlias = Callable[[Sequence[Event]], None]
 

@@ -74,9 +74,9 @@ class Exchange:
     def want(self, slot: Slot, start: Start, prompt: tuple[int, ...]) -> Wanted | None:
         """Have a generation that was ordered to pull wait for its blocks; None if there is nothing to wait for.
 
-        At least its last token is left to compute, as with any prefix.
+        At least its last token is left to compute, as with any prefix; of one whose tokens are to be scored, all.
         """
-        if start.pull is None or not slot.shares_prefixes:
+        if start.pull is None or not slot.shares_prefixes or start.sampling.prompt_logprobs is not None:
             return None
         token_ids = (*prompt, *start.resume)
         size = slot.model.facts.block_size

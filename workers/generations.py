@@ -21,9 +21,10 @@ from typing import assert_never
 from bus import messages as m
 from bus import wire
 from bus.errors import BadArgument, Conflict, KVCacheError, StaleEpoch, TooLarge
-from bus.limits import MAX_PROMPT_BYTES
-from bus.messages import Ack, Generate, Resume, Started, StreamBeat, StreamEnd, StreamTokens
-from bus.stream_log import StreamLog
+from bus.limits import MAX_INLINE_BYTES, MAX_PROMPT_BYTES
+from bus.messages import Ack, Generate, PromptLogprobs, Resume, Started, StreamBeat, StreamEnd, StreamTokens
+from bus.stats import PromptPart, pack
+from bus.stream_log import StreamLog, num_bytes
 from bus.topics import topic_of
 from bus.wire import Buffer
 from kvcache.hashing import TOKEN_BYTES
@@ -37,6 +38,7 @@ from workers.engine_api import (
     Prefilled,
     Proceed,
     Produced,
+    PromptScored,
     RunEvent,
     RunId,
     Start,
@@ -124,6 +126,8 @@ class Generations:
         if len(prompt) > MAX_PROMPT_BYTES:
             raise TooLarge(f"the prompt is {len(prompt)} bytes, limit {MAX_PROMPT_BYTES}", detail=MAX_PROMPT_BYTES)
         resume = _resume_tokens(payload[1] if len(payload) > 1 else b"", message.sampling.max_tokens)
+        if resume and message.sampling.prompt_logprobs is not None:
+            raise BadArgument("prompt_logprobs come before the first token; a stream that goes on has them already")
         sequence = SequenceKey(call.request.tenant, message.seq_id) if message.seq_id else None
         writer = None if sequence is None else self._runs.by_sequence.get(sequence)
         if writer is not None and writer.request != call.request:
@@ -188,6 +192,8 @@ class Generations:
                 return self._started(run, event)
             case Prefilled():
                 return [] if run.call is None else [_report(run.call, event)]
+            case PromptScored():
+                return self._prompt_scored(run, event)
             case Produced():
                 return self._produced(run, event, now)
             case Ended():
@@ -241,6 +247,25 @@ class Generations:
             cached_tokens=event.cached_tokens,
         )
         return self._calls.say(run.call, started)
+
+    def _prompt_scored(self, run: Run, event: PromptScored) -> list[Action]:
+        """On the reliable lane, in parts of which as many may wait there as of any inline payload."""
+        if run.call is None:  # whoever asks again has the prompt computed again
+            return []
+        most = max(num_bytes("", entry) for entry in event.logprobs)
+        step = MAX_INLINE_BYTES // most
+        actions: list[Action] = []
+        for at in range(0, len(event.tokens), step):
+            payload = pack(PromptPart(token_ids=event.tokens[at : at + step], logprobs=event.logprobs[at : at + step]))
+            part = PromptLogprobs(
+                req_id=run.request.req_id,
+                epoch=run.log.epoch,
+                num_tokens=event.num_tokens,
+                start=event.start + at,
+                payload=wire.describe([payload]),
+            )
+            actions += self._calls.say(run.call, part, payload)
+        return actions
 
     def _produced(self, run: Run, event: Produced, now: float) -> list[Action]:
         try:

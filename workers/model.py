@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from bus.errors import KVCacheError
 from bus.messages import PromptKind
-from workers.batch import Batch, BlockId, Draw, Drawn
+from workers.batch import Batch, BlockId, Draw, Outcome
 from workers.engine_api import ReadResult
 from workers.text import TextStream
 
@@ -63,8 +62,8 @@ class Model(Protocol):
 
         Called from the engine's thread; the text is used in another, which decodes all texts."""
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
-        """One step: per slice the token drawn, what was wrong with its numbers, or None where nothing was wanted."""
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
+        """One step; what came of each slice."""
 
     def difference(self, one: BlockId, other: BlockId) -> float:
         """How far the KV of two blocks differs, as a part of the largest number there; NaN if a number is none."""

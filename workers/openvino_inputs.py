@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workers.batch import wanted_rows
 from workers.openvino_api import ov
 
 if TYPE_CHECKING:
@@ -39,11 +40,11 @@ class StepInputs:
         stops = [piece.start + length for piece, length in zip(batch, lengths, strict=True)]
         used = [-(-stop // self._block_size) for stop in stops]
         ends = list(_running(lengths))
-        wanted = [end - 1 for end, piece in zip(ends[1:], batch, strict=True) if piece.wants_logits]
         self._put("input_ids", [token for piece in batch for token in piece.token_ids])
         self._put(
             "position_ids", [at for piece, stop in zip(batch, stops, strict=True) for at in range(piece.start, stop)]
         )
+        wanted = wanted_rows(batch)
         # Rows to project are never none: OpenVINO's kernels are for matrices that have some.
         self._put("wanted", wanted or [0])
         self._put("past_lens", [piece.start for piece in batch])

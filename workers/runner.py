@@ -9,13 +9,13 @@ The runner owns no sequence and no block: what a batch says is in the pool must 
 
 from __future__ import annotations
 
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from workers import fused_layer, packed_linear
-from workers.batch import check_batch
+from workers.batch import check_batch, wanted_rows
 from workers.decode_graphs import DecodeGraphs, PlanDecodes, record_on_cuda
 from workers.gather_attention import plan_gather
 from workers.pool_cache import PoolCache
@@ -54,7 +54,6 @@ class TorchRunner:
         if plan_decodes is not None:
             self._graphs = DecodeGraphs(kv, plan_decodes, self._forward, record_on_cuda)
         self._max_len = loaded.shape.max_model_len
-        self._vocab_size = loaded.shape.vocab_size
         self._model = loaded.model
         self._runs_flat = not loaded.has_own_attention
 
@@ -64,10 +63,9 @@ class TorchRunner:
     def run(self, batch: Batch) -> torch.Tensor:
         """One forward pass over every slice of the batch, or a few if the family attends in its own code.
 
-        Returns logits `[num_wanting_logits, vocab_size]` float32 on the model's device: one row for the last
-        token of each slice that wants them, in the batch's order. Writes the keys and values of all its tokens
-        into the pool at their positions. Raises ValueError for an empty batch or slice, or one past the
-        model's length or its own block table, before anything is written.
+        Returns logits `[num_wanted, vocab_size]` float32 on the model's device: those of its `wanted_rows`, in their
+        order. Writes the keys and values of all its tokens into the pool at their positions. Raises ValueError for an
+        empty batch or slice, or one past the model's length or its own block table, before anything is written.
         """
         check_batch(batch, max_model_len=self._max_len, block_size=self.kv.plan.block_size)
         logits = self._run_flat(batch) if self._runs_flat else self._run_by_length(batch)
@@ -84,12 +82,10 @@ class TorchRunner:
         device = self.kv.device
         token_ids = torch.tensor([token for piece in batch for token in piece.token_ids], device=device)
         positions = [p for piece in batch for p in range(piece.start, piece.start + len(piece.token_ids))]
-        ends = accumulate(len(piece.token_ids) for piece in batch)
-        wanted = [end - 1 for end, piece in zip(ends, batch, strict=True) if piece.wants_logits]
         return self._forward(
             token_ids.unsqueeze(0),
             torch.tensor([positions], device=device),
-            torch.tensor(wanted, dtype=torch.int64, device=device),
+            torch.tensor(wanted_rows(batch), dtype=torch.int64, device=device),
             self._plan_step(batch, self.kv),
         )
 
@@ -106,24 +102,30 @@ class TorchRunner:
         def num_tokens(index: int) -> int:
             return len(batch[index].token_ids)
 
-        logits = torch.empty((len(batch), self._vocab_size), dtype=self.kv.compute_dtype, device=self.kv.device)
+        parts: dict[int, torch.Tensor] = {}
         for _, same in groupby(sorted(range(len(batch)), key=num_tokens), num_tokens):
-            rows = list(same)
-            logits[rows] = self._run_equal([batch[row] for row in rows])
-        return logits[[row for row, piece in enumerate(batch) if piece.wants_logits]]
+            indices = list(same)
+            parts |= zip(indices, self._run_equal([batch[index] for index in indices]), strict=True)
+        return torch.cat([parts[index] for index in range(len(batch))])
 
-    def _run_equal(self, batch: Batch) -> torch.Tensor:
-        """One pass over slices with the same number of tokens; the logits of each one's last."""
+    def _run_equal(self, batch: Batch) -> list[torch.Tensor]:
+        """One pass over slices with the same number of tokens; of each the logits that it wants."""
         cache = PoolCache(batch, self.kv)
+        num_tokens = len(batch[0].token_ids)
+        num_kept = num_tokens if any(piece.targets for piece in batch) else 1
         output = self._model(
             input_ids=torch.tensor([list(piece.token_ids) for piece in batch], device=self.kv.device),
             position_ids=cache.position_ids,
             attention_mask=cache.attention_mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_kept,
         )
-        return cast("torch.Tensor", output.logits[:, -1])
+        skipped = num_tokens - num_kept
+        return [
+            logits[[row - skipped for row in wanted_rows([piece])]]
+            for piece, logits in zip(batch, output.logits, strict=True)
+        ]
 
 
 def release_model(model: torch.nn.Module) -> None:

@@ -40,7 +40,7 @@ class Runner(Protocol):
         """Whether it computes with the loaded model's weights, or else has its own."""
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """One forward pass: logits `[num_wanting_logits, vocab_size]` float32, which hold until the next one.
+        """One forward pass: logits `[num_wanted, vocab_size]` float32, which hold until the next one.
 
         See `TorchRunner.run`."""
 

@@ -2,12 +2,14 @@
 
 For each row: look whether its numbers are numbers, apply the generation's changes to it, take the likeliest token or
 draw one (`workers.draws`), and say how probable that was, in the model's own distribution, where it was asked for.
-Rows that only want their likeliest token cost one pass that finds it; the others are copied to the host.
+Rows that only want their likeliest token cost one pass that finds it; the others are copied to the host. Of rows whose
+next token is a prompt's only that token's logprob is left, and the likeliest ones'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from bus.errors import InternalError
 from bus.messages import TokenLogprobs
 from kvcache.sampling_checks import MAX_LOGPROBS
-from workers.batch import Draw, Drawn
+from workers.batch import Batch, Draw, Drawn, Outcome, Scored, Slice
 from workers.draws import draw_tokens, is_greedy, likeliest, weigh
 
 if TYPE_CHECKING:
@@ -24,6 +26,61 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
     Ints = NDArray[np.int64]
+
+_SCORED_ROWS = 32
+"""Rows of a prompt that are looked at together: what that takes besides them is a few megabytes."""
+
+
+def results(logits: torch.Tensor, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
+    """What comes of each slice.
+
+    logits: [num_wanted, vocab_size] float32, any device: the batch's `wanted_rows`. draws: one for each slice, None
+    where no token is wanted.
+    """
+    wanted = [draw for draw in draws if draw is not None]
+    if not any(piece.targets for piece in batch):
+        drawn = iter(sample(logits, wanted) if wanted else ())
+        return [None if draw is None else next(drawn) for draw in draws]
+    ends = list(accumulate(len(piece.targets) + piece.wants_logits for piece in batch))
+    last = [end - 1 for end, draw in zip(ends, draws, strict=True) if draw is not None]
+    drawn = iter(sample(logits[last], wanted) if wanted else ())
+    found: list[Outcome] = []
+    for end, piece, draw in zip(ends, batch, draws, strict=True):
+        token = None if draw is None else next(drawn)
+        first = end - piece.wants_logits - len(piece.targets)
+        found.append(_scored(logits[first : first + len(piece.targets)], piece, token) if piece.targets else token)
+    return found
+
+
+def _scored(logits: torch.Tensor, piece: Slice, drawn: Drawn | InternalError | None) -> Scored | InternalError:
+    if isinstance(drawn, InternalError):
+        return drawn
+    scores = score(logits, piece.targets, piece.num_top)
+    if scores is None:
+        return InternalError(f"non-finite logits for positions {piece.start + 1} to {piece.start + len(piece.targets)}")
+    return Scored(scores, drawn)
+
+
+def score(logits: torch.Tensor, targets: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...] | None:
+    """How probable each target was by its row, and the `num_top` likeliest tokens there; None if a number is none.
+
+    logits: [num_targets, vocab_size] float32, any device; they are not changed.
+    """
+    found: list[TokenLogprobs] = []
+    for start in range(0, len(targets), _SCORED_ROWS):
+        rows = logits[start : start + _SCORED_ROWS]
+        scale = rows.logsumexp(dim=1)
+        wanted = torch.tensor(targets[start : start + _SCORED_ROWS], device=rows.device)
+        own = rows.gather(1, wanted[:, None])[:, 0] - scale
+        if not (scale.isfinite() & own.isfinite()).all():
+            return None
+        top, top_ids = rows.topk(min(num_top, rows.shape[1]), dim=1)
+        top_scores = (top - scale[:, None]).tolist()
+        found += [
+            TokenLogprobs(logprob, tuple(zip(ids, scores, strict=True)))
+            for logprob, ids, scores in zip(own.tolist(), top_ids.tolist(), top_scores, strict=True)
+        ]
+    return tuple(found)
 
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Drawn | InternalError]:

@@ -70,7 +70,14 @@ class Scheduler:
         num_tokens = len(task.prompt) + len(task.resume)
         if num_tokens > self._capacity:
             raise NoSpace(f"{num_tokens} tokens do not fit the pool of {self._capacity}", detail=self._capacity)
-        sequence = Sequence(task.seed, [*task.prompt, *task.resume], task.sequence, task.landmarks)
+        sequence = Sequence(
+            task.seed,
+            [*task.prompt, *task.resume],
+            task.sequence,
+            task.landmarks,
+            num_to_score=task.num_to_score,
+            num_top=task.prompt_logprobs or 0,
+        )
         self.sequences.begin(sequence)
         generation = Generation(task, sequence, self._num_submitted, self._max_len(task), now, self._pace.token_s)
         self._num_submitted += 1

@@ -38,12 +38,17 @@ class Sequence:
     has taken over from there, or had when it was pinned.
     copy: a block, and one of its own that it is still to be copied to; computed tokens count on it.
     landmarks: where the nodes of its chain end; the first `num_marked` of them are attached to their blocks.
+    num_to_score: so many leading tokens are each followed by one whose logprob is to be told, with `num_top` likeliest
+    ones; of `num_scored` that was done. It takes logits, so what was not scored is not taken from other sequences.
     """
 
     seed: HashSeed
     token_ids: list[int]
     key: SequenceKey | None = None
     landmarks: tuple[Landmark, ...] = ()
+    num_to_score: int = 0
+    num_top: int = 0
+    num_scored: int = 0
     block_table: list[BlockId] = field(default_factory=list)
     num_computed: int = 0
     num_kept: int = 0
@@ -61,6 +66,16 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def is_scored(self) -> bool:
+        """Whether all that is to be told of its prompt was told."""
+        return self.num_scored == self.num_to_score
+
+    @property
+    def num_reusable(self) -> int:
+        """How many of its tokens need no computing if the pool has them: all but the last, whose logits are needed."""
+        return len(self.token_ids) - 1 if self.is_scored else self.num_scored
+
+    @property
     def next_block(self) -> BlockHash | None:
         """Digest of the block into which its next token goes, if it has all the tokens of that block."""
         index = self.num_computed // self.seed.block_size
@@ -69,11 +84,14 @@ class Sequence:
     def next_slice(self, num_tokens: int) -> Slice:
         """The next `num_tokens` of them for a forward pass; blocks for them must be held."""
         stop = self.num_computed + num_tokens
+        scored_stop = self.num_computed if self.is_scored else min(stop, self.num_to_score)
         return Slice(
             token_ids=tuple(self.token_ids[self.num_computed : stop]),
             start=self.num_computed,
             block_table=tuple(self.block_table),
             wants_logits=stop == len(self.token_ids),
+            targets=tuple(self.token_ids[self.num_computed + 1 : scored_stop + 1]),
+            num_top=self.num_top,
         )
 
     def append(self, token_id: int) -> None:
@@ -128,7 +146,7 @@ class SequenceTable:
         """Fill an empty block table up to `num_blocks`, reusing what is there already.
 
         Reuses the retained sequence of its name or the longest findable prefix, whichever has more tokens, and
-        leaves at least the last token to compute. Returns how many tokens need no computing, or None, with
+        leaves `num_reusable` aside to compute. Returns how many tokens need no computing, or None, with
         nothing changed, if there is no room. `Sequence.copy` is then to be made in the very next step.
         """
         kept = None if sequence.key is None else self._retained.get(sequence.key)
@@ -172,11 +190,11 @@ class SequenceTable:
     def catch_up(self, sequence: Sequence) -> int:
         """Share the next blocks that others have computed since it was admitted; returns the tokens that saves.
 
-        As in `admit`, at least the last token is left to compute. The blocks that were meant for them are let go.
+        As in `admit`, no more than `num_reusable`. The blocks that were meant for them are let go.
         """
         size = self.cache.block_size
         before = sequence.num_computed
-        for i in range(sequence.num_published, (len(sequence.token_ids) - 1) // size):
+        for i in range(sequence.num_published, sequence.num_reusable // size):
             parent = sequence.block_table[i - 1] if i else None
             tokens = encode_token_ids(sequence.token_ids[i * size : (i + 1) * size])
             found = self.cache.exchange(sequence.block_table[i], sequence.digests[i], parent, tokens)
@@ -196,6 +214,7 @@ class SequenceTable:
     def advance(self, sequence: Sequence, num_computed: int) -> None:
         """Tokens below `num_computed` are in the blocks now; blocks that became full can be found from now on."""
         sequence.num_computed = num_computed
+        sequence.num_scored = max(sequence.num_scored, min(num_computed, sequence.num_to_score))
         size = self.cache.block_size
         for i in range(sequence.num_published, num_computed // size):
             parent = sequence.block_table[i - 1] if i else None
@@ -366,9 +385,9 @@ class SequenceTable:
         self._retained[key] = sequence
 
     def _find(self, sequence: Sequence) -> _Found:
-        """What can be found of all its tokens but the last."""
+        """What can be found of the tokens that may be reused."""
         size = self.cache.block_size
-        limit = len(sequence.token_ids) - 1
+        limit = sequence.num_reusable
         data = encode_token_ids(sequence.token_ids[:limit])
         blocks = self.cache.longest(sequence.digests[: limit // size], data)
         at = len(blocks) * size
@@ -381,7 +400,7 @@ class SequenceTable:
         if kept.seed.root != sequence.seed.root:
             return 0
         size = self.cache.block_size
-        num = min(_common_prefix(kept.token_ids, sequence.token_ids), len(sequence.token_ids) - 1)
+        num = min(_common_prefix(kept.token_ids, sequence.token_ids), sequence.num_reusable)
         if num % size and not self.cache.is_exclusive(kept.block_table[num // size]):
             num -= num % size
         return num

@@ -23,7 +23,7 @@ from kvcache.hashing import BlockHash, HashSeed
 from kvcache.sampling_checks import check_vocabulary
 from workers import tasks
 from workers.audit import Auditor
-from workers.batch import Draw, Drawn, Slice
+from workers.batch import Draw, Drawn, Scored, Slice
 from workers.computing import compute_step
 from workers.engine_api import (
     Admitted,
@@ -36,6 +36,7 @@ from workers.engine_api import (
     NodesMoved,
     Opened,
     Prefilled,
+    PromptScored,
     ReadResult,
     Retained,
     RunId,
@@ -151,7 +152,7 @@ class Slot:
         ]
         sampled = compute_step(self.model, step, draws)
         begun, now = now, clock()
-        prefilled = self._share_time(step, now - begun)
+        events += self._share_time(step, now - begun)
         failed: list[tasks.Event] = []
         tokens: list[int | None] = []
         if isinstance(sampled, KVCacheError):
@@ -159,11 +160,15 @@ class Slot:
             touched = dict.fromkeys([*step.keys, *(copy.key for copy in step.copies)])
             failed += [event for key in touched for event in self._scheduler.fail(key, sampled, now)]
             sampled = [None] * len(step.batch)
-        for key, result in zip(step.keys, sampled, strict=True):
-            if isinstance(result, KVCacheError):
-                failed += self._scheduler.fail(key, result, now)
-            tokens.append(self._note(RunId(key), result) if isinstance(result, Drawn) else None)
-        return True, events + prefilled + self._translate([*failed, *self._scheduler.commit(step, tokens, now)])
+        for key, piece, result in zip(step.keys, step.batch, sampled, strict=True):
+            drawn = result
+            if isinstance(result, Scored):
+                events.append(self._scored(RunId(key), piece, result.scores))
+                drawn = result.drawn
+            if isinstance(drawn, KVCacheError):
+                failed += self._scheduler.fail(key, drawn, now)
+            tokens.append(self._note(RunId(key), drawn) if isinstance(drawn, Drawn) else None)
+        return True, events + self._translate([*failed, *self._scheduler.commit(step, tokens, now)])
 
     @property
     def next_deadline(self) -> float:
@@ -316,6 +321,7 @@ class Slot:
             deadline=start.deadline,
             priority=start.priority,
             landmarks=self._landmarks(start, len(prompt)) if self.shares_prefixes else (),
+            prompt_logprobs=sampling.prompt_logprobs,
         )
 
     def _landmarks(self, start: Start, num_tokens: int) -> tuple[Landmark, ...]:
@@ -355,6 +361,10 @@ class Slot:
             output.changes.add(drawn.token_id)
         return drawn.token_id
 
+    def _scored(self, run: RunId, piece: Slice, scores: tuple[TokenLogprobs, ...]) -> PromptScored:
+        num_tokens = len(self._outputs[run].task.prompt)
+        return PromptScored(run, num_tokens, piece.start + 1, tuple(piece.targets), scores)
+
     def _audit(self) -> bool:
         """Make the audit that is due, if one is."""
         audit = self._auditor.begin()
@@ -387,6 +397,8 @@ class Slot:
                     task = self._outputs[run].task
                     self._auditor.note(task.seed, task.prompt, event.cached_tokens)
                     out.append(self._admitted(run, event.prompt_tokens, event.cached_tokens))
+                    if task.prompt_logprobs is not None:
+                        out.append(PromptScored(run, len(task.prompt), 0, task.prompt[:1], (None,)))
                 case tasks.Sampled():
                     follower = events[position + 1] if position + 1 < len(events) else None
                     is_last = isinstance(follower, tasks.Finished) and follower.key == event.key

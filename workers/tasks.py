@@ -61,6 +61,8 @@ class GenerationTask:
     deadline: monotonic seconds; whoever has not ended by then fails, and one that never began computes nothing.
     priority: its class, -MAX_PRIORITY to MAX_PRIORITY, lower is sooner; see `kvcache.places`.
     landmarks: where the nodes of the prompt's chain end, for routing.
+    prompt_logprobs: None for none; else the logprobs of the prompt's tokens are told, and of so many likeliest ones.
+        Then it is computed anew, whatever the pool has of it, since only computing gives logits.
     """
 
     key: bytes
@@ -76,6 +78,12 @@ class GenerationTask:
     deadline: float = math.inf
     priority: int = 0
     landmarks: tuple[Landmark, ...] = ()
+    prompt_logprobs: int | None = None
+
+    @property
+    def num_to_score(self) -> int:
+        """How many of its leading tokens are followed by one whose logprob is to be told: a prompt's but the last."""
+        return 0 if self.prompt_logprobs is None else len(self.prompt) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import torch
 
-from bus.errors import BadArgument, KVCacheError, ModelNotFound, ModelUnavailable
+from bus.errors import BadArgument, ModelNotFound, ModelUnavailable
 from bus.limits import MAX_PROMPT_BYTES
 from bus.messages import PromptKind
 from bus.tensors import TensorMeta, dtype_by_name
@@ -28,7 +28,7 @@ from kvcache.models import BUILT_IN, MAX_NAME_CHARS, ModelRegistry, ModelSource
 from kvcache.pull import pull
 from workers import sampling
 from workers.attention_choice import AttentionName
-from workers.batch import Batch, BlockId, Draw, Drawn
+from workers.batch import Batch, BlockId, Draw, Outcome
 from workers.engine_api import ReadResult
 from workers.kv_precision import AUTO, is_scaled, kv_dtype, name_of
 from workers.loader import DTypeName, LoadedModel, ModelShape, load_model, measure_model
@@ -142,12 +142,9 @@ class TorchModel:
         return TextStream(self._decoder, stops, min_tokens)
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
-        """One step. Per slice: the token drawn, what was wrong with its logits, or None where none was wanted."""
-        wanted = [draw for draw in draws if draw is not None]
-        logits = self._runner.run(batch)
-        drawn = iter(sampling.sample(logits, wanted) if wanted else ())
-        return [None if draw is None else next(drawn) for draw in draws]
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
+        """One step; what came of each slice."""
+        return sampling.results(self._runner.run(batch), batch, draws)
 
     def difference(self, one: BlockId, other: BlockId) -> float:
         """How far the KV of two blocks differs, as a part of the largest number of its layer; see `PagedKV`."""

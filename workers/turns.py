@@ -6,11 +6,12 @@ Three rules, in this order:
   half of the step's tokens at most, so that decodes go on beside it.
 - Then every decode gets its one token. They are many and each is cheap, and their readers are waiting.
 - Then the prefills, in their places in line (the shortest first, but for how long they have waited), fill what is
-  left: the first gets all it can use.
+  left: the first gets all it can use. Those whose prompts are scored get `MAX_SCORED` tokens together.
 
 No wait is longer than `PATIENCE` steps and one for each other that is admitted: whoever is first in line gets a
 token, and is then behind all who wait. A prefill whose next block is computed by another in this step sits it
-out, since the next step finds that block in the pool; the first in line never does, so this cannot hold up all.
+out, since the next step finds that block in the pool; the first in line never does, so this cannot hold up all. One
+whose prompt is scored takes no block from others, and waits for none.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ PATIENCE = 16
 PACE_MEMORY = 0.98
 """Each step leaves so much of those before: fifty are enough for a rate that only orders prefills."""
 
+MAX_SCORED = 256
+"""Tokens in one step whose logits are all needed: 256 rows of a vocabulary of 150,000 are 150 MB in float32."""
+
 _BY_WAIT = (0.0, 0)
 
 
@@ -39,6 +43,7 @@ class Shares:
         self._max_tokens = max_tokens
         self._tokens_left = max_tokens
         self._seqs_left = max_seqs
+        self._scored_left = MAX_SCORED
         self._in_progress: set[BlockHash] = set()
 
     @property
@@ -53,9 +58,14 @@ class Shares:
             if _is_overdue(generation, self._step):
                 num_tokens = min(num_tokens, max(1, self._max_tokens // 2))
             block = sequence.next_block
-            if block in self._in_progress:
+            if not sequence.is_scored:
+                num_tokens = min(num_tokens, self._scored_left)
+                self._scored_left -= num_tokens
+            elif block in self._in_progress:
+                num_tokens = 0
+            if num_tokens == 0:
                 return
-            if block is not None:  # those that are alike have all caught up to it, so none is at a later one
+            if block is not None:  # those that would share it have all caught up to it, so none is at a later one
                 self._in_progress.add(block)
         self.num_tokens[generation] = num_tokens
         self._tokens_left -= num_tokens

@@ -21,6 +21,7 @@ from bus.messages.generating import (
     Detokenized,
     Generate,
     OpenStream,
+    PromptLogprobs,
     Replay,
     Resume,
     Started,
@@ -123,6 +124,7 @@ ToClient = (
     | Routed
     | StreamOpened
     | Started
+    | PromptLogprobs
     | Replay
     | StreamEnd
     | Tokenized

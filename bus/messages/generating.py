@@ -37,7 +37,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """How tokens are drawn and when to stop. Ranges are checked by `kvcache.sampling_checks.check_sampling`.
 
     logit_bias: (token id, what is added to its logit). logprobs: None for none, 0 for those of the tokens drawn, or
-    how many of the likeliest to tell besides.
+    how many of the likeliest to tell besides. prompt_logprobs: the same of the prompt's tokens (`PromptLogprobs`).
     """
 
     max_tokens: I63 = 128
@@ -55,6 +55,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     frequency_penalty: float = 0.0
     logit_bias: Annotated[tuple[tuple[I63, float], ...], msgspec.Meta(max_length=512)] = ()
     logprobs: I63 | None = None
+    prompt_logprobs: I63 | None = None
 
 
 class OpenStream(Message, frozen=True):
@@ -221,4 +222,18 @@ class Detokenized(Message, frozen=True):
     opcode = 44
     payloads = (1, 1)
     req_id: Id16
+    payload: Parts
+
+
+class PromptLogprobs(Message, frozen=True):
+    """How probable the tokens `start ..` of a prompt of `num_tokens` were; the payload is a `bus.stats.PromptPart`.
+
+    On the reliable lane, in order, all before the first token; a part may begin with tokens that were told before."""
+
+    opcode = 45
+    payloads = (1, 1)
+    req_id: Id16
+    epoch: U32
+    num_tokens: U63
+    start: U63
     payload: Parts

@@ -137,6 +137,8 @@ class Knowledge:
         def covered(depth: int) -> int:
             return num_tokens if depth == whole else min(num_tokens, int(ROUTING_DEPTHS[depth - 1] * block_tokens))
 
+        if isinstance(message, m.Generate) and message.sampling.prompt_logprobs is not None:
+            return Prompt(keys, num_tokens, {}, {}, [])  # computed anew, wherever it goes
         hits = {worker: covered(depth) for worker, depth in self.index.held(keys).items()}
         held = {worker: hit for worker, hit in hits.items() if self._workers.by_id[worker].hello.peer_url}
         for worker, depth in self._pending.lookup(keys).items():

@@ -81,6 +81,17 @@ def test_what_a_worker_holds_is_known_once_it_has_told_it() -> None:
     driver.core.check()
 
 
+def test_a_prompt_that_is_scored_is_found_nowhere_since_it_is_computed_anew() -> None:
+    driver = cluster()
+    driver.worker(b"w1", nodes_held(*CHAIN, after=10), b"".join(CHAIN))
+    for prompt_logprobs, expected in ((None, {"w1": 320}), (0, {})):
+        sampling = m.Sampling(prompt_logprobs=prompt_logprobs)
+        message = generate(rid(7), 1, kind=m.PromptKind.TOKENS, chain=CHAIN, payload=PAYLOAD, sampling=sampling)
+        prompt = driver.core._requests.placement.place("default", message, driver.now).prompt
+        assert prompt is not None
+        assert (prompt.num_tokens, prompt.hits) == (320, expected)
+
+
 def test_another_tenant_cannot_learn_who_holds_a_prompt() -> None:
     driver = cluster()
     driver.worker(b"w1", nodes_held(*CHAIN, after=10), b"".join(CHAIN))

@@ -202,5 +202,18 @@ def scattered_table(num_tokens: int, seed: int, num_blocks: int = 64) -> list[Bl
     return [BlockId(block) for block in chosen]
 
 
-def make_slice(tokens: Sequence[int], start: int, table: Sequence[BlockId], *, wants_logits: bool = True) -> Slice:
-    return Slice(token_ids=tokens, start=start, block_table=table, wants_logits=wants_logits)
+def make_slice(
+    tokens: Sequence[int],
+    start: int,
+    table: Sequence[BlockId],
+    *,
+    wants_logits: bool = True,
+    targets: Sequence[int] = (),
+) -> Slice:
+    return Slice(token_ids=tokens, start=start, block_table=table, wants_logits=wants_logits, targets=targets)
+
+
+def scored_slice(prompt: Sequence[int], begin: int, end: int, table: Sequence[BlockId]) -> Slice:
+    """Tokens `begin .. end` of a prompt all of whose tokens are scored."""
+    targets = prompt[begin + 1 : end + 1]
+    return make_slice(prompt[begin:end], begin, table, wants_logits=end == len(prompt), targets=targets)

@@ -8,29 +8,30 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from bus.errors import (
     BadArgument,
     Conflict,
     InternalError,
-    KVCacheError,
     ModelNotFound,
     ModelUnavailable,
     NotFound,
     TokenizerError,
 )
-from bus.messages import FinishReason, ModelState, PromptKind, Sampling
+from bus.messages import FinishReason, ModelState, PromptKind, Sampling, TokenLogprobs
 from bus.stats import Spelling
 from bus.streams import token_bytes
 from kvcache.hashing import routing_chain
 from tests.harness.waiting import until
 from tests.unit.workers.conftest import EOS_ID, NEED, Family, roomy
-from workers.batch import Batch, BlockId, Draw, Drawn
+from workers.batch import Batch, BlockId, Draw, Outcome
 from workers.block_changes import AllDropped, BlockAdded
 from workers.engine import EngineThread, JobThread
 from workers.engine_api import (
@@ -54,6 +55,7 @@ from workers.engine_api import (
     Prefilled,
     Proceed,
     Produced,
+    PromptScored,
     ReadKV,
     ReadResult,
     Retained,
@@ -252,7 +254,7 @@ def test_the_times_at_the_end_say_where_they_went(make: Make) -> None:
     bench = Bench(FakeModels(tiny=lambda: make(Slow)))
 
     class Slow(TorchModel):
-        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
             bench.now += 0.5
             return super().compute(batch, draws)
 
@@ -333,7 +335,7 @@ def test_what_a_prefill_took_is_told_just_before_the_first_token(make: Make) -> 
     bench = Bench(FakeModels(tiny=lambda: make(Slow)), max_tokens_per_step=8)
 
     class Slow(TorchModel):
-        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+        def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
             bench.now += 0.5
             return super().compute(batch, draws)
 
@@ -637,7 +639,7 @@ def test_a_held_generation_computes_nothing_until_it_may_proceed(bench: Bench) -
 class Faulty(TorchModel):
     """Raises on a prompt that begins with 13, and has no numbers for one that begins with 14."""
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
         if any(piece.token_ids[0] == 13 and piece.start == 0 for piece in batch):
             raise RuntimeError("out of luck")
         drawn = super().compute(batch, draws)
@@ -897,7 +899,7 @@ class Gated(TorchModel):
         assert self.may_encode.wait(30.0)
         return super().encode(kind, prompt, special)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
         self.widths.append(len(batch))
         self.in_step.set()
         assert self.may_step.wait(30.0)
@@ -1032,6 +1034,47 @@ def test_logprobs_come_with_every_token_if_they_were_asked_for(bench: Bench) -> 
     tops = [event.logprobs[0].top for event in produced if event.run == run_id(1)]
     assert [top[0][0] for top in tops] == tokens_of(events, 1), "greedy takes the likeliest"
     assert all(len(top) == 2 for top in tops)
+
+
+def prompt_of(events: Sequence[Event], run: int) -> tuple[list[int], list[TokenLogprobs | None]]:
+    """All that was told of its prompt, which must come before its first token."""
+    own = [event for event in events if isinstance(event, PromptScored | Produced) and event.run == run_id(run)]
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs | None] = []
+    for part in takewhile(lambda event: isinstance(event, PromptScored), own):
+        assert isinstance(part, PromptScored)
+        assert part.start == len(tokens)
+        tokens += part.tokens
+        logprobs += part.logprobs
+        assert len(tokens) <= part.num_tokens == len(PROMPT)
+    return tokens, logprobs
+
+
+@pytest.mark.parametrize("max_tokens_per_step", [4, 64])
+def test_a_prompts_logprobs_are_those_of_transformers_whatever_the_cache_has(
+    make: Callable[[], TorchModel], family: Family, max_tokens_per_step: int
+) -> None:
+    bench = Bench(FakeModels(tiny=make), max_tokens_per_step=max_tokens_per_step)
+    bench.tell(start(1))
+    bench.run()
+    bench.tell(start(2, sampling=msgspec.structs.replace(GREEDY, prompt_logprobs=3)), start(3, PROMPT[::-1]), start(4))
+    events = bench.run()
+    tokens, logprobs = prompt_of(events, 2)
+    with torch.inference_mode():
+        exact = family.plain(torch.tensor([PROMPT])).logits[0, :-1].double().log_softmax(1)
+    assert (tokens, logprobs[0]) == (list(PROMPT), None)
+    told = [entry for entry in logprobs if entry is not None]
+    assert [entry.logprob for entry in told] == pytest.approx(exact[range(9), PROMPT[1:]].tolist(), abs=1e-4)
+    assert [[token for token, _ in entry.top] for entry in told] == exact.topk(3).indices.tolist()
+    assert tokens_of(events, 2) == tokens_of(events, 4) == family.plain_greedy(PROMPT, 6)
+    assert tokens_of(events, 3) == family.plain_greedy(PROMPT[::-1], 6)
+    cached = {event.run: event.cached_tokens for event in events if isinstance(event, Admitted)}
+    assert (cached[run_id(2)], cached[run_id(4)]) == (0, 9)
+
+
+def test_a_prompt_of_one_token_has_no_logprob_and_says_so(bench: Bench) -> None:
+    bench.tell(start(1, [5], sampling=msgspec.structs.replace(GREEDY, prompt_logprobs=0)))
+    assert only(bench.run(), PromptScored) == PromptScored(run_id(1), 1, 0, (5,), (None,))
 
 
 # --- tokens and text ------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from bus.messages import PromptKind, PullOrder, Sampling
 from bus.streams import token_bytes
 from kvcache.hashing import HashSeed, block_digests
 from tests.unit.workers.conftest import NEED, roomy
-from workers.batch import Batch, BlockId, Draw, Drawn
+from workers.batch import Batch, BlockId, Draw, Drawn, Outcome
 from workers.copy_api import BlocksRead, CopyBroke, EndPull, Fill, Filled, Lend, Lent, ReadBlocks, Return, Wanted
 from workers.engine_api import Admitted, Ended, ReadResult, RunId, Start, Stop
 from workers.exchange import COPY_S
@@ -71,7 +71,7 @@ class MemoryModel:
     def decode(self, token_ids: Sequence[int]) -> str:
         return "." * len(token_ids)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
         for piece in batch:
             for position, token in enumerate(piece.token_ids, piece.start):
                 block = piece.block_table[position // SIZE]
@@ -278,6 +278,13 @@ def test_worker_that_shares_no_prefixes_lends_none_and_pulls_none() -> None:
     (broke,) = bench.tell(lend())
     assert isinstance(broke.error, NotFound)
     assert isinstance(bench.tell(start(pull=ORDER))[-1], Ended)
+
+
+def test_a_prompt_that_is_scored_waits_for_no_blocks_since_all_of_it_is_computed(bench: Bench) -> None:
+    sampling = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    events = bench.tell(replace(start(pull=ORDER), sampling=sampling))
+    assert not any(isinstance(event, Wanted) for event in events)
+    assert isinstance(events[-1], Ended)
 
 
 def test_sequence_that_needs_the_room_ends_the_loan(bench: Bench) -> None:

@@ -19,7 +19,7 @@ from workers.checkpoint import FAMILIES
 from workers.loader import load_model
 from workers.runner import TorchRunner
 
-from .conftest import BLOCK_SIZE, VOCAB_SIZE, Family, make_slice, scattered_table, source_of
+from .conftest import BLOCK_SIZE, VOCAB_SIZE, Family, make_slice, scattered_table, scored_slice, source_of
 from .families import MODELS, NUM_LAYERS, WINDOW, save_random
 from .rig import Rig
 
@@ -195,6 +195,28 @@ def test_in_a_batch_of_mixed_lengths_each_says_what_it_says_alone(family: Family
     other.judge(0, logits[0])
     short.judge(1, logits[1])
     prefill(runner, long, 64, start=20)
+    decode(runner, walks)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_all_logits_of_a_prompt_are_those_of_transformers_if_they_are_wanted(
+    family: Family, walks: list[Walk], chunk: int
+) -> None:
+    """Beside a decode and a prompt of whose logits only the last are wanted, and in pieces of any length."""
+    runner = family.make_runner()
+    lay_out(walks, seed=9)
+    long, short, other = walks
+    prefill(runner, short, 64)
+    rows = []
+    for begin in range(0, len(long.prompt), chunk):
+        piece = scored_slice(long.prompt, begin, min(begin + chunk, len(long.prompt)), long.table)
+        logits = runner.run([short.slice_at(1), piece, make_slice(other.prompt, 0, other.table)])
+        short.judge(1, logits[0])
+        other.judge(0, logits[-1])
+        rows.append(logits[1:-1])
+    with torch.inference_mode():
+        theirs = family.plain(torch.tensor([long.prompt])).logits[0]
+    torch.testing.assert_close(torch.cat(rows), theirs, atol=TOLERANCE, rtol=TOLERANCE)
     decode(runner, walks)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import pytest
 
 from bus.errors import ErrorCode, ModelUnavailable
-from bus.limits import MAX_PROMPT_BYTES, WINDOW_TOKENS
+from bus.limits import MAX_INLINE_BYTES, MAX_PROMPT_BYTES, WINDOW_TOKENS
 from bus.messages import (
     Ack,
     Cancel,
@@ -20,12 +22,14 @@ from bus.messages import (
     StreamBeat,
     StreamEnd,
     StreamTokens,
+    TokenLogprobs,
 )
+from bus.stats import PromptPart, unpack
 from bus.streams import stream_digest, token_bytes
 from bus.topics import topic_of
 from tests.unit.workers.core_bench import STREAM, CoreBench, answers, commands, published
-from workers.calls import Publish
-from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, RunId, Start, Stop
+from workers.calls import Channel, Publish
+from workers.engine_api import Admitted, Broke, Ended, Hold, Proceed, Produced, PromptScored, RunId, Start, Stop
 from workers.generations import ORPHAN_S
 from workers.replies import KEEP_S
 
@@ -98,6 +102,36 @@ def test_what_was_not_acknowledged_is_sent_once_more_on_the_reliable_lane_before
     replays = [one.message for one in said if isinstance(one.message, Replay)]
     assert [token for replay in replays for token in replay.tokens] == list(range(10, 300))
     assert [one.final for one in said] == [False] * len(replays) + [True]
+
+
+def test_what_is_told_of_a_prompt_goes_in_parts_of_bounded_size_on_the_reliable_lane(bench: CoreBench) -> None:
+    call, start = bench.start(bench.generate(epoch=2, sampling=Sampling(prompt_logprobs=20)))
+    entry = TokenLogprobs(-1.5, ((2**32 - 1, -0.25),) * 20)
+    said = answers(bench.engine(PromptScored(start.run, 1200, 100, tuple(range(1000)), (None, *[entry] * 999))))
+    assert {(one.call, one.final, one.channel) for one in said} == {(call, False, Channel.CONTROL)}
+    assert all(len(one.payload[0]) <= MAX_INLINE_BYTES + 64 for one in said)
+    assert len(said) < 10
+    parts = [unpack(one.payload[0], PromptPart) for one in said]
+    assert [token for part in parts for token in part.token_ids] == list(range(1000))
+    assert [logprobs for part in parts for logprobs in part.logprobs] == [None, *[entry] * 999]
+    starts = list(accumulate((len(part.token_ids) for part in parts[:-1]), initial=100))
+    assert [(one.message.epoch, one.message.num_tokens, one.message.start) for one in said] == [
+        (2, 1200, at) for at in starts
+    ]
+
+
+def test_a_stream_that_goes_on_cannot_ask_for_its_prompt_again(bench: CoreBench) -> None:
+    message = bench.generate(sampling=Sampling(prompt_logprobs=0))
+    _, actions = bench.assign(message, token_bytes([1, 2, 3]), token_bytes([7]))
+    failure = bench.has_failed(actions)
+    assert (failure.code, "prompt_logprobs" in failure.message) == (ErrorCode.BAD_ARG, True)
+    assert commands(actions, Start) == []
+
+
+def test_what_is_told_of_a_prompt_that_nobody_waits_for_is_dropped(bench: CoreBench) -> None:
+    _, start = bench.start(bench.generate(sampling=Sampling(prompt_logprobs=0)))
+    bench.join(session=b"T" * 16)
+    assert answers(bench.engine(PromptScored(start.run, 3, 0, (1,), (None,)))) == []
 
 
 def test_a_fully_acknowledged_stream_ends_without_a_replay(bench: CoreBench) -> None:

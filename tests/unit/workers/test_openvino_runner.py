@@ -27,6 +27,7 @@ from .conftest import (
     prefill,
     prompt_of,
     save_model,
+    scored_slice,
     source_of,
 )
 from .families import MODELS, save_random
@@ -90,6 +91,19 @@ def test_greedy_output_is_that_of_generate_with_any_prefix_in_the_pool(
     table = donor[:shared] + others[shared:]
     first = prefill(runner, prompt, table, 64, start=num_cached)
     assert continue_greedily(runner, prompt, table, first, 8) == family.plain_greedy(prompt, 8)
+
+
+@pytest.mark.parametrize("chunk", [7, 40])
+def test_all_logits_of_a_prompt_are_those_of_transformers_if_they_are_wanted(
+    family: Family, runner: OpenVinoRunner, chunk: int
+) -> None:
+    prompt = prompt_of(75)
+    [table] = tables_of(75, seed=chunk)
+    pieces = [scored_slice(prompt, begin, min(begin + chunk, 75), table) for begin in range(0, 75, chunk)]
+    ours = torch.cat([runner.run([piece]).clone() for piece in pieces])
+    with torch.inference_mode():
+        theirs = family.plain(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_mixed_batch_has_the_logits_of_the_torch_runner_in_order(family: Family, runner: OpenVinoRunner) -> None:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from bus.errors import InternalError
 from bus.messages import Sampling
-from workers.batch import Draw, Drawn
+from workers.batch import BlockId, Draw, Drawn, Scored, Slice
 from workers.draws import uniform
+from workers.sampling import results, score
 from workers.sampling import sample as sample_drawn
 
 VECTORS = [0.011546754286331562, 0.3035680343067586, 0.5023796042735054, 0.1653810847067234]
@@ -168,3 +169,52 @@ def test_drawn_token_is_always_one_that_the_cuts_leave(
     kept = sorted(weights, reverse=True)[: top_k or None]
     likelier = sum(weight for weight in kept if weight > weights[token] * (1 + 1e-9))
     assert likelier / sum(kept) <= top_p + 1e-6
+
+
+# --- prompts that are scored ---------------------------------------------------------------------
+
+
+def test_a_prompts_tokens_have_the_logprobs_of_the_models_own_distribution() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(70, 500) * 5
+    targets = torch.randint(0, 500, (70,)).tolist()
+    exact = logits.double().log_softmax(1)
+    scores = score(logits, targets, 3)
+    assert scores is not None
+    assert [entry.logprob for entry in scores] == pytest.approx(exact[range(70), targets].tolist(), abs=1e-5)
+    assert [[token for token, _ in entry.top] for entry in scores] == exact.topk(3).indices.tolist()
+    likeliest = logits.argmax(1).tolist()
+    assert all(entry.logprob == entry.top[0][1] for entry in score(logits, likeliest, 1) or ()), "the very same number"
+    assert [entry.top for entry in score(logits, targets, 0) or ()] == [()] * 70
+
+
+def test_each_slice_of_a_batch_gets_what_it_asked_for() -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(6, 50)
+    pieces = [
+        make_piece(1, wants_logits=True),
+        make_piece(4, targets=(5, 6, 7, 8)),
+        make_piece(9),
+        make_piece(1, wants_logits=True, targets=()),
+    ]
+    greedy = draw_of(temperature=0.0)
+    first, scored, nothing, last = results(logits, pieces, [greedy, None, None, greedy])
+    assert (first, nothing, last) == (Drawn(int(logits[0].argmax())), None, Drawn(int(logits[5].argmax())))
+    assert scored == Scored(score(logits[1:5], (5, 6, 7, 8), 0) or (), None)
+    (both,) = results(logits[:3], [make_piece(3, wants_logits=True, targets=(1, 2))], [greedy])
+    assert both == Scored(score(logits[:2], (1, 2), 0) or (), Drawn(int(logits[2].argmax())))
+
+
+@pytest.mark.parametrize("row", [0, 3, 4], ids=["a prompt's", "its last", "the one to draw from"])
+def test_a_number_that_is_none_fails_the_scored_slice_alone(row: int) -> None:
+    logits = torch.zeros(6, 50)
+    logits[row, 7] = math.nan
+    pieces = [make_piece(5, wants_logits=True, targets=(1, 2, 3, 4)), make_piece(1, wants_logits=True)]
+    bad, good = results(logits, pieces, [draw_of(temperature=0.0)] * 2)
+    assert isinstance(bad, InternalError)
+    assert good == Drawn(0)
+
+
+def make_piece(num_tokens: int, *, wants_logits: bool = False, targets: tuple[int, ...] = ()) -> Slice:
+    table = [BlockId(0)]
+    return Slice(token_ids=(0,) * num_tokens, start=0, block_table=table, wants_logits=wants_logits, targets=targets)

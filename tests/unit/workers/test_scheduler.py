@@ -6,6 +6,7 @@ import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import pytest
 from hypothesis import settings
@@ -33,7 +34,7 @@ from workers.tasks import (
     Step,
     Usage,
 )
-from workers.turns import PATIENCE, Pace
+from workers.turns import MAX_SCORED, PATIENCE, Pace
 
 VOCAB = 50
 EOS = 7
@@ -61,6 +62,11 @@ def oracle(prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int] = fro
     return output
 
 
+def scores_of(prompt: tuple[int, ...]) -> list[tuple[int, int]]:
+    """What such a model would tell of the prompt's tokens."""
+    return list(zip(accumulate(prompt, kv_of, initial=0), prompt, strict=False))[1:]
+
+
 @dataclass
 class FakeRunner:
     """Reads and writes the pool as a model does, and checks that what it reads is what it should be."""
@@ -68,6 +74,8 @@ class FakeRunner:
     cache: PrefixCache
     memory: dict[tuple[int, int], int] = field(default_factory=dict)
     num_tokens: int = 0
+    told: dict[bytes, list[tuple[int, int]]] = field(default_factory=dict)
+    """Of the prompts that are scored, by key: each token but the first, behind the KV that it was judged by."""
 
     def run(self, step: Step) -> list[int | None]:
         """Copies first. Then all slices at once: none sees what another writes."""
@@ -76,11 +84,20 @@ class FakeRunner:
         assert len({copy.target for copy in step.copies}) == len(step.copies)
         self.memory |= {slot: kv for slot, kv in copied.items() if kv is not None}
         starts = [self._context(piece) for piece in batch]
+        for key, piece, kv in zip(step.keys, batch, starts, strict=False):  # an audit's step has no keys
+            self._score(key, piece, kv)
         return [self._run_slice(piece, kv) for piece, kv in zip(batch, starts, strict=True)]
 
     def _context(self, piece: Slice) -> int:
         size, last = self.cache.block_size, piece.start - 1
         return self.memory[piece.block_table[last // size], last % size] if piece.start else 0
+
+    def _score(self, key: bytes, piece: Slice, kv: int) -> None:
+        told = self.told.setdefault(key, [])
+        for at, (token, target) in enumerate(zip(piece.token_ids, piece.targets, strict=False), piece.start):
+            kv = kv_of(kv, token)
+            assert at <= len(told), "a token of the prompt was left out"
+            told[at : at + 1] = [(kv, target)]
 
     def _run_slice(self, piece: Slice, kv: int) -> int | None:
         size = self.cache.block_size
@@ -310,6 +327,54 @@ def test_blocks_are_shared_as_soon_as_they_are_computed() -> None:
     engine.run()
     assert engine.started(b"b").cached_tokens == 8
     assert engine.tokens(b"b") == engine.tokens(b"a") == oracle(prompt, 3)
+
+
+def test_a_prompt_that_is_scored_is_computed_anew_and_others_share_its_blocks() -> None:
+    engine, prompt, name = Engine(), tuple(range(1, 14)), SequenceKey("", "chat")
+    engine.submit(b"a", prompt, 1, sequence=name)
+    engine.run()
+    engine.submit(b"b", prompt, 3, prompt_logprobs=1, sequence=name)
+    engine.run()
+    assert engine.started(b"b").cached_tokens == 0
+    assert engine.runner.told == {b"a": [], b"b": scores_of(prompt)}
+    assert engine.tokens(b"b") == oracle(prompt, 3)
+    engine.cache.flush()
+    engine.submit(b"c", prompt[::-1], 1, prompt_logprobs=0)
+    engine.run()
+    engine.submit(b"d", prompt[::-1], 1)
+    engine.run()
+    assert engine.started(b"d").cached_tokens == 12
+
+
+def test_equal_prompts_that_are_scored_do_not_wait_for_each_other() -> None:
+    engine = Engine(max_tokens_per_step=20)
+    for key in (b"a", b"b"):
+        engine.submit(key, PROMPT, 3, prompt_logprobs=0)
+    assert [len(piece.token_ids) for piece in engine.step().batch] == [6, 6]
+    engine.run()
+    assert engine.runner.told == dict.fromkeys((b"a", b"b"), scores_of(PROMPT))
+
+
+def test_a_prompt_that_was_preempted_is_scored_from_where_it_was() -> None:
+    engine, prompt = Engine(max_num_seqs=1), tuple(range(1, 14))
+    engine.submit(b"b", prompt, 2, prompt_logprobs=0)
+    engine.step()
+    engine.step()
+    engine.submit(b"a", (20,), 2, priority=-1)
+    engine.run()
+    assert engine.runner.num_tokens == len(prompt) + 1 + 2
+    assert engine.runner.told[b"b"] == scores_of(prompt)
+    assert engine.tokens(b"b") == oracle(prompt, 2)
+
+
+def test_a_step_scores_so_many_tokens_and_no_more() -> None:
+    """Of each the logits of the whole vocabulary are held for a moment."""
+    engine = Engine(num_blocks=300, max_tokens_per_step=1000)
+    for first in range(3):
+        engine.submit(bytes([first]), (first,) * 200, 1, prompt_logprobs=None if first == 1 else 0)
+    assert [len(piece.token_ids) for piece in engine.step().batch] == [200, 200, MAX_SCORED - 200]
+    engine.run()
+    assert all(engine.tokens(bytes([first])) == oracle((first,) * 200, 1) for first in range(3))
 
 
 def test_second_turn_of_a_named_sequence_computes_only_what_is_new() -> None:
@@ -1129,6 +1194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline=st.sampled_from([math.inf, 3.0]),
         num_resumed=st.integers(0, 3),
         priority=st.integers(-1, 1),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     def arrive(
         self,
@@ -1138,8 +1204,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         deadline: float,
         num_resumed: int,
         priority: int,
+        prompt_logprobs: int | None,
     ) -> None:
         key = len(self.tasks).to_bytes(2)
+        if prompt_logprobs is not None:
+            num_resumed = 0
         task = GenerationTask(
             key=key,
             prompt=tuple(prompt),
@@ -1150,6 +1219,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_ids=frozenset({EOS}),
             resume=tuple(oracle(tuple(prompt), min(num_resumed, max_tokens), frozenset({EOS}))),
             priority=priority,
+            prompt_logprobs=prompt_logprobs,
         )
         busy = name is not None and name in {self.tasks[other].sequence for other in self.live()}
         try:
@@ -1223,6 +1293,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             whole = oracle(task.prompt, task.max_tokens, frozenset({EOS}))
             output = [*task.resume, *self.engine.tokens(key)]
             assert output == whole[: len(output)]
+            scores = scores_of(task.prompt) if task.prompt_logprobs is not None else []
+            told = self.engine.runner.told.get(key, [])
+            assert told == (scores if output[len(task.resume) :] else scores[: len(told)])
             for end in self.engine.events:
                 if isinstance(end, Finished) and end.key == key:
                     assert output == whole or len(task.prompt) + len(output) == self.engine.num_blocks * 4 + 1

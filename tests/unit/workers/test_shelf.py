@@ -14,7 +14,7 @@ from bus.stats import ModelStats
 from tests.unit.workers.conftest import NEED
 from tests.unit.workers.no_kv import NoKV
 from tests.unit.workers.test_engine import PROMPT, Bench, only, run_id, start, tokens_of
-from workers.batch import Batch, Draw, Drawn
+from workers.batch import Batch, Draw, Drawn, Outcome
 from workers.engine_api import (
     Admitted,
     Answered,
@@ -78,7 +78,7 @@ class TinyModel(NoKV):
     def decode(self, token_ids: Sequence[int]) -> str:
         return "." * len(token_ids)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
         assert not self.closed, "a model that has left computes"
         return [Drawn(self._token) if piece.wants_logits else None for piece in batch]
 

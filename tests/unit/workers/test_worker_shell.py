@@ -16,7 +16,7 @@ import pytest
 
 from bus import sockets, wire
 from bus.endpoints import endpoints
-from bus.errors import InternalError, KVCacheError, ModelNotFound
+from bus.errors import InternalError, ModelNotFound
 from bus.messages import (
     Assign,
     AttachBulk,
@@ -50,7 +50,7 @@ from kvcache.tracing import OpenSpan, Tracer
 from tests.unit.workers.conftest import NEED, roomy
 from tests.unit.workers.core_bench import welcome
 from tests.unit.workers.no_kv import NoKV
-from workers.batch import Batch, Draw, Drawn
+from workers.batch import Batch, Draw, Drawn, Outcome
 from workers.failpoints import Failpoint
 from workers.kv_event_sockets import KvEventsConfig
 from workers.loading import Report
@@ -102,7 +102,7 @@ class CountingModel(NoKV):
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(f"{token} " for token in token_ids)
 
-    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Drawn | KVCacheError | None]:
+    def compute(self, batch: Batch, draws: Sequence[Draw | None]) -> list[Outcome]:
         return [Drawn((piece.token_ids[-1] + 1) % VOCAB) if piece.wants_logits else None for piece in batch]
 
     def close(self) -> None:
