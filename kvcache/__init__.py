@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Generation,
         KvAck,
         KVPair,
+        PromptTokens,
         Start,
         Timings,
         Token,
@@ -75,6 +76,7 @@ __all__ = [
     "NoWorkers",
     "NotFound",
     "Overloaded",
+    "PromptTokens",
     "SamplingParams",
     "SequenceInfo",
     "Start",
@@ -92,7 +94,7 @@ _HOMES = {
     "kvcache.sampling": ("SamplingParams",),
     "kvcache.client": (
         *("AsyncClient", "AsyncGeneration", "Client", "Generation", "KVPair", "KvAck"),
-        *("Alternative", "Done", "Event", "Start", "Timings", "Token", "Usage"),
+        *("Alternative", "Done", "Event", "PromptTokens", "Start", "Timings", "Token", "Usage"),
     ),
 }
 

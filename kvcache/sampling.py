@@ -40,6 +40,7 @@ class SamplingFields(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,8 @@ class SamplingParams:
     stop: text that ends the output and is not part of it; one string or several. stop_token_ids: tokens that end it
     too. min_tokens: until there are so many, nothing ends it but max_tokens. ignore_eos: the model does not end it.
     logprobs: None for none; else tell the logarithm of each token's probability, and of so many likeliest tokens',
-    in the model's own distribution: before logit_bias, penalties and temperature.
+    in the model's own distribution: before logit_bias, penalties and temperature. prompt_logprobs: the same of the
+    prompt's tokens, each output by itself; the prompt is computed anew for it, whatever is cached.
     Raises BadArgument, naming the parameter and its range.
     """
 
@@ -76,6 +78,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         self.messages(0)
@@ -113,6 +116,7 @@ class SamplingParams:
             frequency_penalty=_as_float("frequency_penalty", self.frequency_penalty),
             logit_bias=_as_pairs(self.logit_bias),
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

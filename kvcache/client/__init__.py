@@ -6,7 +6,7 @@ from kvcache.client.aio import AsyncClient
 from kvcache.client.arrays import KVPair
 from kvcache.client.generation import AsyncGeneration
 from kvcache.client.kv import AsyncKV
-from kvcache.client.results import Alternative, Done, Event, KvAck, Start, Timings, Token, Usage
+from kvcache.client.results import Alternative, Done, Event, KvAck, PromptTokens, Start, Timings, Token, Usage
 from kvcache.client.sync import KV, Client, Generation
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "Generation",
     "KVPair",
     "KvAck",
+    "PromptTokens",
     "Start",
     "Timings",
     "Token",

@@ -38,6 +38,7 @@ class Token(msgspec.Struct, frozen=True):  # not a dataclass as the others: of t
 
     index: which of the `n` outputs it belongs to. logprob, top_logprobs: if `logprobs` were asked for: the natural
     logarithm of its probability, and the likeliest tokens at its place, the likeliest first.
+    Of a prompt's token `seq` is its place there and `text` is empty; the first one has no logprob.
     """
 
     seq: int
@@ -46,6 +47,15 @@ class Token(msgspec.Struct, frozen=True):  # not a dataclass as the others: of t
     index: int = 0
     logprob: float | None = None
     top_logprobs: tuple[Alternative, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """All of the prompt's tokens with their logprobs, before the first of the output's, if `prompt_logprobs` were asked
+    for. index: which of the `n` outputs."""
+
+    tokens: tuple[Token, ...]
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +88,8 @@ class Timings:
 class Done:
     """The end of a generation; all its tokens arrived. `finish_reason`: `stop` or `length`.
 
-    index: which of the `n` outputs. tokens: all of them, if `logprobs` were asked for, else none.
+    index: which of the `n` outputs. tokens: all of them, if `logprobs` were asked for, else none. prompt: the
+    prompt's, if `prompt_logprobs` were asked for, else none.
     """
 
     text: str
@@ -90,9 +101,10 @@ class Done:
     request_id: str
     index: int = 0
     tokens: tuple[Token, ...] = ()
+    prompt: tuple[Token, ...] = ()
 
 
-Event: TypeAlias = Start | Token | Done
+Event: TypeAlias = Start | PromptTokens | Token | Done
 
 
 @dataclass(frozen=True, slots=True)

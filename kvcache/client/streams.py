@@ -9,6 +9,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from bus import wire
 from bus.errors import KVCacheError, MalformedMessage, ReplayExpired, TooLarge, WorkerLost
 from bus.messages import (
@@ -17,6 +19,7 @@ from bus.messages import (
     Generate,
     Message,
     OpenStream,
+    PromptLogprobs,
     Replay,
     Resume,
     Routed,
@@ -46,8 +49,8 @@ from kvcache.client.calls import (
     unexpected,
 )
 from kvcache.client.prompts import Prompt
-from kvcache.client.results import Done, Start, Timings, Token, Usage
-from kvcache.client.tokens import as_tokens
+from kvcache.client.results import Done, PromptTokens, Start, Timings, Token, Usage
+from kvcache.client.tokens import PromptReceiver, as_tokens
 
 SUBACK_S = 0.5
 SUBACK_TRIES = 3
@@ -85,7 +88,8 @@ class Wanted:
 
 
 class GenerateCall:
-    """A generation as a call: emits `Start`, then `Token`s, and settles with `Done`."""
+    """A generation as a call: emits `Start`, `PromptTokens` if they were asked for, then `Token`s, and settles with
+    `Done`."""
 
     def __init__(self, key: bytes, deadline: float, wanted: Wanted, now: float) -> None:
         self.key = self.req_id = key
@@ -102,6 +106,7 @@ class GenerateCall:
         self._started: Started | None = None
         self._has_begun = False  # the reader got its Start
         self._early: list[Emit] = []  # tokens that overtook it
+        self._prompt = PromptReceiver(wanted.sampling.prompt_logprobs, wanted.index)
         self._texts: list[str] = []
         self._tokens: list[Token] = []  # if they have logprobs, which are part of the result
         self._num_moves = 0
@@ -139,6 +144,8 @@ class GenerateCall:
                 return NO_ACTIONS
             case Started():
                 return self._start(message)
+            case PromptLogprobs():
+                return self._take_prompt(message, payload[0])
             case StreamTokens() | StreamBeat() | Replay() | StreamEnd():
                 return self._follow(message, now)
             case _:
@@ -184,7 +191,9 @@ class GenerateCall:
         return [Unwatch(self._stream_id), Watch(self._stream_id)]
 
     def _send(self, now: float) -> Sequence[Action]:
-        wanted, received = self._wanted, self._receiver.received
+        wanted, received, sampling = self._wanted, self._receiver.received, self._wanted.sampling
+        if self._prompt.tokens and self._prompt.is_complete:  # of an earlier attempt; always so if there are tokens
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
         payload = [wanted.prompt.payload, received] if received else [wanted.prompt.payload]
         self._phase = Phase.RUNNING
         message = Generate(
@@ -194,7 +203,7 @@ class GenerateCall:
             stream_id=self._stream_id,
             epoch=self._receiver.epoch,
             kind=wanted.prompt.kind,
-            sampling=wanted.sampling,
+            sampling=sampling,
             model=wanted.model,
             seq_id=wanted.seq_id,
             cache_salt=wanted.cache_salt,
@@ -228,9 +237,18 @@ class GenerateCall:
         early, self._early = self._early, []
         return [Emit(self.key, start), *early]
 
+    def _take_prompt(self, message: PromptLogprobs, payload: Buffer) -> Sequence[Action]:
+        if message.epoch != self._receiver.epoch or self._prompt.is_complete:
+            return NO_ACTIONS
+        if not self._prompt.take(message, payload):
+            return NO_ACTIONS
+        return self._tell([Emit(self.key, PromptTokens(tuple(self._prompt.tokens), self._wanted.index))])
+
     def _follow(self, message: Arrival, now: float) -> Sequence[Action]:
         if self._phase is not Phase.RUNNING:
             return NO_ACTIONS
+        if isinstance(message, StreamTokens) and not self._prompt.is_complete:
+            return NO_ACTIONS  # they have overtaken the prompt's, and come again on that lane, behind them
         before = self._receiver.next_seq
         actions = self._translate(self._receiver.handle(message, now), now)
         if self._receiver.num_unread > MAX_UNREAD:
@@ -262,7 +280,10 @@ class GenerateCall:
         tokens = as_tokens(delivered, self._wanted.sampling.logprobs, self._wanted.index)
         if self._wanted.sampling.logprobs is not None:
             self._tokens += tokens
-        emits = [Emit(self.key, token) for token in tokens]
+        return self._tell([Emit(self.key, token) for token in tokens])
+
+    def _tell(self, emits: list[Emit]) -> Sequence[Action]:
+        """The reader hears it, but not before its Start."""
         if self._has_begun:
             return emits
         self._early += emits
@@ -272,6 +293,8 @@ class GenerateCall:
         """`Started` came on the lane of `end`, and before it."""
         if self._started is None:
             raise MalformedMessage("the stream ended without having started")
+        if not self._prompt.is_complete:
+            raise MalformedMessage("the stream ended, and not all logprobs of the prompt had come")
         done = Done(
             text="".join(self._texts),
             finish_reason=end.finish_reason.value,
@@ -282,6 +305,7 @@ class GenerateCall:
             request_id=self.key.hex(),
             index=self._wanted.index,
             tokens=tuple(self._tokens),
+            prompt=tuple(self._prompt.tokens),
         )
         return [Settle(self.key, done)]
 

@@ -1,10 +1,14 @@
-"""What a stream delivers, as its reader sees it: tokens with their text and, if they were asked for, logprobs."""
+"""What a stream delivers, as its reader sees it: tokens with their text and, if they were asked for, logprobs, also of
+the prompt's tokens, which come before them and in parts. Core.
+"""
 
 from __future__ import annotations
 
 from bus.errors import MalformedMessage
-from bus.messages import TokenLogprobs
+from bus.messages import PromptLogprobs, TokenLogprobs
+from bus.stats import PromptPart, unpack
 from bus.streams import Deliver
+from bus.wire import Buffer
 from kvcache.client.results import Alternative, Token
 
 
@@ -28,6 +32,39 @@ def as_tokens(delivered: Deliver, asked: int | None, index: int) -> list[Token]:
             zip(delivered.tokens, delivered.texts, delivered.logprobs, strict=True), delivered.seq
         )
     ]
+
+
+class PromptReceiver:
+    """A prompt's tokens, whichever attempts their parts come from. asked: logprobs for each, None for none at all."""
+
+    def __init__(self, asked: int | None, index: int) -> None:
+        self.tokens: list[Token] = []
+        self.is_complete = asked is None
+        self._asked = asked or 0
+        self._index = index
+
+    def take(self, message: PromptLogprobs, payload: Buffer) -> bool:
+        """Add what is new in a part; whether that was the last. Raises MalformedMessage for one that does not follow,
+        or that is none."""
+        part = unpack(payload, PromptPart)
+        have, stop = len(self.tokens), message.start + len(part.token_ids)
+        if len(part.logprobs) != len(part.token_ids) or message.start > have or stop > message.num_tokens:
+            raise MalformedMessage(
+                f"{len(part.token_ids)} tokens and {len(part.logprobs)} logprobs came of a prompt of "
+                f"{message.num_tokens} tokens, from {message.start} on, after {have} of them"
+            )
+        skip = have - message.start
+        for seq, (token, entry) in enumerate(zip(part.token_ids[skip:], part.logprobs[skip:], strict=True), have):
+            self.tokens.append(self._scored(seq, token, entry))
+        self.is_complete = len(self.tokens) == message.num_tokens
+        return self.is_complete
+
+    def _scored(self, seq: int, token: int, entry: TokenLogprobs | None) -> Token:
+        if (entry is None) != (seq == 0):
+            raise MalformedMessage(f"token {seq} of a prompt came {'without' if seq else 'with'} a logprob")
+        if entry is None:
+            return Token(seq, token, "", self._index)
+        return Token(seq, token, "", self._index, entry.logprob, _alternatives(entry, self._asked))
 
 
 def _alternatives(entry: TokenLogprobs, asked: int) -> tuple[Alternative, ...]:

@@ -55,6 +55,12 @@ class Reference:
         )
         return [int(token) for token in output[0, len(prompt) :]]
 
+    @torch.inference_mode()
+    def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Of what may follow each token but the last, `[len(tokens) - 1, vocab_size]`."""
+        logits: torch.Tensor = self._model(torch.tensor([list(tokens)])).logits
+        return logits[0, :-1].double().log_softmax(1)
+
     def kv(self, tokens: Sequence[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer after one pass over `tokens`: `[len(tokens), num_kv_heads, head_dim]` each."""
         return self.all_kv(tokens)[layer]

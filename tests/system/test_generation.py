@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bus.errors import Conflict, NotFound
-from kvcache import AsyncClient, Done, SamplingParams, Start, Token
+from kvcache import AsyncClient, Client, Done, PromptTokens, SamplingParams, Start, Token
+from tests.harness.cluster import Cluster
 from tests.harness.generations import greedy
 from tests.harness.models import NUM_LAYERS, Reference
 from tests.harness.placement import owned_by
@@ -63,6 +64,37 @@ async def test_outputs_of_one_prompt_share_it_and_are_those_of_their_seeds(clien
         assert alone.text == done.text
         assert [token.token_id for token in alone.tokens] == [token.token_id for token in done.tokens]
         assert all(token.logprob is not None and len(token.top_logprobs) == 2 for token in done.tokens)
+
+
+async def test_a_prompts_logprobs_are_those_of_transformers_and_its_blocks_are_shared(
+    client: AsyncClient, cluster: Cluster, reference: Reference
+) -> None:
+    """Longer than a step, asked for twice, by both clients."""
+    prompt = token_prompt(431, 600)
+    exact = reference.logprobs(prompt)
+    here = "consistent_hash"
+    generation = client.generate(token_ids=prompt, max_tokens=3, ignore_eos=True, prompt_logprobs=2, policy=here)
+    events = [event async for event in generation]
+    assert [type(event) for event in events] == [Start, PromptTokens, Token, Token, Token, Done]
+
+    def again() -> Done:
+        with Client(cluster.url, timeout=30.0) as sync:
+            return sync.generate(token_ids=prompt, max_tokens=1, prompt_logprobs=2, policy=here).result()
+
+    done = await asyncio.to_thread(again)
+    assert done.usage.cached_tokens == 0
+    assert [(token.seq, token.token_id, token.text) for token in done.prompt] == [
+        (seq, token_id, "") for seq, token_id in enumerate(prompt)
+    ]
+    first, *others = done.prompt
+    assert (first.logprob, first.top_logprobs) == (None, ())
+    found = torch.tensor([token.logprob for token in others], dtype=torch.float64)
+    torch.testing.assert_close(found, exact[range(599), prompt[1:]], rtol=1e-4, atol=1e-4)
+    tops = torch.tensor([[other.logprob for other in token.top_logprobs] for token in others], dtype=torch.float64)
+    torch.testing.assert_close(tops, exact.topk(2).values, rtol=1e-4, atol=1e-4)
+    plain = await client.generate(token_ids=prompt, max_tokens=1, policy=here).result()
+    assert plain.usage.cached_tokens >= 576
+    assert plain.prompt == ()
 
 
 async def test_second_turn_under_one_name_reads_what_the_first_left(client: AsyncClient, reference: Reference) -> None:

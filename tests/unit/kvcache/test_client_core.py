@@ -32,6 +32,7 @@ from bus.errors import (
     WorkerLost,
 )
 from bus.sockets import BULK
+from bus.stats import PromptPart, pack
 from bus.streams import Deliver, stream_digest, token_bytes
 from bus.tensors import DType, TensorMeta
 from kvcache.client import requests
@@ -39,7 +40,7 @@ from kvcache.client.calls import Action, Emit, Fail, Settle, ToBulk, ToControl, 
 from kvcache.client.config import client_config
 from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, MAX_READS, ClientCore
 from kvcache.client.prompts import check_index, check_name, check_seconds, make_prompt, optional_name
-from kvcache.client.results import Alternative, Done, Start, Token
+from kvcache.client.results import Alternative, Done, PromptTokens, Start, Token
 from kvcache.client.retries import RetryBudget, retry_delay
 from kvcache.client.session import Session
 from kvcache.client.streams import GenerateCall, Wanted
@@ -653,6 +654,101 @@ def test_an_empty_generation_has_its_start_and_its_end() -> None:
     [settled] = of(client.on_message(end_at(0, call, []), (), 1.0), Settle)
     assert isinstance(settled.value, Done)
     assert (settled.value.text, settled.value.timings.ttft_s, settled.value.timings.tokens_per_s) == ("", 1.0, 0.0)
+
+
+# --- prompts that are scored ---------------------------------------------------------------------
+
+PROMPT = (Token(0, 4, ""), Token(1, 5, "", 0, -1.0, (Alternative(9, -0.5),)), Token(2, 6, "", 0, -2.0, ()))
+SCORES = (None, m.TokenLogprobs(-1.0, ((9, -0.5),)), m.TokenLogprobs(-2.0))
+
+
+def part_at(call: GenerateCall, start: int, stop: int, epoch: int = 0) -> tuple[m.PromptLogprobs, list[bytes]]:
+    payload = [pack(PromptPart(token_ids=(4, 5, 6)[start:stop], logprobs=SCORES[start:stop]))]
+    described = wire.describe(payload)
+    return m.PromptLogprobs(req_id=call.key, epoch=epoch, num_tokens=3, start=start, payload=described), payload
+
+
+def told(actions: Sequence[Action]) -> list[object]:
+    return [emit.event for emit in of(actions, Emit)]
+
+
+def scored_call() -> GenerateCall:
+    prompt = make_prompt("hello", None, None, model="", cache_salt="")
+    return GenerateCall(new_id(), 60.0, Wanted(prompt=prompt, sampling=m.Sampling(seed=9, prompt_logprobs=1)), 0.0)
+
+
+def test_a_prompts_tokens_come_all_at_a_time_and_before_any_other() -> None:
+    client, call = core(), scored_call()
+    client.submit(call, 0.0)
+    request = run_up(client, call)
+    token = m.StreamTokens(epoch=0, seq=0, tokens=(7,), texts=("x",))
+    assert told(client.on_message(*part_at(call, 0, 2), 0.0)) == []
+    assert told(client.on_stream(request.stream_id, token, 0.0)) == [], "it overtook the rest of the prompt"
+    assert told(client.on_message(*part_at(call, 1, 3), 0.0)) == [], "a part may repeat what is there; nor has it begun"
+    start, prompt = told(client.on_message(started_at(0, call), (), 0.0))
+    assert (type(start), prompt) == (Start, PromptTokens(PROMPT))
+    assert client.on_message(*part_at(call, 0, 3), 0.0) == []
+    later = m.StreamTokens(epoch=0, seq=1, tokens=(8,), texts=("y",))
+    assert sent(client.on_stream(request.stream_id, later, 0.0), m.Resume)[0].from_seq == 0
+    replay = m.Replay(req_id=call.key, epoch=0, seq=0, tokens=(7,), texts=("x",))
+    assert told(client.on_message(replay, (), 0.0)) == [Token(0, 7, "x"), Token(1, 8, "y")]
+    [settled] = of(client.on_message(end_at(0, call, [7, 8]), (), 0.0), Settle)
+    assert settled.value.prompt == PROMPT
+
+
+@pytest.mark.parametrize("num_had", [0, 2, 3])
+def test_a_prompt_is_asked_for_again_elsewhere_unless_all_of_it_came(num_had: int) -> None:
+    client, call = core(), scored_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    said = [client.on_message(started_at(0, call), (), 0.0), client.on_message(*part_at(call, 0, num_had), 0.0)]
+    client.on_message(failed(call.key, WorkerLost("x")), (), 0.0)
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 0.1)
+    client.tick(0.1)
+    request = run_up(client, call, 0.1, b"u" * 16)
+    assert request.sampling.prompt_logprobs == (None if num_had == 3 else 1)
+    said.append(client.on_message(started_at(1, call), (), 0.1))
+    if num_had < 3:
+        said.append(client.on_message(*part_at(call, 2, 3, epoch=0), 0.1))  # of the attempt that is over
+        said += [client.on_message(*part_at(call, at, at + 1, epoch=1), 0.1) for at in range(3)]
+    token = m.StreamTokens(epoch=1, seq=0, tokens=(7,), texts=("x",))
+    said.append(client.on_stream(request.stream_id, token, 0.1))
+    assert [event for actions in said for event in told(actions)][1:] == [PromptTokens(PROMPT), Token(0, 7, "x")]
+
+
+@pytest.mark.parametrize(
+    ("part", "num_tokens", "start"),
+    [
+        (PromptPart(token_ids=(5,), logprobs=SCORES[1:2]), 3, 1),
+        (PromptPart(token_ids=(4, 5), logprobs=SCORES[:1]), 3, 0),
+        (PromptPart(token_ids=(4, 5), logprobs=SCORES[:2]), 1, 0),
+        (PromptPart(token_ids=(4,), logprobs=SCORES[1:2]), 3, 0),
+        (PromptPart(token_ids=(4, 5), logprobs=(None, None)), 3, 0),
+        (PromptPart(token_ids=(4, 5), logprobs=(None, m.TokenLogprobs(0.5))), 3, 0),
+        (PromptPart(token_ids=(4, 5), logprobs=(None, m.TokenLogprobs(-1.0, ((1, -1.0), (2, -1.0))))), 3, 0),
+    ],
+    ids=["hole", "too few", "too many", "first with one", "without one", "above one", "too many alternatives"],
+)
+def test_a_part_of_a_prompt_that_cannot_be_right_is_refused(part: PromptPart, num_tokens: int, start: int) -> None:
+    client, call = core(), scored_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    message = m.PromptLogprobs(req_id=call.key, epoch=0, num_tokens=num_tokens, start=start, payload=())
+    [fail] = of(client.on_message(message, [pack(part)], 0.0), Fail)
+    assert isinstance(fail.error, MalformedMessage)
+
+
+def test_an_end_without_all_of_the_prompt_is_refused() -> None:
+    client, call = core(), scored_call()
+    client.submit(call, 0.0)
+    run_up(client, call)
+    client.on_message(started_at(0, call), (), 0.0)
+    client.on_message(*part_at(call, 0, 2), 0.0)
+    [fail] = of(client.on_message(end_at(0, call, []), (), 0.0), Fail)
+    assert isinstance(fail.error, MalformedMessage)
+
+
+# --- ends ----------------------------------------------------------------------------------------
 
 
 def test_abandoning_tells_the_worker_only_if_it_knows() -> None:

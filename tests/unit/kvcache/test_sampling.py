@@ -34,7 +34,7 @@ BAD: list[tuple[str, Any]] = [
     *[("frequency_penalty", value) for value in (2.1, -2.1, math.nan, "1")],
     *[("logit_bias", value) for value in ({1: 101}, {1: math.nan}, {1: 10**400}, {1: None}, {1: True}, [(1, 2)], "x")],
     *[("logit_bias", value) for value in ({-1: 1}, {2**32: 1}, {"1": 1}, {True: 1}, dict.fromkeys(range(301), 1))],
-    *[("logprobs", value) for value in (-1, 21, True, 1.0, "all")],
+    *[(name, value) for name in ("logprobs", "prompt_logprobs") for value in (-1, 21, True, 1.0, "all")],
     *[("stop", value) for value in (["x"] * 1_000_000, "x" * 10**6)],
 ]
 
@@ -63,6 +63,7 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
         Sampling(logit_bias=((1, math.nan),)),
         Sampling(logit_bias=((1, 1.0), (1, 2.0))),
         Sampling(logprobs=21),
+        Sampling(prompt_logprobs=21),
     ],
     ids=repr,
 )
@@ -98,6 +99,7 @@ sampling = st.builds(
         lambda biases: tuple(biases.items())
     ),
     logprobs=st.none() | st.integers(-1, 22),
+    prompt_logprobs=st.none() | st.integers(-1, 22),
 )
 
 
