@@ -7,7 +7,7 @@ requests on one worker; without one, `user` does. `cache_salt`, with the caller'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -76,7 +76,8 @@ class Caller:
 class Ask:
     """prompts: arguments of `AsyncClient.generate`, each a prompt of its own, which share all else.
 
-    is_echo: whether each output begins with its prompt.
+    is_echo: whether each output begins with its prompt. is_prompt_only: whether it ends there too; the one token that
+    is drawn then, from logits that are there anyway, is not shown.
     """
 
     prompts: tuple[Mapping[str, Any], ...]
@@ -89,6 +90,7 @@ class Ask:
     wants_usage: bool
     wants_usage_always: bool
     is_echo: bool = False
+    is_prompt_only: bool = False
 
     @property
     def num_outputs(self) -> int:
@@ -98,12 +100,16 @@ class Ask:
 def completion_ask(request: CompletionRequest, caller: Caller) -> Ask:
     """Raises Problem, or BadArgument for a parameter out of its range."""
     fields = _sampling_fields(request, COMPLETION_MAX_TOKENS, request.max_tokens)
+    is_echo = bool(request.echo)
     if request.logprobs is not None:
         fields["logprobs"] = request.logprobs
-        if request.echo:
-            raise Problem(400, "echo with logprobs is not supported: prompts have no logprobs here", param="logprobs")
-    prompts = _prompts(request.prompt)
-    return _ask(request, caller, prompts, fields, is_echo=bool(request.echo))
+        if is_echo:
+            fields["prompt_logprobs"] = request.logprobs
+    is_prompt_only = is_echo and request.max_tokens == 0
+    if is_prompt_only:
+        fields["max_tokens"] = 1
+    ask = _ask(request, caller, _prompts(request.prompt), fields)
+    return replace(ask, is_echo=is_echo, is_prompt_only=is_prompt_only)
 
 
 def chat_ask(request: ChatRequest, caller: Caller, default_max_tokens: int) -> Ask:
@@ -131,7 +137,6 @@ def _ask(
     caller: Caller,
     prompts: tuple[Mapping[str, Any], ...],
     fields: SamplingFields,
-    is_echo: bool = False,
 ) -> Ask:
     _check_supported(request)
     options = request.stream_options
@@ -147,7 +152,6 @@ def _ask(
         is_stream=bool(request.stream),
         wants_usage=bool(options and (options.include_usage or options.continuous_usage_stats)),
         wants_usage_always=bool(options and options.continuous_usage_stats),
-        is_echo=is_echo,
     )
     if ask.num_outputs > MAX_OUTPUTS:
         raise Problem(400, f"{ask.num_outputs} outputs were asked for, at most {MAX_OUTPUTS} at once", param="n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -67,12 +67,19 @@ class Answer(Response):
         self._slowest = slowest
         self._progress = Progress(time.monotonic())
         self._head: Head | None = None
-        self._outputs = Outputs(len(ask.prompts), ask.params.n, has_logprobs=ask.params.logprobs is not None)
+        self._outputs = Outputs(
+            len(ask.prompts),
+            ask.params.n,
+            has_logprobs=ask.params.logprobs is not None,
+            waits_for_prompt=ask.params.prompt_logprobs is not None,
+            is_prompt_only=ask.is_prompt_only,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises what is wrong as long as nothing was sent."""
         request_id, created = scope["state"]["request_id"], int(time.time())
-        echoes = await self._echoes() if self._ask.is_echo else {}
+        if self._ask.is_echo:
+            self._outputs.echoes = await self._echoes()
         head = Head(request_id=request_id, created=created, model=self._ask.model or "")
         tell = self._stream if self._ask.is_stream else self._whole
         try:
@@ -80,7 +87,7 @@ class Answer(Response):
                 watcher = group.create_task(until_gone(receive))
                 async with self._generations(request_id, scope["state"].get("traceparent")) as generations:
                     with self._remembered(request_id):
-                        await tell(head, echoes, generations, send)
+                        await tell(head, generations, send)
                 watcher.cancel()
         except BaseExceptionGroup as errors:
             if errors.subgroup(ClientDisconnect) is None:
@@ -141,12 +148,14 @@ class Answer(Response):
             for prompt, generation in enumerate(generations):
                 group.create_task(follow(prompt, generation))
 
-    async def _whole(self, head: Head, echoes: Mapping[int, str], generations: list[Measured], send: Send) -> None:
-        outputs = [Piece(number, text=echoes.get(number, "")) for number in range(self._ask.num_outputs)]
+    async def _whole(self, head: Head, generations: list[Measured], send: Send) -> None:
+        outputs = [Piece(number) for number in range(self._ask.num_outputs)]
 
         async def join(pieces: list[Piece]) -> None:
             for piece in pieces:
                 output = outputs[piece.number]
+                output.echo += piece.echo
+                output.prompt = output.prompt or piece.prompt
                 output.text += piece.text
                 output.tokens += piece.tokens
                 output.finish_reason = piece.finish_reason
@@ -157,9 +166,8 @@ class Answer(Response):
         await send(_start(b"application/json", (b"content-length", b"%d" % len(body))))
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, head: Head, echoes: Mapping[int, str], generations: list[Measured], send: Send) -> None:
+    async def _stream(self, head: Head, generations: list[Measured], send: Send) -> None:
         events = EventStream(send, self._config.write_timeout_s, self._config.ping_s)
-        echo_left = dict(echoes)
         ask = self._ask
         chunks = Chunks(self._shape, has_plain=ask.params.logprobs is None and not ask.wants_usage_always)
 
@@ -167,9 +175,6 @@ class Answer(Response):
             texts = await self._texts(pieces)
             usage = self._outputs.usage() if ask.wants_usage_always else None if ask.wants_usage else UNSET
             named = self._named(head)
-            for piece in pieces:
-                if echo_left:
-                    piece.text = echo_left.pop(piece.number, "") + piece.text
             encoded = [chunks.encode(named, piece, usage, texts) for piece in pieces]
             await events.write([chunk for chunk in encoded if chunk is not None])
 
@@ -191,7 +196,7 @@ class Answer(Response):
         """How the tokens are spelled whose logprobs are to be told; None if none are."""
         if self._ask.params.logprobs is None:
             return None
-        wanted = {token_id for piece in pieces for token_id in token_ids(piece.tokens)}
+        wanted = {token_id for piece in pieces for token_id in token_ids([*piece.prompt, *piece.tokens])}
         return await self._vocabulary.texts(self._outputs.model, wanted) if wanted else {}
 
     async def _echoes(self) -> dict[int, str]:

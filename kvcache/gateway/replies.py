@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from kvcache.client.results import Done, Event, Start, Token
+from kvcache.client.results import Done, Event, PromptTokens, Start, Token
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's word for next to impossible; JSON has no infinities."""
+
+MAX_SKIPPED = 4
+"""Characters of a text that no token is spelled like, one after the other."""
 
 Texts = Mapping[int, str]
 """What token ids look like, one by one."""
@@ -45,9 +48,11 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct, kw_only=True):
+    """None: of a prompt's first token, which follows nothing."""
+
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -148,10 +153,15 @@ class Version(msgspec.Struct, kw_only=True):
 
 @dataclass(slots=True)
 class Piece:
-    """What came of one output since the last time. number: of the output among all that were asked for."""
+    """What came of one output since the last time. number: of the output among all that were asked for.
+
+    echo, prompt: the prompt's text, and its tokens if their logprobs were asked for: before all else, and once.
+    """
 
     number: int
     text: str = ""
+    echo: str = ""
+    prompt: Sequence[Token] = ()
     tokens: list[Token] = field(default_factory=list)
     text_offset: int = 0
     finish_reason: str | None = None
@@ -161,12 +171,25 @@ class Piece:
 class Outputs:
     """All outputs of one request, in the order of their prompts: what has come of them, and the usage so far.
 
-    n: outputs per prompt. has_logprobs: whether tokens are kept until somebody tells how they look.
+    n: outputs per prompt. has_logprobs: whether tokens are kept until somebody tells how they look; waits_for_prompt:
+    whether the prompt's come too. is_prompt_only: whether what is generated is not shown.
     """
 
-    def __init__(self, num_prompts: int, n: int, *, has_logprobs: bool) -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        n: int,
+        *,
+        has_logprobs: bool,
+        waits_for_prompt: bool = False,
+        is_prompt_only: bool = False,
+    ) -> None:
+        self.echoes: Mapping[int, str] = {}
+        """By the number of the output that begins with it."""
         self._n = n
         self._has_logprobs = has_logprobs
+        self._waits_for_prompt = waits_for_prompt
+        self._is_prompt_only = is_prompt_only
         self._num_chars = [0] * (num_prompts * n)
         self._num_tokens = [0] * (num_prompts * n)
         self._prompt_tokens = [0] * num_prompts
@@ -183,6 +206,8 @@ class Outputs:
                 piece = pieces[number] = Piece(number, text_offset=self._num_chars[number])
             match event:
                 case Token():  # first, because most are
+                    if self._is_prompt_only:
+                        continue
                     piece.text += event.text
                     self._num_tokens[number] += 1
                     self._num_chars[number] += len(event.text)
@@ -194,8 +219,13 @@ class Outputs:
                     if event.index == 0:  # the others share its prompt
                         self._prompt_tokens[prompt] = event.prompt_tokens
                         self._cached_tokens[prompt] = event.cached_tokens
+                    if not self._waits_for_prompt:
+                        self._echo(piece)
+                case PromptTokens():
+                    piece.prompt = event.tokens
+                    self._echo(piece)
                 case Done():
-                    piece.finish_reason = event.finish_reason
+                    piece.finish_reason = "length" if self._is_prompt_only else event.finish_reason
                     self._settle(prompt, number, event)
         return [pieces[number] for number in sorted(pieces)]
 
@@ -208,9 +238,13 @@ class Outputs:
             prompt_tokens_details=PromptDetails(sum(self._cached_tokens)),
         )
 
+    def _echo(self, piece: Piece) -> None:
+        piece.echo = self.echoes.get(piece.number, "")
+        self._num_chars[piece.number] += len(piece.echo)
+
     def _settle(self, prompt: int, number: int, done: Done) -> None:
         """What the worker counted at the end is what counts."""
-        self._num_tokens[number] = done.usage.completion_tokens
+        self._num_tokens[number] = 0 if self._is_prompt_only else done.usage.completion_tokens
         if done.index == 0:
             self._prompt_tokens[prompt] = done.usage.prompt_tokens
             self._cached_tokens[prompt] = done.usage.cached_tokens
@@ -240,18 +274,35 @@ def chat_logprobs(tokens: Sequence[Token], texts: Texts) -> ChatLogprobs:
     )
 
 
-def completion_logprobs(tokens: Sequence[Token], texts: Texts, text_offset: int) -> CompletionLogprobs:
-    """text_offset: characters of the output before the first of these tokens."""
-    offsets = []
-    for token in tokens:
+def completion_logprobs(piece: Piece, texts: Texts) -> CompletionLogprobs:
+    """Of the prompt's tokens, if they are there, and of the output's."""
+    offsets = _places(piece.echo, [texts[token.token_id] for token in piece.prompt])
+    text_offset = piece.text_offset + len(piece.echo)
+    for token in piece.tokens:
         offsets.append(text_offset)
         text_offset += len(token.text)
+    tokens = [*piece.prompt, *piece.tokens]
     return CompletionLogprobs(
         tokens=[texts[token.token_id] for token in tokens],
-        token_logprobs=[_finite(token.logprob) for token in tokens],
-        top_logprobs=[_by_text(token, texts) for token in tokens],
+        token_logprobs=[None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        top_logprobs=[None if token.logprob is None else _by_text(token, texts) for token in tokens],
         text_offset=offsets,
     )
+
+
+def _places(text: str, spellings: Sequence[str]) -> list[int]:
+    """Where each token begins in their text.
+
+    One by one tokens may look otherwise: a special one that the text does not show, part of a character, a space that
+    is lost in front. Such a one is where the one before it ends, and the next is looked for a few characters on.
+    """
+    places = []
+    end = 0
+    for spelling in spellings:
+        place = text.find(spelling, end, end + len(spelling) + MAX_SKIPPED)
+        places.append(end if place < 0 else place)
+        end = end if place < 0 else place + len(spelling)
+    return places
 
 
 def _by_text(token: Token, texts: Texts) -> dict[str, float]:

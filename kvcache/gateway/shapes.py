@@ -44,7 +44,7 @@ class CompletionShape:
         )
 
     def chunk(self, head: Head, piece: Piece, usage: Usage | UnsetType | None, texts: Texts | None) -> Struct | None:
-        if not piece.text and not piece.finish_reason and not piece.tokens:
+        if not (piece.echo or piece.prompt or piece.text or piece.finish_reason or piece.tokens):
             return None
         return replies.Completion(
             id=f"cmpl-{head.request_id}",
@@ -60,9 +60,11 @@ class CompletionShape:
         )
 
     def _choice(self, piece: Piece, texts: Texts | None) -> replies.CompletionChoice:
-        logprobs = None if texts is None else replies.completion_logprobs(piece.tokens, texts, piece.text_offset)
         return replies.CompletionChoice(
-            index=piece.number, text=piece.text, logprobs=logprobs, finish_reason=piece.finish_reason
+            index=piece.number,
+            text=piece.echo + piece.text,
+            logprobs=None if texts is None else replies.completion_logprobs(piece, texts),
+            finish_reason=piece.finish_reason,
         )
 
 

@@ -168,6 +168,36 @@ def test_stops_biases_and_echo_do_what_they_say(sync: openai.OpenAI) -> None:
     assert echoed.choices[0].text == "hello" + whole
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_prompts_are_scored_as_evaluation_harnesses_ask_for_it(sync: openai.OpenAI, max_tokens: int) -> None:
+    prompts: Any = [[40, 45, 50, 260], [40, 45, 50, 55, 60]]
+    asked: dict[str, Any] = {"model": "tiny", "prompt": prompts, "max_tokens": max_tokens, "logprobs": 1, "echo": True}
+    made = sync.completions.create(**asked, n=2, **GREEDY)
+    again = sync.completions.create(**asked, stream=True, n=2, **GREEDY)
+    streamed: dict[int, list[Any]] = {index: [] for index in range(4)}
+    for chunk in again:
+        streamed[chunk.choices[0].index].append(chunk.choices[0])
+    assert made.usage is not None
+    assert made.usage.completion_tokens == 4 * max_tokens
+    for choice, prompt in zip(made.choices, [prompt for prompt in prompts for _ in range(2)], strict=True):
+        found: Any = choice.logprobs
+        assert choice.finish_reason == "length"
+        assert len(found.tokens) == len(found.text_offset) == len(prompt) + max_tokens
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+        for logprob, top in zip(found.token_logprobs[1:], found.top_logprobs[1:], strict=True):
+            assert logprob in top.values()
+            assert logprob <= max(top.values()) <= 1e-5
+        assert choice.text.startswith("".join(found.tokens[: len(prompt)]))
+        places = zip(found.text_offset, found.tokens[: len(prompt)], strict=False)
+        assert all(choice.text.startswith(token, at) for at, token in places)
+        parts = streamed[choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        assert [token for part in parts for token in part.logprobs.tokens] == found.tokens
+        offsets = [at for part in parts for at in part.logprobs.text_offset]
+        assert offsets == found.text_offset
+        assert len(parts[0].logprobs.tokens) >= len(prompt), "the prompt comes first, and all at a time"
+
+
 def test_tokenize_and_detokenize_are_inverse(web: httpx.Client) -> None:
     found = web.post("/tokenize", json={"prompt": "hello world"}).json()
     assert found["count"] == len(found["tokens"]) > 1

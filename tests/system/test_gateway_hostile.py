@@ -71,7 +71,7 @@ WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
     "options without a stream": ({"stream": False, "stream_options": {"include_usage": True}}, 400, "stream_options"),
     "a suffix": ({"suffix": "x"}, 400, "suffix 'x' is not supported"),
     "best of more": ({"best_of": 5}, 400, "best_of"),
-    "echoed logprobs": ({"echo": True, "logprobs": 1}, 400, "echo with logprobs"),
+    "too many echoed logprobs": ({"echo": True, "logprobs": 21}, 400, "logprobs must be"),
     "an odd session": ({"session_id": "a\x00"}, 400, "session"),
     "a long session": ({"session_id": "x" * 300}, 400, "session"),
     "a lone surrogate": ({"prompt": "\ud800"}, 400, ""),

@@ -59,6 +59,17 @@ def test_logprobs_mean_a_number_for_completions_and_a_flag_for_chats() -> None:
     assert chat(logprobs=False).params.logprobs is None
 
 
+def test_an_echo_with_logprobs_asks_for_the_prompts_and_may_ask_for_nothing_else() -> None:
+    """As evaluation harnesses do."""
+    assert completion(echo=True).params.prompt_logprobs is None
+    both = completion(echo=True, logprobs=1, max_tokens=1)
+    assert (both.params.logprobs, both.params.prompt_logprobs, both.is_prompt_only) == (1, 1, False)
+    alone = completion(echo=True, logprobs=0, max_tokens=0)
+    assert (alone.params.prompt_logprobs, alone.params.max_tokens, alone.is_prompt_only) == (0, 1, True)
+    with pytest.raises(BadArgument, match="max_tokens"):
+        completion(max_tokens=0)
+
+
 def test_content_parts_are_joined_and_developers_speak_as_the_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

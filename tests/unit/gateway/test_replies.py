@@ -9,11 +9,11 @@ import pytest
 from msgspec import UNSET
 
 from bus import errors
-from kvcache.client.results import Alternative, Done, Event, Start, Timings, Token
+from kvcache.client.results import Alternative, Done, Event, PromptTokens, Start, Timings, Token
 from kvcache.client.results import Usage as BusUsage
 from kvcache.gateway import openapi
 from kvcache.gateway.problems import Problem, problem_of
-from kvcache.gateway.replies import LEAST_LOGPROB, Outputs, chat_logprobs, completion_logprobs, token_ids
+from kvcache.gateway.replies import LEAST_LOGPROB, Outputs, Piece, chat_logprobs, completion_logprobs, token_ids
 from kvcache.gateway.shapes import ChatShape, CompletionShape, Head
 
 HEAD = Head(request_id="r", created=1, model="m")
@@ -99,9 +99,37 @@ def test_logprobs_are_spelled_and_finite() -> None:
     shown = plain(chat_logprobs(tokens, texts))["content"]
     assert (shown[0]["token"], shown[0]["bytes"], shown[0]["top_logprobs"][0]["token"]) == ("a", [97], "z")
     assert (shown[1]["logprob"], shown[1]["bytes"]) == (LEAST_LOGPROB, [0xC3, 0xA9])
-    legacy = completion_logprobs(tokens, texts, 7)
+    legacy = completion_logprobs(Piece(0, tokens=tokens, text_offset=7), texts)
     assert (legacy.tokens, legacy.text_offset) == (["a", "é"], [7, 8])
     assert legacy.top_logprobs[0] == {"a": -0.5, "z": -0.5}
+
+
+def test_a_prompts_logprobs_come_before_the_outputs_and_its_first_token_has_none() -> None:
+    outputs, shape = Outputs(1, 1, has_logprobs=True, waits_for_prompt=True), CompletionShape()
+    outputs.echoes = {0: "né a"}
+    scored = tuple(token("", token_id, logprob=1.0 - token_id) for token_id in (2, 3, 4))
+    prompt = PromptTokens((Token(0, 1, ""), *scored))
+    texts = {1: "<s>", 2: "n", 3: "\ufffd", 4: " a", 5: "b", 9: "z"}
+    batches: list[list[Event]] = [[start(), prompt], [token("b", 5, logprob=-0.5), done(1)]]
+    pieces = [piece for events in batches for piece in outputs.fold(0, events)]
+    shown = [plain(shape.chunk(HEAD, piece, UNSET, texts))["choices"][0] for piece in pieces]
+    assert [choice["text"] for choice in shown] == ["né a", "b"]
+    assert shown[0]["logprobs"] == {
+        "tokens": ["<s>", "n", "\ufffd", " a"],
+        "token_logprobs": [None, -1.0, -2.0, -3.0],
+        "top_logprobs": [None, {"n": -1.0, "z": -0.5}, {"\ufffd": -2.0, "z": -0.5}, {" a": -3.0, "z": -0.5}],
+        "text_offset": [0, 0, 1, 2],
+    }
+    assert shown[1]["logprobs"]["text_offset"] == [4]
+
+
+def test_an_echo_without_logprobs_comes_at_once_and_a_prompt_alone_shows_nothing_else() -> None:
+    outputs = Outputs(1, 1, has_logprobs=True, is_prompt_only=True)
+    outputs.echoes = {0: "hello"}
+    (first,) = outputs.fold(0, [start()])
+    (last,) = outputs.fold(0, [token("x", logprob=-1.0), done(1)])
+    assert (first.echo, last.text, last.tokens, last.finish_reason) == ("hello", "", [], "length")
+    assert outputs.usage().completion_tokens == 0
 
 
 STATUSES = {
