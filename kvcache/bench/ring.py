@@ -16,6 +16,7 @@ from kvcache.ring import HashRing
 RUNS = 15
 NUM_IDS = 5000
 NUM_WORKERS = 4
+MANY_WORKERS = 512
 
 
 def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
@@ -27,6 +28,8 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
     order_us: list[float] = []
     joined: list[float] = []
     left: list[float] = []
+    join_ms: list[float] = []
+    many = _ring(RUNS, MANY_WORKERS)
     for index in range(RUNS):
         progress(f"run {index + 1} of {RUNS}")
         ring = _ring(index, NUM_WORKERS)
@@ -41,6 +44,7 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
         joined.append(moved)
         nine = HashRing({worker: 100 for worker in ten.workers if worker != ten.workers[0]})
         left.append(sum(ten.owner(key) != nine.owner(key) for key in ids) / NUM_IDS)
+        join_ms.append(_join_ms(many, f"newcomer-{index}"))
     title = f"{NUM_IDS} ids on {NUM_WORKERS} workers, max/mean"
     rows = [
         row(f"{title}, perfect hash", perfect, ""),
@@ -49,6 +53,7 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
         row("all 8 workers in order", order_us, "us"),
         row("keys moved when an 11th joins 10", joined, "", goal=1.2 / 11, sense="<=", on="value"),
         row("keys moved when one of 10 leaves", left, "", goal=1.2 / 10, sense="<=", on="value"),
+        row(f"one more joins a ring of {MANY_WORKERS}", join_ms, "ms"),
     ]
     over = sum(value > 1.05 for value in balance)
     by_chance = sum(value > 1.05 for value in perfect)
@@ -58,6 +63,12 @@ def run(*, quick: bool, progress: Callable[[str], None]) -> Report:
 
 def _ring(run_index: int, num_workers: int) -> HashRing:
     return HashRing({f"host-{run_index}-worker-{number}": 100 for number in range(num_workers)})
+
+
+def _join_ms(ring: HashRing, worker: str) -> float:
+    start = time.perf_counter()
+    HashRing({**ring.weights, worker: 100}, before=ring)
+    return (time.perf_counter() - start) * 1e3
 
 
 def _max_over_mean(owners: list[str]) -> float:

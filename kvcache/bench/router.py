@@ -45,7 +45,7 @@ class Bench:
         members = [_member(number) for number in range(num_workers)]
         for worker in members:
             self._workers.by_id[worker.id] = self._workers.by_link[worker.link] = worker
-        self._workers.rebuild()
+        self._workers.changed()
         self.knowledge = Knowledge(self._workers)
         sequences = Sequences(self._workers, wall_ms=0, now=NOW)
         journal = Journal(_new_id, is_detailed=False, is_tracing=False)

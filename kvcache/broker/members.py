@@ -159,26 +159,43 @@ class Workers:
     def __init__(self, suspect_s: float, max_inflight: int) -> None:
         self.by_link: dict[bytes, Worker] = {}
         self.by_id: dict[str, Worker] = {}
-        self.ring = HashRing({})
+        self._ring = HashRing({})
+        self._on_ring: dict[str, tuple[bytes, int]] = {}  # sessions and weights of those who are on it
+        self._may_be_stale = False
         self._suspect_s = suspect_s
         self._max_inflight = max_inflight
         self._turn = 0.0
 
+    @property
+    def ring(self) -> HashRing:
+        """The ring. It is made anew when it is asked for and others take requests than before, another session of the
+        same worker included: once for many workers that join together."""
+        if self._may_be_stale:
+            self._may_be_stale = False
+            ready = {w.id: (w.session, w.hello.weight) for w in self.by_id.values() if w.state is WorkerState.READY}
+            if ready != self._on_ring:
+                self._on_ring = ready
+                self._ring = HashRing({name: weight for name, (_, weight) in ready.items()}, before=self._ring)
+        return self._ring
+
+    @property
+    def num_ready(self) -> int:
+        """How many take requests."""
+        return sum(worker.state is WorkerState.READY for worker in self.by_id.values())
+
     def add(self, worker: Worker) -> None:
         self.by_link[worker.link] = worker
         self.by_id[worker.id] = worker
-        self.rebuild()
+        self.changed()
 
     def remove(self, worker: Worker) -> None:
         self.by_link.pop(worker.link, None)
         self.by_id.pop(worker.id, None)
-        self.rebuild()
+        self.changed()
 
-    def rebuild(self) -> None:
-        """A new ring, if the set of workers that take requests, or a weight, has changed."""
-        weights = {w.id: w.hello.weight for w in self.by_id.values() if w.state is WorkerState.READY}
-        if weights != self.ring.weights:
-            self.ring = HashRing(weights)
+    def changed(self) -> None:
+        """A worker is in another state than before, or others are there."""
+        self._may_be_stale = True
 
     def count_dispatch(self, worker: Worker) -> None:
         """One more request went to `worker`. Its next turn lies 1/weight ahead, never in the past of the others."""

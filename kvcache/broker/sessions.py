@@ -126,7 +126,7 @@ class Sessions:
         worker.lease_until = now + self._config.lease_ms / 1000
         if worker.state is not beat.state:
             worker.state = beat.state
-            self.workers.rebuild()
+            self.workers.changed()
         self._knowledge.told(worker, beat, now)
         return [to_worker(worker, m.BrokerBeat(beat=beat.beat, lease_ms=self._config.lease_ms))]
 

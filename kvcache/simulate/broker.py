@@ -61,11 +61,12 @@ class ModelBroker:
     # --- workers come and go ----------------------------------------------------------------------
 
     def joined(self, worker: str) -> None:
-        self._ring = HashRing({**self._ring.weights, worker: UNIT_WEIGHT})
+        self._ring = HashRing({**self._ring.weights, worker: UNIT_WEIGHT}, before=self._ring)
         self._meet(worker, IndexState.EXACT)
 
     def left(self, worker: str) -> None:
-        self._ring = HashRing({name: weight for name, weight in self._ring.weights.items() if name != worker})
+        others = {name: weight for name, weight in self._ring.weights.items() if name != worker}
+        self._ring = HashRing(others, before=self._ring)
         self._index.clear(worker)
         self._ledger.forget(worker)
         self._pending.forget(worker)

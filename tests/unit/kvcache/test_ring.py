@@ -71,6 +71,29 @@ def test_a_worker_that_leaves_moves_its_own_keys_and_no_others(
         assert list(after.preference(key)) == [worker for worker in before.preference(key) if worker != gone]
 
 
+@given(
+    st.lists(st.dictionaries(st.text("abcdefgh", max_size=2), st.integers(1, 5), max_size=6), min_size=2, max_size=4),
+    st.lists(st.binary(max_size=8), max_size=20),
+)
+def test_a_ring_made_from_another_is_the_ring_that_is_made_from_nothing(
+    steps: list[dict[str, int]], keys: list[bytes]
+) -> None:
+    """Whoever joined, left or has another weight meanwhile, and however often that was."""
+    ring = HashRing({})
+    for weights in steps:
+        ring, anew = HashRing(weights, before=ring), HashRing(weights)
+        assert (ring.workers, ring.weights, ring.epoch) == (anew.workers, anew.weights, anew.epoch)
+        assert [ring.share(worker) for worker in weights] == [anew.share(worker) for worker in weights]
+        assert [list(ring.preference(key)) for key in keys] == [list(anew.preference(key)) for key in keys]
+
+
+def test_a_ring_is_what_it_was_after_another_was_made_from_it() -> None:
+    ring = HashRing(FOUR)
+    owners = [ring.owner(key) for key in KEYS]
+    HashRing({**FOUR, "worker-2": 30, "another": 100}, before=ring)
+    assert [ring.owner(key) for key in KEYS] == owners
+
+
 def test_five_thousand_sequences_spread_evenly_over_four_workers() -> None:
     ring = HashRing(FOUR)
     loads = Counter(ring.owner(key) for key in KEYS)
