@@ -208,6 +208,9 @@ class Moves:
         assert all(move.source in live and move.target in live for move in self._copying.values())
         assert not self._waiting.keys() & self._by_name.keys()
         assert self._draining <= self._workers.by_id.keys()
+        ends = Counter(worker.id for move in self._copying.values() for worker in (move.source, move.target))
+        assert self._load == ends
+        assert self._load.keys() == ends.keys()
 
     # --- inside ---
 
@@ -288,7 +291,7 @@ class Moves:
     def _stop(self, ticket: bytes, now: float, *, is_moved: bool = False, may_retry: bool = False) -> Move:
         move = self._copying.pop(ticket)
         del self._by_name[move.name]
-        self._load.subtract((move.source.id, move.target.id))
+        self._load -= Counter((move.source.id, move.target.id))  # which keeps nobody who has none
         if move.goal is not None:
             self._homing.ended(move.goal, now - move.began_at, now, is_moved=is_moved, may_retry=may_retry)
         return move
