@@ -26,7 +26,8 @@ from workers.block_changes import BlockChange
 from workers.engine_api import Command
 
 SPAN_NAME = "kvcache.worker"
-MAX_RELEASED = 1024
+MAX_RELEASED = 16_384
+"""Some MB; far more than what a broker lets one client have in flight, all of which may be given up at once."""
 
 log = logging.getLogger(__name__)
 

@@ -162,6 +162,8 @@ class WorkerCore:
         except KVCacheError as error:
             return self._unreadable(number, error)
         match envelope:
+            case Assign() | Forward() if self._links[number].is_void(envelope.call):
+                return []
             case Assign():
                 return self._requests.assigned(number, envelope, frames[1:], now)
             case Forward():

@@ -85,6 +85,10 @@ class Link:
             self._beat_due = now + welcome.heartbeat_ms / 1000  # the first one goes out at once
         return is_new
 
+    def is_void(self, call: int) -> bool:
+        """Whether a call is of an earlier session than this one: the bulk lane may be behind the other."""
+        return self.welcome is not None and call < self.welcome.first_call
+
     def attach(self) -> list[Action]:
         """Say on the bulk lane whose it is."""
         assert self.welcome is not None

@@ -61,7 +61,10 @@ class WorkerHello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The broker accepts a peer. `session` is its secret for the bulk lane; limits hold for what it sends."""
+    """The broker accepts a peer. `session` is its secret for the bulk lane; limits hold for what it sends.
+
+    first_call: to a worker, the first call of this session. What the bulk lane brings of earlier ones is void.
+    """
 
     opcode = 3
     session: Id16
@@ -75,6 +78,7 @@ class Welcome(Message, frozen=True):
     max_tensor_bytes: U63
     chunk_bytes: U63
     window_tokens: U63
+    first_call: U63 = 0
 
 
 class AttachBulk(Message, frozen=True):

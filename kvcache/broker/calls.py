@@ -8,7 +8,6 @@ client's `calls`, and what has ended is in none of them. Only this file moves a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 from kvcache.broker.deadlines import Deadlines
@@ -22,7 +21,7 @@ class Calls:
     def __init__(self) -> None:
         self._open: dict[int, Call] = {}
         self._deadlines: Deadlines[Call] = Deadlines()
-        self._numbers = itertools.count(1)
+        self.next_number = 1
 
     def __len__(self) -> int:
         return len(self._open)
@@ -43,14 +42,14 @@ class Calls:
         stream: Stream | None,
         name: Name | None = None,
         *,
-        writes: bool = False,
+        version: int = 0,
         on_bulk: bool = False,
     ) -> Call:
         """A request goes to `worker`. The client must have none of this id in flight.
 
-        on_bulk: on the worker's bulk lane, if it has one.
+        version: that of a change, see `Call`. on_bulk: on the worker's bulk lane, if it has one.
         """
-        call = Call(next(self._numbers), client, worker, req_id, deadline, stream, name, writes)
+        call = Call(self.next_number, client, worker, req_id, deadline, stream, name, version)
         call.on_bulk = on_bulk and bool(worker.bulk_link)
         client.calls[req_id] = call
         self._add(call)
@@ -62,15 +61,18 @@ class Calls:
         workers: Sequence[Worker],
         deadline: float,
         name: Name,
+        version: int,
         *,
-        writes: bool = False,
         on_bulk: bool = False,
     ) -> list[Call]:
-        """A request about this sequence goes to each of `workers`, in a call of its own. on_bulk: as of `begin`."""
+        """A change of this sequence, to this version, goes to each of `workers`, in a call of its own.
+
+        on_bulk: as of `begin`.
+        """
         client, req_id = gather.client, gather.req_id
         client.calls[req_id] = gather
         for worker in workers:
-            call = Call(next(self._numbers), client, worker, req_id, deadline, name=name, writes=writes, gather=gather)
+            call = Call(self.next_number, client, worker, req_id, deadline, None, name, version, gather)
             call.on_bulk = on_bulk and bool(worker.bulk_link)
             gather.parts[call.id] = call
             self._add(call)
@@ -110,5 +112,6 @@ class Calls:
             assert all(other in self for req_id in call.client.calls for other in self.of(call.client, req_id))
 
     def _add(self, call: Call) -> None:
+        self.next_number += 1
         self._open[call.id] = call.worker.calls[call.id] = call
         self._deadlines.add(call, call.deadline)

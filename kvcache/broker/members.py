@@ -48,7 +48,7 @@ class Stream:
 class Call:
     """One dispatched request, or one worker's part of one. `stream` is None unless it generates.
 
-    name: the sequence that it names, if any. writes: whether it changes that by a `Put` or an `Append`.
+    name: the sequence that it names, if any. version: what a change makes of that; 0 if it changes nothing.
     label: how logs call it, if they are to tell of it. span: what is recorded of it, if it is.
     on_bulk: whether it went to its worker on the bulk lane, where what is sent on the control lane may overtake it.
     """
@@ -60,7 +60,7 @@ class Call:
     deadline: float
     stream: Stream | None = None
     name: Name | None = None
-    writes: bool = False
+    version: int = 0
     gather: Gather | None = None
     prefill: Prefill | None = None
     label: str = ""
@@ -122,7 +122,7 @@ class Client:
 class Worker:
     """A worker's session. calls: what it has of ours to answer. turn, decodes: see `kvcache.routing.views.Belief`.
 
-    is_known: whether it has told of all named sequences that it holds.
+    is_known: whether it has told of all named sequences that it holds. first_call: those before are of other sessions.
     """
 
     link: bytes
@@ -134,6 +134,7 @@ class Worker:
     state: WorkerState
     joined_at: float
     is_known: bool
+    first_call: int = 0
     bulk_link: bytes = b""
     calls: dict[int, Call] = field(default_factory=dict)
     dispatched: int = 0

@@ -271,17 +271,12 @@ class Moves:
         self._copying[ticket] = move
         self._by_name[move.name] = ticket
         self._load.update((move.source.id, move.target.id))
-        return list(order_copy(move.name, version, move.source, move.target, ticket, BUDGET_S))
+        first = self._sequences.take_late()  # the target may have to let go of a copy that is no good
+        return [*first, *order_copy(move.name, version, move.source, move.target, ticket, BUDGET_S)]
 
     def _release(self, name: Name) -> list[Send]:
         """Have those let go of it who need not have it any more. Not while it is written: the write may go to them."""
-        version = self._sequences.find(name).version
-        sends: list[Send] = []
-        for worker in self._homing.surplus(name):
-            self._sequences.released(worker, name)  # nothing goes there any more from now on
-            release = m.ReleaseSequence(tenant=name.tenant, seq_id=name.seq_id, version=version)
-            sends.append(to_worker(worker, release))
-        return sends
+        return [self._sequences.release(worker, name) for worker in self._homing.surplus(name)]
 
     def _give_up(self, name: Name, now: float) -> None:
         wait = self._waiting.pop(name)

@@ -226,7 +226,7 @@ class Requests:
         for call in list(worker.calls.values()):
             if call.gather is not None:
                 call.gather.answers.lose(worker.id)
-                sends += self._end_part(call)
+                sends += self._end_part(call, error.code.name)
             else:
                 self._end(call, error.code.name)
                 sends += self._tell(call.client, call.req_id, error)
@@ -249,7 +249,7 @@ class Requests:
         deletes = (name, version) if message.layer is None else None
         gather = Gather(client, message.req_id, DeleteAnswers(message.req_id), deletes)
         deadline, is_copied = now + message.deadline_ms / 1000, self._sequences.is_copied(name)
-        calls = self.calls.begin_all(gather, workers, deadline, name, writes=True, on_bulk=is_copied)
+        calls = self.calls.begin_all(gather, workers, deadline, name, version, on_bulk=is_copied)
         self._sequences.begin_write(name)
         return [
             send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, MAX_COPIES)
@@ -278,11 +278,11 @@ class Requests:
         if len(workers) == 1:
             worker = workers[0]
             calls = [
-                self.calls.begin(client, worker, message.req_id, deadline, None, name, writes=True, on_bulk=on_bulk)
+                self.calls.begin(client, worker, message.req_id, deadline, None, name, version=version, on_bulk=on_bulk)
             ]
         else:
             gather = Gather(client, message.req_id, WriteAnswers(message.req_id))
-            calls = self.calls.begin_all(gather, workers, deadline, name, writes=True, on_bulk=on_bulk)
+            calls = self.calls.begin_all(gather, workers, deadline, name, version, on_bulk=on_bulk)
         self._sequences.begin_write(name, tuple(worker.id for worker in workers), rf)
         return [
             send for call in calls for send in self.dispatch.assign(call, message, choice, frames, version, len(calls))
@@ -295,11 +295,11 @@ class Requests:
             message = wire.decode(frames).message
         except ProtocolError as error:
             call.gather.answers.add_error(InternalError(f"worker {call.worker.id} gave no readable answer: {error}"))
-            return self._end_part(call)
+            return self._end_part(call, "failed")
         if isinstance(message, m.Credit) and not reply.final:
             return self._pass_on_credit(call, call.gather, message)
         call.gather.answers.add(message)
-        return self._end_part(call)
+        return self._end_part(call, DONE if isinstance(message, m.KvDone) else "failed")
 
     def _pass_on_credit(self, call: Call, gather: Gather, credit: m.Credit) -> list[Send]:
         """The client may send what every worker can take, since each of them gets it all."""
@@ -310,11 +310,11 @@ class Requests:
         gather.passed_on += chunks
         return [to_client(call.client, m.Credit(req_id=call.req_id, chunks=chunks))]
 
-    def _end_part(self, call: Call) -> list[Send]:
+    def _end_part(self, call: Call, how: str) -> list[Send]:
         """One worker is done with its part, or gone; when nothing more is to be waited for, the client is answered."""
         gather = call.gather
         assert gather is not None
-        self._end(call, "a part is done")
+        self._end(call, how)
         rest = list(gather.parts.values()) if gather.answers.is_settled else []
         for part in rest:
             self._end(part, "not needed any more")
@@ -375,8 +375,14 @@ class Requests:
         self._knowledge.ended(call)
         if call.stream is not None:
             self.streams.close(call.stream)
-        if is_over and call.writes and call.name is not None:
+        if not call.version or call.name is None:
+            return
+        if how != DONE:
+            self._sequences.missed(call.worker.id, call.name, call.version)
+        if is_over:
             self._sequences.end_write(call.name)
+            if self._sequences.rf(call.name) > 1:
+                self._moves.wants(call.name)
 
 
 def _check_lane(message: m.Put | m.Append, frames: Sequence[Buffer], workers: Sequence[Worker], lane: Port) -> None:

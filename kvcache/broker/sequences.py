@@ -8,7 +8,7 @@ sequence are asked to come again, for two seconds at most.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bus import messages as m
@@ -16,7 +16,7 @@ from bus import wire
 from bus.stats import Holding, Holdings, pack
 from kvcache.broker.directory import Directory, Name, Place
 from kvcache.broker.members import Worker, Workers
-from kvcache.broker.sends import Port, Send
+from kvcache.broker.sends import Port, Send, to_worker
 from kvcache.broker.versions import Versions
 
 LEARN_S = 2.0
@@ -26,13 +26,14 @@ LEARN_S = 2.0
 class _Flux:
     """Writes of one sequence that are in flight: how many, to which workers, and the versions those told meanwhile.
 
-    rf: how many workers are to have it, by the writes.
+    rf: how many workers are to have it, by the writes. missed: by worker, the first version that it may be without.
     """
 
     num_writes: int = 0
     rf: int = 1
     targets: tuple[str, ...] = ()
     told: dict[str, int] = field(default_factory=dict)
+    missed: dict[str, int] = field(default_factory=dict)
 
 
 class Sequences:
@@ -108,6 +109,12 @@ class Sequences:
         flux.targets = flux.targets or targets
         flux.rf = max(flux.rf, rf)
 
+    def missed(self, worker_id: str, name: Name, version: int) -> None:
+        """A write in flight, which makes this version, has failed at a worker, or nobody knows what became of it there.
+        Elsewhere it may have taken effect."""
+        missed = self._in_flux[name].missed
+        missed[worker_id] = min(version, missed.get(worker_id, version))
+
     def end_write(self, name: Name) -> None:
         """A write has ended, however it did."""
         flux = self._in_flux[name]
@@ -120,6 +127,7 @@ class Sequences:
             stale.update(self._directory.told(worker_id, name, version))
         self._directory.want(name, flux.rf)
         self._drop(stale.difference(self._directory.find(name).holders), name)
+        self._late += [self.release(self._workers.by_id[holder], name) for holder in self._apart(name, flux.missed)]
 
     def wrote(self, worker: Worker, name: Name, version: int, now: float) -> None:
         """A worker has written this version; whoever holds an older one drops it."""
@@ -153,12 +161,13 @@ class Sequences:
         """No worker has it any more, and copies that turn up later are stale."""
         self._directory.mark(name, version)
 
-    def released(self, worker: Worker, name: Name) -> None:
-        """The worker is told to let go of it, which others have in the same version. That it holds this is no news
-        until it has said what became of it."""
+    def release(self, worker: Worker, name: Name) -> Send:
+        """Tell the worker to let go of it, which others have in the same version. Nothing goes there any more from now
+        on, and that it holds this is no news until it has said what became of it."""
         version = self._directory.find(name).version
         self._released.setdefault(worker.id, {})[name] = version
         self._directory.gone(worker.id, name, version)
+        return to_worker(worker, m.ReleaseSequence(tenant=name.tenant, seq_id=name.seq_id, version=version))
 
     def regained(self, worker: Worker) -> None:
         """The worker is back in its session and tells all that it has, as it is after all that it was told."""
@@ -199,6 +208,13 @@ class Sequences:
         flux = self._in_flux.get(name)
         if flux is not None:
             flux.told.pop(worker.id, None)
+
+    def _apart(self, name: Name, missed: Mapping[str, int]) -> Sequence[str]:
+        """Holders whose copies may differ from what others hold although a later write has made their versions equal:
+        they may be without one before that. If that is so of all, the first is not among them."""
+        version, holders = self._directory.find(name)
+        apart = [holder for holder in holders if missed.get(holder, version) < version]
+        return apart[1:] if len(apart) == len(holders) else apart
 
     def _drop(self, holders: Collection[str], name: Name) -> None:
         if not holders:

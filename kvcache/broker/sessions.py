@@ -96,11 +96,12 @@ class Sessions:
             known = Worker(
                 link, self._new_id(), user_id, hello, now, lease_until, hello.state, now, hello.sequences == 0
             )
+            known.first_call = self._requests.calls.next_number
             self._by_secret[known.session] = known
             self.workers.add(known)
             self._knowledge.joined(known, now)
-            self._journal.news.append(News(f"worker {known.id} joined, {len(self.workers.ring)} on the ring"))
-        return [*sends, to_worker(known, self._welcome(known.session))]
+            self._journal.news.append(News(f"worker {known.id} joined, {self.workers.num_ready} on the ring"))
+        return [*sends, to_worker(known, self._welcome(known.session, known.first_call))]
 
     def attach(self, link: bytes, message: m.AttachBulk, kind: type[Client | Worker], user_id: str) -> bool:
         """Give a bulk connection to the session whose secret it knows; False if there is none."""
@@ -199,7 +200,7 @@ class Sessions:
         self._by_bulk_link.pop(owner.bulk_link, None)
         owner.bulk_link = b""
 
-    def _welcome(self, session: bytes) -> m.Welcome:
+    def _welcome(self, session: bytes, first_call: int = 0) -> m.Welcome:
         return m.Welcome(
             session=session,
             incarnation=self._incarnation,
@@ -212,6 +213,7 @@ class Sessions:
             max_tensor_bytes=MAX_TENSOR_BYTES,
             chunk_bytes=CHUNK_BYTES,
             window_tokens=WINDOW_TOKENS,
+            first_call=first_call,
         )
 
 

@@ -143,6 +143,16 @@ class World:
         key = SequenceKey(USER, seq_id)
         return all(self.workers[name].store.pinned_s(key, self.now) is not None for name in self.copies(seq_id))
 
+    def stored(self, seq_id: str) -> set[bytes]:
+        """What is in the copies that there are: of copies that are alike, one value."""
+        found = set()
+        for name in self.copies(seq_id):
+            store = self.workers[name].store
+            read = store.open_read(SequenceKey(USER, seq_id), 0)
+            found.add(b"".join(bytes(piece) for _, piece in store.chunks(read, PAGE)))
+            store.close_read(read)
+        return found
+
     def copies_on(self, name: str) -> int:
         """How many sequences a worker has stored."""
         return self.workers[name].store.stats(self.now).sequences

@@ -11,7 +11,7 @@ from tests.unit.sequence_world import DONE, World, stale
 
 NAMES = ("a", "b", "c")
 SEQUENCES = ("s0", "s1", "s2")
-KINDS = st.sampled_from(["put", "put", "get", "get", "delete"])
+KINDS = st.sampled_from(["put", "put", "get", "get", "delete", "pin", "unpin"])
 
 
 class SequenceMachine(RuleBasedStateMachine):
@@ -143,6 +143,7 @@ class SequenceMachine(RuleBasedStateMachine):
             self.worker_freezes_or_thaws(name, thaw=True)
         self.all_join()
         self.world.run(4.0)
+        assert all(len(self.world.stored(seq_id)) <= 1 for seq_id in SEQUENCES), "copies that differ"
         for number, seq_id in enumerate(SEQUENCES[:2]):
             assert self.world.tell("put", seq_id, 10_000 + number) == DONE
             assert self.world.tell("get", seq_id) == 10_000 + number

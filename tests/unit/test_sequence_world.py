@@ -221,6 +221,45 @@ def test_a_write_of_which_one_copy_froze_is_not_acknowledged_and_the_frozen_one_
     assert world.copies("s").isdisjoint({frozen})
 
 
+def test_a_write_that_has_room_on_one_worker_only_leaves_no_two_copies_that_differ() -> None:
+    """Although a pin that was in flight with it gave both of them one version."""
+    world = World(("a", "b"), num_pages=8)  # of each; a sequence takes two
+    assert world.tell("put", "s", 1, rf=2) == DONE
+    fillers = [name for name in (f"t{number}" for number in range(40)) if world.owner(name) == "b"][:3]
+    for name in fillers:
+        assert (world.tell("put", name, 0), world.tell("pin", name)) == (DONE, DONE)
+    written, pinned = world.ask("put", "s", 2, rf=2), world.ask("pin", "s")
+    world.settle()
+    assert (written.answer, pinned.answer) == (ErrorCode.NO_SPACE, DONE)
+    reads = [world.tell("get", "s") for _ in range(4)]
+    assert reads in ([1] * 4, [2] * 4)
+    assert world.tell("delete", fillers[0]) == DONE
+    world.run(5.0)
+    assert world.copies("s") == {"a", "b"}, "the other one is made anew without another write"
+    assert [world.tell("get", "s") for _ in range(4)] == reads
+    world.check()
+
+
+def test_a_write_that_comes_when_its_session_is_over_makes_no_copy_another(world: World) -> None:
+    assert world.tell("put", "s", 1, rf=2) == DONE
+    late, other = sorted(world.copies("s"))
+    given_up = world.ask("put", "s", 2, rf=2)
+    on_its_way = world.workers[late].bulk
+    assert on_its_way
+    world.workers[late].bulk, world.workers[other].bulk = [], []
+    away(world, late)
+    world.thaw(late)
+    world.run(1.0)
+    assert given_up.answer is ErrorCode.WORKER_LOST
+    assert world.tell("put", "s", 3, rf=2) == DONE
+    assert late in world.copies("s")
+    world.workers[late].bulk += on_its_way
+    world.settle()
+    assert [world.tell("get", "s") for _ in range(4)] == [3] * 4
+    assert len(world.stored("s")) == 1
+    world.check()
+
+
 def test_a_deletion_removes_both_copies(world: World) -> None:
     world.tell("put", "s", 1, rf=2)
     assert world.tell("delete", "s") == DONE

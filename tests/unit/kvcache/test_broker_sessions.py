@@ -38,6 +38,14 @@ def joined(driver: Driver) -> Driver:
     return driver
 
 
+def test_a_worker_hears_which_calls_are_of_its_session(driver: Driver) -> None:
+    joined(driver).client(b"c1", length())
+    driver.reply(b"w1", 1, done())
+    (again,) = driver.worker(b"w1", worker_hello("w"))
+    assert again.message.first_call == 1
+    assert driver.join_worker(b"w2", "w", 2).first_call == 2
+
+
 # --- clients -------------------------------------------------------------------------------------
 
 

@@ -81,9 +81,9 @@ class CoreBench:
 
     # --- what brokers do ---
 
-    def join(self, link: int = 0, session: bytes = b"S" * 16) -> list[Action]:
+    def join(self, link: int = 0, session: bytes = b"S" * 16, first_call: int = 0) -> list[Action]:
         """Welcome the worker and grant its lease."""
-        actions = self.control(welcome(session), link=link)
+        actions = self.control(welcome(session, first_call=first_call), link=link)
         beat = messages(actions, WorkerBeat)[-1].beat
         return actions + self.control(BrokerBeat(beat=beat, lease_ms=2000), link=link)
 

@@ -261,6 +261,17 @@ def test_a_write_that_nobody_waits_for_any_more_has_no_effect_when_it_comes(benc
     assert only(answers(actions)).final, "calls of another session have nothing to do with it"
 
 
+def test_what_an_earlier_session_left_on_the_bulk_lane_has_no_effect(bench: CoreBench) -> None:
+    k, v = stored(bench, 10)
+    call, _ = bench.assign(measure(bench))
+    bench.join(session=b"T" * 16, first_call=call + 3)
+    assert bench.assign(put(bench, 10), v, k, bulk=True) == (call + 1, [])
+    _, actions = bench.assign(get(bench))
+    assert [bytes(part) for part in only(answers(actions)).payload] == [k, v]
+    _, actions = bench.assign(put(bench, 10), v, k, bulk=True)
+    assert only(answers(actions)).final
+
+
 def test_a_partial_put_is_invisible_and_the_old_value_stays_readable(bench: CoreBench) -> None:
     k, v = stored(bench, 10)
     call, _ = bench.assign(put(bench, CHUNK_BYTES // 64))
