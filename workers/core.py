@@ -6,7 +6,7 @@ order. There is no socket, thread or clock here. This file joins the parts and o
     LOADING   models named at start are loading; requests wait for them
     READY     serving
     DRAINING  nothing new; what runs has 10 s, then fails as retryable, and so long each broker may have others copy the
-              named sequences that are here. `is_drained` says when to leave
+              named sequences and wanted prompts that are here. `is_drained` says when to leave
 
 What becomes of a request stands in `requests`, what a broker may ask of us in `links`, what other workers may in
 `peers`.
@@ -83,7 +83,7 @@ class WorkerCore:
         requests = self._requests
         taker = Taker(hello.worker_id, store, self._held, requests.is_written, requests.outdate, requests.adopt)
         self._peers = Peers(hello.worker_id, Giver(store, self._held, requests.receipts), taker)
-        self._waits_for: set[int] = set()  # while draining: brokers that may still have sequences copied from here
+        self._waits_for: set[int] = set()  # while draining: brokers that may still have others copy from here
         self._malformed = 0
         self._state = WorkerState.LOADING if preloading else WorkerState.READY
         self._preloading = set(preloading)
@@ -222,7 +222,7 @@ class WorkerCore:
         actions += self._peers.tick(now)
         actions += self._tell_sequences()
         if now >= self._drain_until:
-            if self._waits_for:
+            if self._waits_for and len(self._held):
                 log.warning("this worker leaves before all of its named sequences were copied")
             self._waits_for.clear()
             actions += self._requests.fail_all(WorkerLost("the worker was told to drain and its time is up"))
@@ -242,6 +242,8 @@ class WorkerCore:
         self._requests.close()
         if len(self._held):
             self._waits_for = {link.number for link in self._links if link.may_be_back(DRAIN_S, now)}
+        elif len(self._nodes):
+            self._waits_for = {link.number for link in self._links if link.welcome is not None}
         return [action for link in self._links for action in link.beat(self._state, self._load(link, now), now)]
 
     @property
@@ -358,7 +360,9 @@ class WorkerCore:
     def _lose(self, link: Link, now: float) -> list[Action]:
         link.left(now)
         self._nodes.left(link.number)
-        self._held.left(link.number)  # while draining it is waited for: it may be back in time
+        self._held.left(link.number)
+        if not len(self._held):  # for named sequences it is waited for: it may be back in time
+            self._waits_for.discard(link.number)
         return [*self._peers.lose_session(link.number), *self._requests.lose_session(link.number, now)]
 
     def _may_act(self, number: int, now: float) -> bool:

@@ -49,6 +49,10 @@ class NodeLog:
         self._latest = 0
         self._listeners: dict[int, _Listener] = {}
 
+    def __len__(self) -> int:
+        """How many nodes are held."""
+        return sum(map(len, self._held.values()))
+
     # --- what the engine says ---
 
     def note(self, changes: Iterable[NodeChange]) -> None:

@@ -126,7 +126,7 @@ class SequenceCopied(Message, frozen=True):
 
 
 class HandedOver(Message, frozen=True):
-    """To a worker that drains: nothing more is to be copied from it. num_left: sequences that nobody else has now."""
+    """To a worker that drains: it need not wait for others to copy from it. num_left: sequences nobody else has now."""
 
     opcode = 87
     num_left: U63

@@ -49,7 +49,7 @@ class Bench:
         self.knowledge = Knowledge(self._workers)
         sequences = Sequences(self._workers, wall_ms=0, now=NOW)
         journal = Journal(_new_id, is_detailed=False, is_tracing=False)
-        moves = Moves(self._workers, sequences, journal, _new_id)
+        moves = Moves(self._workers, sequences, journal, _new_id, lambda worker_id, now: False)
         self.placement = Placement(DEFAULT_POLICY, self._workers, self.knowledge, sequences, moves)
         self._chains = [self._chain() for _ in range(num_workers * CHAINS_PER_WORKER // 4)]
         held: dict[str, list[bytes]] = {worker.id: [] for worker in members}

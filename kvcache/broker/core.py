@@ -31,6 +31,7 @@ from kvcache.broker.requests import Requests
 from kvcache.broker.sends import Port, Send, to_client, to_worker
 from kvcache.broker.sequences import Sequences
 from kvcache.broker.sessions import Sessions, refuse_version
+from kvcache.broker.warming import Demand
 from kvcache.config import BrokerConfig
 
 FLOOD = f"{GARBAGE_PER_S} unreadable messages within a second"
@@ -74,7 +75,8 @@ class BrokerCore:
         self._sequences = Sequences(self._workers, wall_ms=incarnation // 1_000_000, now=now)
         self._knowledge = Knowledge(self._workers)
         self._journal = Journal(new_id, is_detailed=config.log_level.lower() == "debug", is_tracing=is_tracing)
-        self._moves = Moves(self._workers, self._sequences, self._journal, new_id)
+        demand = Demand(self._workers, self._knowledge, new_id)
+        self._moves = Moves(self._workers, self._sequences, self._journal, new_id, demand.needs)
         self._requests = Requests(
             config.policy,
             self._workers,
@@ -82,6 +84,7 @@ class BrokerCore:
             self._sequences,
             self._journal,
             self._moves,
+            demand,
             serves_from=now + config.settle_ms / 1000,
             new_id=new_id,
         )

@@ -7,7 +7,8 @@
 
 A copy keeps its version, so a write that overtakes it makes the copy a stale one like any other. What a worker that
 drains has comes first, the most recently used before the rest; what a request asks for meanwhile before all that.
-When nothing is left to be copied from it, that worker is told so. Everything here may be lost and is found out again.
+When nothing is left to be copied from it, nor any prompt to be fetched (`warming`), that worker is told so. Everything
+here may be lost and is found out again.
 
 When all that is done, what another worker owns since the ring has changed moves there (`homing`). It is copied in the
 same way; when the copy is there, whoever need not have one any more is told to let go of it, so that its room is free.
@@ -67,9 +68,19 @@ class Move(NamedTuple):
 
 
 class Moves:
-    """All copies of sequences that are to be made. `new_id` makes 16 secret random bytes."""
+    """All copies of sequences that are to be made. `new_id` makes 16 secret random bytes.
 
-    def __init__(self, workers: Workers, sequences: Sequences, journal: Journal, new_id: Callable[[], bytes]) -> None:
+    is_needed(worker_id, now): whether a worker that drains is to stay for another reason.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        sequences: Sequences,
+        journal: Journal,
+        new_id: Callable[[], bytes],
+        is_needed: Callable[[str, float], bool],
+    ) -> None:
         self.num_done = 0
         self.num_moved = 0
         self.failed: Counter[str] = Counter()
@@ -77,6 +88,7 @@ class Moves:
         self._sequences = sequences
         self._journal = journal
         self._new_id = new_id
+        self._is_needed = is_needed
         self._waiting: OrderedDict[Name, Wait] = OrderedDict()
         self._again: dict[Name, Wait] = {}  # they wait from the next tick on
         self._copying: dict[bytes, Move] = {}
@@ -199,7 +211,7 @@ class Moves:
             for name in self._sequences.replicated():
                 self._consider(name)
         self._homing.tick(now)
-        return [*self._begin(now), *self._dismiss()]
+        return [*self._begin(now), *self._dismiss(now)]
 
     def check(self) -> None:
         """Assert that the books agree, and that nobody copies who is not there."""
@@ -230,7 +242,7 @@ class Moves:
         for name in reversed(self._sequences.names_of(worker.id)):
             self._consider(name)
             self.asked(name)
-        return [*self._begin(now), *self._dismiss()]
+        return self._begin(now)
 
     def _begin(self, now: float) -> list[Send]:
         """Order what can be copied now."""
@@ -305,14 +317,14 @@ class Moves:
         if move.goal is None or self._lacks(move.name):  # its holder may have begun to drain meanwhile
             self._again[move.name] = wait
 
-    def _dismiss(self) -> list[Send]:
+    def _dismiss(self, now: float) -> list[Send]:
         """Let go of workers that drain and from which nothing is to be copied any more."""
         sends: list[Send] = []
         for worker_id in list(self._draining):
             held = self._sequences.holds(worker_id)
             if not self._workers.by_id[worker_id].is_known:  # it has joined just now, and still tells what it has
                 continue
-            if self._load[worker_id] or any(self.is_due(name) for name in held):
+            if self._load[worker_id] or any(map(self.is_due, held)) or self._is_needed(worker_id, now):
                 continue
             self._draining.remove(worker_id)
             ring = self._workers.ring.weights.keys()

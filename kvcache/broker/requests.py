@@ -57,6 +57,7 @@ class Requests:
         sequences: Sequences,
         journal: Journal,
         moves: Moves,
+        demand: Demand,
         *,
         serves_from: float,
         new_id: Callable[[], bytes],
@@ -73,7 +74,7 @@ class Requests:
         self._sequences = sequences
         self._moves = moves
         self._serves_from = serves_from
-        self.demand = Demand(workers, knowledge, new_id)
+        self.demand = demand
         self.num_warmed = 0
 
     # --- from clients ----------------------------------------------------------------------------

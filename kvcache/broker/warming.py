@@ -2,10 +2,10 @@
 
 A prompt counts under its routing key, with a half-life; from the second time on the newest one of that key is kept.
 Soon after the ring has changed, what a worker that is new owns waits for it, the most wanted first, and so does what
-nobody holds but a worker that drains. Each is then sent to the new owner as a request of the broker's own, of the
-lowest class and for one token, that is to pull what another holds: so it is found, checked and paid for like any other
-pull, and nothing is begun that nobody holds, or while requests wait at either end. What has not been sent after
-`WARM_S` never is: by then requests have brought what they need.
+nobody holds but a worker that drains, which stays for it, though for `STAY_S` at most. Each is then sent to the new
+owner as a request of the broker's own, of the lowest class and for one token, that is to pull what another holds: so it
+is found, checked and paid for like any other pull, and nothing is begun that nobody holds, or while requests wait at
+either end. What has not been sent after `WARM_S` never is: by then requests have brought what they need.
 
 Kept prompts are in memory only, within `MAX_BYTES`; the least recently asked for go first.
 """
@@ -38,6 +38,8 @@ MAX_KEYS = 2000
 MAX_LOOKED_AT = 256
 """The first few are most of what a cache is worth; about 10 ms, if a worker drains."""
 WARM_S = 30.0
+STAY_S = 3.0
+"""Some pulls of a second; a cluster that is busy would have a worker that drains wait in vain."""
 DEADLINE_MS = 10_000
 LOOK_AHEAD = 8
 """Of those that wait for one worker, how many are looked at for one whose holder has time."""
@@ -45,7 +47,10 @@ LOOK_AHEAD = 8
 
 @dataclass(slots=True)
 class Wanted:
-    """What is asked for under one key. worth: requests, each half as much after a half-life; as of `at`."""
+    """What is asked for under one key. worth: requests, each half as much after a half-life; as of `at`.
+
+    leaving: those who held it when the ring changed, if all of them drained then.
+    """
 
     tenant: str
     key: bytes
@@ -53,6 +58,7 @@ class Wanted:
     at: float
     message: m.Generate | None = None
     prompt: bytes = b""
+    leaving: frozenset[str] = frozenset()
 
     def worth_at(self, now: float) -> float:
         return float(self.worth * 2.0 ** ((self.at - now) / HALF_LIFE_S))
@@ -89,8 +95,8 @@ class Demand:
         self._looks_at: float | None = None
         self._known: set[bytes] = set()  # sessions of workers that have been on the ring
         self._queues: dict[str, deque[Wanted]] = {}  # by target, the most wanted first
-        self._until = 0.0
-        self._under_way: set[str] = set()
+        self._until = self._stay_until = 0.0
+        self._under_way: dict[str, str] = {}  # by target, who is to give
 
     def __len__(self) -> int:
         """How many are to be sent to workers."""
@@ -116,7 +122,7 @@ class Demand:
             self._ring = self._workers.ring
             self._looks_at = now if self._is_anyone_leaving() else now + SETTLE_S  # who leaves does not wait for this
         if self._looks_at is not None and now >= self._looks_at:
-            self._looks_at, self._until = None, now + WARM_S
+            self._looks_at, self._until, self._stay_until = None, now + WARM_S, now + STAY_S
             self._look(now)
         if now >= self._until:
             self._queues.clear()
@@ -124,7 +130,13 @@ class Demand:
 
     def ended(self, worker_id: str) -> None:
         """A request that was sent there is over, however it ended."""
-        self._under_way.discard(worker_id)
+        self._under_way.pop(worker_id, None)
+
+    def needs(self, worker_id: str, now: float) -> bool:
+        """Whether a worker that drains is to stay a little, since it alone holds what others are to fetch."""
+        waiting = (wanted for queue in self._queues.values() for wanted in queue)
+        is_needed = worker_id in self._under_way.values() or any(worker_id in wanted.leaving for wanted in waiting)
+        return is_needed and now < self._stay_until
 
     def check(self) -> None:
         """Assert that the books agree."""
@@ -144,19 +156,19 @@ class Demand:
         queues: dict[str, deque[Wanted]] = {}
         for wanted in kept[:MAX_LOOKED_AT] if ring.workers else ():
             owner = ring.owner(wanted.key)
-            is_new = owner in new or (is_anyone_leaving and self._is_leaving(wanted))
-            if is_new and wanted.worth_at(now) >= MIN_WORTH:
+            wanted.leaving = self._leaving(wanted) if is_anyone_leaving else frozenset()
+            if (owner in new or wanted.leaving) and wanted.worth_at(now) >= MIN_WORTH:
                 queues.setdefault(owner, deque()).append(wanted)
         self._queues = queues
 
     def _is_anyone_leaving(self) -> bool:
         return any(worker.state is m.WorkerState.DRAINING for worker in self._workers.by_id.values())
 
-    def _is_leaving(self, wanted: Wanted) -> bool:
-        """Whether it is held, and by nobody who stays."""
+    def _leaving(self, wanted: Wanted) -> frozenset[str]:
+        """Who holds it, if nobody does who stays."""
         assert wanted.message is not None
         held = self._knowledge.read(wanted.tenant, wanted.message).held
-        return bool(held) and self._workers.ring.weights.keys().isdisjoint(held)
+        return frozenset(held) if self._workers.ring.weights.keys().isdisjoint(held) else frozenset()
 
     def _next(self, target: str, now: float) -> list[Warming]:
         """The most wanted one that can be sent to this worker; those that need not be leave its queue."""
@@ -171,7 +183,7 @@ class Demand:
                 continue
             queue.remove(wanted)
             if warming is not None:
-                self._under_way.add(target)
+                self._under_way[target] = warming.source
                 found.append(warming)
                 break
         if not queue:

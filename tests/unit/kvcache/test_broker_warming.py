@@ -13,7 +13,7 @@ from bus.errors import WorkerLost
 from bus.limits import MAX_PRIORITY
 from kvcache.broker.knowledge import Knowledge
 from kvcache.broker.members import Workers
-from kvcache.broker.warming import DEADLINE_MS, MAX_BYTES, MAX_PROMPT_BYTES, WARM_S, Demand
+from kvcache.broker.warming import DEADLINE_MS, MAX_BYTES, MAX_PROMPT_BYTES, STAY_S, WARM_S, Demand
 from kvcache.hashing import routing_chain
 from kvcache.ring import HashRing
 from kvcache.routing.keys import RoutingKey
@@ -23,13 +23,14 @@ READY = (("model", m.ModelState.READY),)
 
 
 class Cluster:
-    """A broker, and workers that beat; `busy`: those where requests wait."""
+    """A broker, and workers that beat; `busy`: those where requests wait. dismissed: those that were told to go."""
 
     def __init__(self, *names: str) -> None:
         self.driver = Driver(policy="prefix")
         self.driver.join_client()
         self.names = list(names)
         self.busy: set[str] = set()
+        self.dismissed: set[str] = set()
         self.states: dict[str, m.WorkerState] = {}
         self.models = READY
         self._numbers = iter(range(1, 10_000))
@@ -47,6 +48,7 @@ class Cluster:
                 self.driver.worker(name.encode(), beat(state=state, **fields))
             self.driver.client(b"c1", m.Beat(beat=1))
             heard += self.driver.tick(0.25)
+            self.dismissed |= {it.link.decode() for it in heard if isinstance(it.message, m.HandedOver)}
         return [it for it in heard if isinstance(it.message, m.Assign | m.Grant)]
 
     def join(self, name: str, incarnation: int = 1) -> None:
@@ -205,17 +207,49 @@ def test_a_worker_that_comes_back_empty_fetches_anew(cluster: Cluster) -> None:
     assert end_all(cluster, 10.0) == before
 
 
-def test_what_only_a_worker_holds_that_drains_goes_to_its_new_owner_at_once(cluster: Cluster) -> None:
+@pytest.fixture
+def unshared(cluster: Cluster) -> Cluster:
+    """Two workers, of which one holds all, and the other had no time to fetch any."""
     cluster.busy = {"two"}
     cluster.join("two")
     cluster.run(WARM_S + 2.0)
     for prompt in prompts(12):
         cluster.ask(prompt)
     cluster.busy = set()
-    cluster.states = {"one": m.WorkerState.DRAINING}
-    fetched = end_all(cluster, 5.0)
+    return cluster
+
+
+def test_what_only_a_worker_holds_that_drains_goes_to_its_new_owner_at_once(unshared: Cluster) -> None:
+    unshared.states = {"one": m.WorkerState.DRAINING}
+    fetched = end_all(unshared, 5.0)
     assert {prompt for _, prompt, _ in fetched} == set(prompts(12))
     assert {(target, source) for target, _, source in fetched} == {("two", "one")}
+
+
+def test_a_worker_that_drains_is_kept_until_what_it_alone_holds_was_fetched(unshared: Cluster) -> None:
+    unshared.states = {"one": m.WorkerState.DRAINING}
+    while unshared.driver.stats().warmed_prompts < 11:
+        end_all(unshared, 0.25)
+        assert unshared.dismissed == set()
+    end_all(unshared, 0.5)
+    assert unshared.driver.stats().warmed_prompts == 12
+    assert unshared.dismissed == {"one"}
+
+
+@pytest.mark.parametrize("busy", [{"two"}, set()], ids=["nothing can begin", "the first takes long"])
+def test_a_worker_that_drains_is_not_kept_for_long(unshared: Cluster, busy: set[str]) -> None:
+    unshared.states, unshared.busy = {"one": m.WorkerState.DRAINING}, busy
+    assert bool(unshared.run(STAY_S)) == (not busy)
+    assert unshared.dismissed == set()
+    unshared.run(0.5)
+    assert unshared.dismissed == {"one"}
+
+
+def test_a_worker_that_drains_need_not_stay_for_what_others_hold_too(unshared: Cluster) -> None:
+    unshared.hold("two", *prompts(12))
+    unshared.states = {"one": m.WorkerState.DRAINING}
+    assert unshared.run(0.5) == []
+    assert unshared.dismissed == {"one"}
 
 
 def test_a_fetch_for_which_the_lane_has_no_room_ends_and_the_next_one_follows(cluster: Cluster) -> None:

@@ -589,6 +589,19 @@ def test_a_broker_that_is_back_while_a_worker_drains_may_have_its_sequences_copi
     assert was_drained == [False, True, False, True]
 
 
+@pytest.mark.parametrize("how", ["it says so", "it is gone"])
+def test_a_worker_that_holds_prompts_stays_until_its_broker_has_had_them_fetched(bench: CoreBench, how: str) -> None:
+    bench.core.on_engine(moved(1), bench.now)
+    bench.core.drain(bench.now)
+    bench.pass_time(5.0)
+    assert not bench.core.is_drained
+    if how == "it says so":
+        bench.control(HandedOver(num_left=0))
+    else:
+        bench.pass_time(2.5, answering=False)
+    assert bench.core.is_drained
+
+
 def test_after_ten_seconds_of_draining_what_still_runs_fails_as_lost(bench: CoreBench) -> None:
     call, start = bench.start()
     bench.core.drain(bench.now)
