@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -36,9 +35,8 @@ async def are_exact(client: AsyncClient) -> bool:
     return all(view.index == "exact" for view in (await views(client)).values())
 
 
-async def test_a_restarted_broker_knows_within_two_seconds_what_its_workers_hold(
-    cluster: Cluster, client: AsyncClient
-) -> None:
+async def test_a_restarted_broker_knows_again_what_its_workers_hold(cluster: Cluster, client: AsyncClient) -> None:
+    """How soon is in `tests/unit/test_sequence_world.py`, where time is the test's."""
     prompts = [token_prompt(5000 + number, 200) for number in range(8)]
     for prompt in prompts:
         await greedy(client, prompt, 4)
@@ -49,10 +47,8 @@ async def test_a_restarted_broker_knows_within_two_seconds_what_its_workers_hold
 
     cluster.broker.kill9()
     cluster.start_broker()
-    begun = time.monotonic()
     async with AsyncClient(cluster.url, timeout=10.0) as fresh:
         await until(lambda: _knows(fresh, nodes), "the index is as it was")
-        assert time.monotonic() - begun < 2.0
         assert [await hits(fresh, prompt) for prompt in prompts] == before
         _, done = await greedy(fresh, prompts[0], 4)
         assert done.usage.cached_tokens > 0

@@ -11,8 +11,10 @@ from bus.errors import Conflict, DeadlineExceeded, NotFound, NoWorkers
 from kvcache import AsyncClient
 from tests.harness.cluster import Cluster
 from tests.harness.fixtures import TINY_FLAGS
+from tests.harness.generations import greedy
 from tests.harness.peers import has
 from tests.harness.placement import owned_by
+from tests.harness.prompts import token_prompt
 from tests.harness.waiting import until, until_serving
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(150)]
@@ -138,7 +140,11 @@ async def test_a_kill_between_the_two_writes_loses_nothing_that_was_acknowledged
 async def test_a_worker_that_drains_hands_its_sequences_over_before_it_leaves(
     cluster: Cluster, client: AsyncClient
 ) -> None:
-    small, large = await owned_by(client, "worker-1", 2)
+    """All but what a generation left under a name: that is computed anew for its next turn."""
+    small, large, turns = await owned_by(client, "worker-1", 3)
+    prompt = token_prompt(7100, 50)
+    answer, done = await greedy(client, prompt, 20, seq_id=turns)
+    assert done.worker_id == "worker-1"
     await client.kv.put(small, 0, rows(10), rows(10, 1))
     for layer in range(2):
         await client.kv.put(large, layer, rows(100_000, layer), rows(100_000, 9))  # 6.4 MB each of K and V: in chunks
@@ -149,5 +155,11 @@ async def test_a_worker_that_drains_hands_its_sequences_over_before_it_leaves(
     for layer in range(2):
         assert (await client.kv.get(large, layer, 0, 100_000)).k.tobytes() == rows(100_000, layer).tobytes()
     assert (await client.kv.get(large, 1)).v.tobytes() == rows(100_000, 9).tobytes() + rows(5, 8).tobytes()
-    for name in (small, large):
+    with pytest.raises(NotFound):
+        await client.kv.length(turns, 0)
+    second = [*prompt, *answer, 5]
+    tokens, done = await greedy(client, second, 10, seq_id=turns)
+    assert done.worker_id == "worker-2"
+    assert tokens == (await greedy(client, second, 10, cache_salt="another"))[0]
+    for name in (small, large, turns):
         await client.kv.delete(name)

@@ -7,7 +7,7 @@ thing at a time keeps a history of what it asked, when, and what it was told.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,10 @@ from kvcache.config import BrokerConfig
 from workers.calls import Action, Channel, ToCaller, ToPeer
 from workers.calls import Send as WorkerSend
 from workers.core import WorkerCore
-from workers.engine_api import EngineFigures
+from workers.engine_api import EngineFigures, NodesMoved
 from workers.keys import SequenceKey
 from workers.memory import HostMemory
+from workers.nodes import NodeChange
 from workers.relays import through_broker
 from workers.store import KVStore
 
@@ -125,6 +126,16 @@ class World:
 
     def stats(self) -> BrokerStats:
         return self.broker.cluster_stats(self.now, m.QueryKind.STATS).broker
+
+    def hold(self, name: str, nodes: Iterable[bytes]) -> None:
+        """A worker has computed prompts with these nodes."""
+        changes = tuple(NodeChange(USER, node, True) for node in nodes)
+        self._from_worker(name, self.workers[name].core.on_engine(NodesMoved(changes), self.now))
+
+    def indexed(self) -> dict[str, tuple[str, int]]:
+        """Of each worker, how well its prompts are known and how many nodes of them."""
+        views = self.broker.cluster_stats(self.now, m.QueryKind.STATS).workers
+        return {view.worker_id: (view.index, view.indexed_nodes) for view in views}
 
     def _route(self, seq_id: str) -> m.Routed:
         route = m.Route(req_id=b"r" * 16, seq_id=seq_id)

@@ -276,3 +276,18 @@ def test_two_copies_are_two_to_a_broker_that_starts_anew(world: World) -> None:
     assert world.tell("put", "s", 3, rf=2) == DONE
     world.kill(world.owner("s"))
     assert world.tell("get", "s") == 3
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def test_a_broker_that_starts_anew_knows_within_two_seconds_what_its_workers_hold() -> None:
+    world = World(("a", "b"))
+    for number, name in enumerate(world.workers):
+        world.hold(name, ((100_000 * number + node).to_bytes(8, "big") for node in range(50_000)))
+    world.run(3.0)
+    assert world.indexed() == {"a": ("exact", 50_000), "b": ("exact", 50_000)}
+    world.restart_broker()
+    assert world.indexed() == {}
+    world.run(2.0)
+    assert world.indexed() == {"a": ("exact", 50_000), "b": ("exact", 50_000)}
