@@ -24,8 +24,9 @@ from typing import TypeAlias
 
 NODE_BYTES = 8
 NUM_SHARDS = 256
-MAX_ENTRIES = 2_000_000
-"""Of all holders together; at about 130 bytes for a node that one worker holds."""
+MAX_ENTRIES = 8_000_000
+"""Of all holders together; about 130 bytes for a node that one worker holds, so a gigabyte at most. Of 100 workers each
+may have 80,000 nodes, which is 5 to 8 million tokens in prompts of 12,000 to 22,000; of 1,000 a tenth of that."""
 SWEEP_NODES = 20_000
 MAX_SHARED_MASKS = 4096
 
