@@ -1,8 +1,8 @@
 """Tensors on their way in or out of a worker, in chunks, as many as the receiver has given credit for.
 
 An upload begins with a window of chunks and grants credit for more as they are written, so that what the client may
-have under way is bounded; a
-download spends what the client grants. Bytes count from the start of K through the end of V, and a chunk
+have under way is bounded; a download spends what the client grants, as far as there is room on the lane that it shares
+with others. Bytes count from the start of K through the end of V, and a chunk
 never holds some of both. Whoever makes one of these sees to it that it is completed or closed.
 """
 
@@ -68,11 +68,16 @@ class Upload:
 
 
 class Download:
-    """A value on its way out. `pieces`: (offset, bytes) in order; `on_close` lets go of what they look into."""
+    """A value on its way out. `pieces`: (offset, bytes) in order; `on_close` lets go of what they look into.
+
+    is_announced: whether its reader has been told what comes.
+    """
 
     def __init__(
         self, pieces: Iterable[tuple[int, memoryview]], value: KvValue, on_close: Callable[[], None] = lambda: None
     ) -> None:
+        self.value = value
+        self.is_announced = False
         self.num_bytes = value.k.nbytes + value.v.nbytes
         self._k_bytes = value.k.nbytes
         self._pieces = iter(pieces)
@@ -88,9 +93,17 @@ class Download:
         """The client can take so many more."""
         self._credit += chunks
 
-    def take(self) -> Iterator[tuple[int, bytes]]:
-        """Chunks, as far as credit goes. They are copies: what they show may change once this is closed."""
-        while self._credit and not self.is_complete:
+    @property
+    def may_go_on(self) -> bool:
+        """Whether there is credit for what is left."""
+        return self._credit > 0 and not self.is_complete
+
+    def take(self, limit: int) -> Iterator[tuple[int, bytes]]:
+        """At most so many chunks, as far as credit goes. They are copies: what they show may change once this is
+        closed."""
+        for _ in range(limit):
+            if not self.may_go_on:
+                return
             offset, piece = next(self._pieces)
             self._credit -= 1
             self._sent_bytes += len(piece)

@@ -15,7 +15,7 @@ What becomes of a request stands in `requests`, what a broker may ask of us in `
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -70,15 +70,23 @@ class WorkerCore:
 
     hello: what this worker says of itself to each of `num_links` brokers. store: the KV plane's memory.
     preloading: models that must be loaded, or have failed to, before the worker is READY.
+    bulk_room(link): how many messages more that broker's bulk lane takes now.
     """
 
     def __init__(
-        self, hello: WorkerHello, store: KVStore, *, num_links: int, preloading: Sequence[str], now: float
+        self,
+        hello: WorkerHello,
+        store: KVStore,
+        *,
+        num_links: int,
+        preloading: Sequence[str],
+        bulk_room: Callable[[int], int],
+        now: float,
     ) -> None:
         self._hello = hello
         self._links = [Link(number, hello, now) for number in range(num_links)]
         self._held = HeldSequences(num_links)
-        self._requests = Requests(hello.worker_id, store, self._held, self._may_act)
+        self._requests = Requests(hello.worker_id, store, self._held, self._may_act, bulk_room)
         self._nodes = NodeLog()
         requests = self._requests
         taker = Taker(hello.worker_id, store, self._held, requests.is_written, requests.outdate, requests.adopt)

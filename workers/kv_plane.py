@@ -5,12 +5,14 @@ A sequence's name means one of two things on this worker. *Stored* ones were put
 deleting work on both, the latter by way of the engine, with a ticket that its answer comes back with.
 Writing to a computed one is refused: its KV belongs to the tokens that made it.
 
-Tensors that do not fit one message go in chunks over the bulk lane (`workers.bulk`).
+Tensors that do not fit one message go in chunks over the bulk lane (`workers.bulk`). What is read shares that lane with
+all that others read through the same broker, so it goes out in turns, a few chunks each, as far as there is room.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
@@ -77,9 +79,15 @@ class _Question:
 
 Work: TypeAlias = Upload | Download | _Question
 
+TURN_CHUNKS = 8
+"""Chunks of one value that go out before it is another's turn."""
+
 
 class KVPlane:
-    """held: the versions of what is here. is_writing(sequence): whether a generation is going on under that name."""
+    """held: the versions of what is here. is_writing(sequence): whether a generation is going on under that name.
+
+    bulk_room(link): how many messages more that broker's bulk lane takes now.
+    """
 
     def __init__(
         self,
@@ -90,6 +98,7 @@ class KVPlane:
         held: HeldSequences,
         is_writing: Callable[[SequenceKey], bool],
         next_ticket: Callable[[], Ticket],
+        bulk_room: Callable[[int], int],
     ) -> None:
         self._worker_id = worker_id
         self._calls = calls
@@ -101,6 +110,8 @@ class KVPlane:
         self._work: dict[CallId, Work] = {}
         self._asking: dict[Ticket, Call] = {}
         self._next_ticket = next_ticket
+        self._bulk_room = bulk_room
+        self._line: dict[CallId, Call] = {}  # downloads with credit, which wait for room
 
     # --- what clients say ---
 
@@ -147,7 +158,7 @@ class KVPlane:
                 return self._take_chunk(call, work, message.offset, payload[0])
             case Credit(), Download():
                 work.grant(message.chunks)
-                return self._send_chunks(call, work)
+                return self._send_chunks(call)
             case _:
                 raise BadArgument(f"this request expects no {type(message).__name__.lower()}")
 
@@ -178,12 +189,17 @@ class KVPlane:
         """Give up the work of a call: an upload has no effect, a download holds nothing any more."""
         match self._work.pop(call.id, None):
             case Upload() | Download() as transfer:
+                self._line.pop(call.id, None)
                 transfer.close()
             case _Question(ticket=ticket):
                 del self._asking[ticket]
             case _:
                 pass
         return []
+
+    def tick(self) -> list[Action]:
+        """Time has passed, in which lanes may have got room."""
+        return [action for link in {call_id.link for call_id in self._line} for action in self._take_turns(link)]
 
     def is_stored(self, key: SequenceKey) -> bool:
         """Whether a client has put this sequence here, or is about to."""
@@ -291,24 +307,55 @@ class KVPlane:
     def _send_value(self, call: Call, message: Get, value: KvValue, download: Download) -> list[Action]:
         """Answer with K and V in one message if they fit a chunk, else announce them and send what is credited.
 
-        Without credit what is not small is only announced.
+        Without credit what is not small is only announced. Nor does anything go out before those that wait for room.
         """
-        if download.num_bytes <= (CHUNK_BYTES if message.credit else MAX_INLINE_BYTES):
+        has_room = message.credit > 0 and not self._is_full(call.id.link)
+        if download.num_bytes <= (CHUNK_BYTES if has_room else MAX_INLINE_BYTES):
             payload = download.take_whole()
             value = msgspec.structs.replace(value, payload=wire.describe(payload))
             channel = Channel.CONTROL if download.num_bytes <= MAX_INLINE_BYTES else Channel.BULK
             return self._calls.finish(call, value, *payload, channel=channel)
         self._work[call.id] = download
         if not message.credit:
+            download.is_announced = True
             return self._calls.say(call, value)
         download.grant(message.credit)
-        # On the lane of the chunks: the last of those could overtake it, and end the call at the broker before it.
-        return [*self._calls.say(call, value, channel=Channel.BULK), *self._send_chunks(call, download)]
+        return self._send_chunks(call)
 
-    def _send_chunks(self, call: Call, download: Download) -> list[Action]:
-        """As many chunks as there is credit for; the last one is the answer's end."""
+    def _send_chunks(self, call: Call) -> list[Action]:
+        """As many chunks as there is credit for, when it is its turn; it keeps its place in line if it has one."""
+        self._line[call.id] = call
+        return self._take_turns(call.id.link)
+
+    def _is_full(self, link: int) -> bool:
+        return self._bulk_room(link) <= 0 or any(call_id.link == link for call_id in self._line)
+
+    def _take_turns(self, link: int) -> list[Action]:
+        """Chunks of all that wait, a few of each in turn, as many as the lane takes."""
         actions: list[Action] = []
-        for offset, data in download.take():
+        room = self._bulk_room(link)
+        line = deque(call for call_id, call in self._line.items() if call_id.link == link)
+        while line and room > 0:
+            call = line.popleft()
+            del self._line[call.id]
+            download = self._work[call.id]
+            assert isinstance(download, Download)
+            sent = self._turn(call, download, min(room, TURN_CHUNKS))
+            room -= len(sent)
+            actions += sent
+            if download.may_go_on:
+                self._line[call.id] = call
+                line.append(call)
+        return actions
+
+    def _turn(self, call: Call, download: Download, limit: int) -> list[Action]:
+        """At most so many messages; the last chunk is the answer's end."""
+        actions: list[Action] = []
+        if not download.is_announced:
+            # On the lane of the chunks: the last of those could overtake it, and end the call at the broker before it.
+            download.is_announced = True
+            actions += self._calls.say(call, download.value, channel=Channel.BULK)
+        for offset, data in download.take(limit - len(actions)):
             chunk = Chunk(req_id=call.request.req_id, offset=offset, payload=wire.describe([data]))
             if download.is_complete:
                 self.stop(call)

@@ -65,10 +65,15 @@ _CHANGES = (Put, Append, Delete, Pin, Unpin)
 
 
 class Requests:
-    """All requests of one worker. `may_act(link, now)`: whether it holds that broker's lease."""
+    """All requests of one worker. may_act(link, now): whether it holds that broker's lease. bulk_room: of `KVPlane`."""
 
     def __init__(
-        self, worker_id: str, store: KVStore, held: HeldSequences, may_act: Callable[[int, float], bool]
+        self,
+        worker_id: str,
+        store: KVStore,
+        held: HeldSequences,
+        may_act: Callable[[int, float], bool],
+        bulk_room: Callable[[int], int],
     ) -> None:
         self.is_closed = False
         self.malformed = 0
@@ -79,9 +84,8 @@ class Requests:
         self._generations = Generations(worker_id, self._calls, may_act)
         tickets = map(Ticket, itertools.count(1))
         self._spelling = Spelling(self._calls, tickets.__next__)
-        self._kv = KVPlane(
-            worker_id, self._calls, store, self._replies, held, self._generations.is_writing, tickets.__next__
-        )
+        is_writing = self._generations.is_writing
+        self._kv = KVPlane(worker_id, self._calls, store, self._replies, held, is_writing, tickets.__next__, bulk_room)
 
     def __len__(self) -> int:
         """How many have no final answer yet."""
@@ -220,10 +224,10 @@ class Requests:
                 return self._generations.on_event(event, now)
 
     def tick(self, now: float) -> list[Action]:
-        """Deadlines, quiet streams, orphans."""
+        """Deadlines, quiet streams, orphans, reads that wait for room."""
         error = DeadlineExceeded("the deadline passed before the worker was done")
         overdue = [action for call in self._calls.overdue(now) for action in self._end(call, error)]
-        return overdue + self._generations.tick(now)
+        return overdue + self._generations.tick(now) + self._kv.tick()
 
     def fail_all(self, error: KVCacheError) -> list[Action]:
         return [action for call in self._calls.everything() for action in self._end(call, error)]

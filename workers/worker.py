@@ -108,6 +108,7 @@ class Worker:
                 self._store,
                 num_links=len(self._brokers),
                 preloading=self._preload,
+                bulk_room=lambda link: self._lanes[link, Channel.BULK].room,
                 now=time.monotonic(),
             )
             self._engine = stack.enter_context(

@@ -28,6 +28,11 @@ class Dealer(Socket):
     def queued(self) -> int:
         return len(self._queue)
 
+    @property
+    def room(self) -> int:
+        """How many more messages are taken now, whatever libzmq has room for."""
+        return self.lane.queue_limit - len(self._queue)
+
     def send(self, frames: Sequence[Buffer]) -> Sent:
         """Send or queue one message."""
         if not self._queue and self._try_send(frames):

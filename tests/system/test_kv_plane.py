@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from bus.errors import BadArgument, Conflict, NoSpace, NotFound
 from bus.tensors import BY_NAME
 from kvcache import AsyncClient
+from kvcache.client.core import MAX_READS
 from tests.harness.placement import owned_by
 from tests.tensor_utils import assert_same, joined, random_bits
 
@@ -68,6 +70,18 @@ async def test_transfers_of_many_sizes_at_once_do_not_mix(client: AsyncClient) -
     for pair, (k, v) in zip(found, pairs.values(), strict=True):
         assert pair.k.tobytes() == k.tobytes()
         assert pair.v.tobytes() == v.tobytes()
+
+
+async def test_reads_of_several_clients_from_one_worker_wait_for_each_other(client: AsyncClient) -> None:
+    """Together they may have three times the chunks under way that a lane keeps. Nobody tries again, or need to."""
+    k, v = random_bits("bfloat16", (2048, 8, 128), 7), random_bits("bfloat16", (2048, 8, 128), 8)
+    await client.kv.put("wanted", 0, k, v)
+    async with AsyncExitStack() as stack:
+        readers = [await stack.enter_async_context(AsyncClient(client.url, max_retries=0)) for _ in range(3)]
+        found = await asyncio.gather(*(reader.kv.get("wanted", 0) for reader in readers for _ in range(MAX_READS)))
+    for pair in found:
+        assert_same(pair, k, v)
+    assert await client.kv.delete("wanted") == 1
 
 
 async def test_strided_input_is_stored_as_it_reads(client: AsyncClient) -> None:

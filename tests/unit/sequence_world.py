@@ -68,7 +68,7 @@ class Peer:
     def __init__(self, name: str, now: float, incarnation: int, num_pages: int) -> None:
         hello = m.WorkerHello(worker_id=name, incarnation=incarnation, major=wire.MAJOR, minor=0, peer_url=name)
         self.store = KVStore(HostMemory(num_pages * PAGE), PAGE)
-        self.core = WorkerCore(hello, self.store, num_links=1, preloading=(), now=now)
+        self.core = WorkerCore(hello, self.store, num_links=1, preloading=(), bulk_room=lambda link: 64, now=now)
         self.inbox: list[list[Buffer]] = []
         self.letters: list[tuple[str, bool, list[Buffer]]] = []  # of other workers: from whom, whether it is a request
         self.bulk: list[list[Buffer]] = []

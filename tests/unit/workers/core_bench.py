@@ -69,13 +69,24 @@ def welcome(session: bytes, **limits: int) -> Welcome:
 
 
 class CoreBench:
-    """One core. `now` is the test's to move, with `pass_time` where the loop is to have run all the while."""
+    """One core. `now` is the test's to move, with `pass_time` where the loop is to have run all the while.
+
+    bulk_room: by link, how many messages a lane for bulk data takes whenever the core has something to say.
+    """
 
     def __init__(self, *, num_links: int = 1, preloading: Sequence[str] = (), nbytes: int = 4 << 20) -> None:
         self.now = 100.0
         self.figures = EngineFigures()
         self.store = KVStore(HostMemory(nbytes))
-        self.core = WorkerCore(HELLO, self.store, num_links=num_links, preloading=preloading, now=self.now)
+        self.bulk_room: dict[int, int] = {}
+        self.core = WorkerCore(
+            HELLO,
+            self.store,
+            num_links=num_links,
+            preloading=preloading,
+            bulk_room=lambda link: self.bulk_room.get(link, 64),
+            now=self.now,
+        )
         self._calls = itertools.count(1)
         self._req_ids = itertools.count(1)
 

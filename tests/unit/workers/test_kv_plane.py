@@ -350,6 +350,87 @@ def test_without_credit_a_value_that_is_not_small_is_only_announced(bench: CoreB
     assert only(answers(actions)).final, "what is small comes at once"
 
 
+def told_by(actions: list[Action], calls: list[int]) -> list[str]:
+    """Who says what, in order: "0v" is the announcement of the first of these calls, "0c" a chunk, "0C" its last."""
+    kinds = {KvValue: "v", Chunk: "c"}
+    words = [(calls.index(one.call), kinds[type(one.message)], one.final) for one in answers(actions)]
+    return [f"{number}{kind.upper() if final else kind}" for number, kind, final in words]
+
+
+def test_reads_that_find_no_room_on_their_lane_wait_and_take_turns(bench: CoreBench) -> None:
+    k, v = stored(bench, 5 * CHUNK_BYTES // 64)
+    bench.bulk_room[0] = 5
+    begun = [bench.assign(get(bench, credit=100))]
+    bench.bulk_room[0] = 0
+    begun += [bench.assign(get(bench, credit=credit)) for credit in (100, 2)]
+    calls = [call for call, _ in begun]
+    assert [told_by(actions, calls) for _, actions in begun] == [["0v", *["0c"] * 4], [], []]
+    assert answers(bench.tick()) == []
+
+    bench.bulk_room[0] = 18
+    actions = bench.tick()
+    # What is left of the first, a turn of the second, the third as far as its credit goes, and the second again.
+    assert told_by(actions, calls) == [*["0c"] * 5, "0C", "1v", *["1c"] * 7, "2v", *["2c"] * 2, "1c"]
+    rest = bench.tick()
+    assert told_by(rest, calls) == ["1c", "1C"]
+    assert told_by(bench.tick(), calls) == [], "the third waits for credit"
+    rest += bench.forward(calls[2], Credit(req_id=bytes(16), chunks=100))
+    said = answers([*begun[0][1], *actions, *rest])
+    for call in calls:
+        chunks = [one for one in said if one.call == call and isinstance(one.message, Chunk)]
+        assert b"".join(bytes(one.payload[0]) for one in chunks) == k + v
+
+
+def test_credit_while_a_read_waits_for_room_brings_it_no_second_turn(bench: CoreBench) -> None:
+    stored(bench, 5 * CHUNK_BYTES // 64)
+    bench.bulk_room[0] = 0
+    calls = [bench.assign(get(bench, credit=1))[0] for _ in range(2)]
+    assert bench.forward(calls[0], Credit(req_id=bytes(16), chunks=1)) == []
+    bench.bulk_room[0] = 64
+    assert told_by(bench.tick(), calls) == ["0v", "0c", "0c", "1v", "1c"]
+
+
+def test_a_value_that_would_fit_one_message_waits_for_room_behind_the_others(bench: CoreBench) -> None:
+    k, v = stored(bench, CHUNK_BYTES // 128)
+    bench.bulk_room[0] = 0
+    calls = [bench.assign(get(bench))[0]]
+    bench.bulk_room[0] = 1
+    later, actions = bench.assign(get(bench))
+    calls.append(later)
+    assert told_by(actions, calls) == ["0v"]
+    bench.bulk_room[0] = 6
+    said = answers(bench.tick())
+    assert b"".join(bytes(one.payload[0]) for one in said if one.call == later and one.payload) == k + v
+    _, actions = bench.assign(get(bench))
+    assert [bytes(part) for part in only(answers(actions)).payload] == [k, v], "nobody waits any more"
+
+
+def test_a_full_lane_holds_up_no_reads_through_another_broker() -> None:
+    bench = CoreBench(num_links=2, nbytes=64 << 20)
+    for link in (0, 1):
+        bench.join(link)
+    stored(bench, CHUNK_BYTES // 64)
+    bench.bulk_room = {0: 0}
+    waiting, actions = bench.assign(get(bench))
+    assert answers(actions) == []
+    assert answers(bench.assign(get(bench), link=1)[1])[-1].final
+    bench.bulk_room = {}
+    assert answers(bench.tick())[-1].call == waiting
+
+
+def test_a_read_that_waits_for_room_may_be_given_up_and_ends_in_time(bench: CoreBench) -> None:
+    stored(bench, CHUNK_BYTES // 64)
+    bench.bulk_room[0] = 0
+    given_up, _ = bench.assign(get(bench))
+    bench.control(Release(call=given_up))
+    bench.assign(get(bench), deadline_ms=9000)
+    assert bench.has_failed(bench.pass_time(9.5)).code == ErrorCode.DEADLINE
+    bench.bulk_room[0] = 64
+    assert answers(bench.pass_time(0.5)) == []
+    bench.assign(delete(bench))
+    assert bench.store.stats(bench.now).used_bytes == 0, "nobody holds what was read"
+
+
 def test_a_download_reads_what_was_there_when_it_began(bench: CoreBench) -> None:
     k, v = stored(bench, 4 * CHUNK_BYTES // 64)
     call, actions = bench.assign(get(bench, credit=1))
