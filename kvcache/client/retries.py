@@ -1,8 +1,9 @@
 """Whether and when to try again: full jitter, few tries, and a budget that keeps a crowd from making things worse.
 
 Jitter as in Brooker, "Exponential Backoff And Jitter" (AWS, 2015): the delay is uniform between nothing and a
-bound that doubles. The budget (Google SRE Book, chapter 21) allows one retry for ten requests, and a few more for
-a client that makes few requests.
+bound that doubles, and comes on top of what a peer asks for, since it asks all that it refuses for the same. The
+budget (Google SRE Book, chapter 21) allows one retry for ten requests, and a few more for a client that makes few
+requests.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ FLOOR_PER_S = 1.0
 
 
 def retry_delay(failures: int, retry_after_ms: int, jitter: Callable[[], float]) -> float:
-    """Seconds to wait after this many earlier failures; at least what the peer asked for.
+    """Seconds to wait after this many earlier failures, beginning with what the peer asked for.
 
     jitter: draws a number from 0 to 1.
     """
     bound = min(MAX_DELAY_S, FIRST_DELAY_S * (1 << min(failures, 16)))
-    return max(retry_after_ms / 1000, bound * jitter())
+    return retry_after_ms / 1000 + bound * jitter()
 
 
 class RetryBudget:
