@@ -7,6 +7,9 @@ Messages and `now` go in, actions come out; sockets and clocks are in `connectio
   nothing of it, under the same ids;
 - at most `MAX_OUT` requests are out, generations aside, so that one client's thousand calls wait here rather than
   overrun a worker; each begins in its turn, and at most `MAX_READS` of them have chunks on their way to us;
+- writes wait for each other on the bulk lane, ours by a limit of what is under way, and those of other clients as TCP's
+  senders do: whoever finds no room takes half as much from then on, tries again within its deadline, and takes more
+  again bit by bit as writes succeed (Jacobson 1988, "Congestion Avoidance and Control");
 - only what may end better is tried again: within its deadline, a few times, and within the budget, which a worker's
   loss does not touch. While a broker restarts, the deadline alone is the limit.
 """
@@ -48,7 +51,7 @@ from kvcache.client.calls import NO_ACTIONS, Action, Call, Fail, Settle, ToBulk,
 from kvcache.client.retries import RetryBudget, retry_delay
 from kvcache.client.session import Session
 from kvcache.client.streams import GenerateCall
-from kvcache.client.transfers import ReadCall
+from kvcache.client.transfers import ReadCall, WriteCall
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,9 @@ MAX_OUT = 256
 MAX_READS = 7
 """Each may have `GET_CREDIT` chunks and what announces them under way: together they fit into the 64 messages that a
 broker or a worker keeps for a peer beyond what it can send, and refuses more."""
+MAX_UPLOADED = 28
+"""A write begins on the bulk lane while fewer messages of others are under way there, so that there are 36 at most:
+half of what the broker keeps for a worker."""
 ATTACH_S = 1.0
 
 
@@ -106,6 +112,9 @@ class ClientCore:
         self._queue: deque[Pending] = deque()  # those that have not begun because too many were out
         self._reading: set[bytes] = set()  # keys of the reads that may have chunks under way
         self._announced: deque[Pending] = deque()  # reads whose values wait until they may
+        self._uploading: dict[bytes, int] = {}  # by key of a write that is out: messages it may have under way
+        self._upload_limit = MAX_UPLOADED
+        self._writes: deque[Pending] = deque()  # those that have not begun because too many would be
 
     @property
     def is_joined(self) -> bool:
@@ -164,7 +173,7 @@ class ClientCore:
                 actions = self._on_failed(message, now)
             case _:
                 actions = self._answered(getattr(message, "req_id", b""), message, payload, now)
-        return [*actions, *self._begin_queued(now)] if self._queue or self._announced else actions
+        return [*actions, *self._begin_queued(now)] if self._queue or self._announced or self._writes else actions
 
     def on_attached(self, now: float) -> list[Action]:
         """The bulk lane has said whose it is: what is asked for now can be answered on it."""
@@ -254,6 +263,13 @@ class ClientCore:
                 pending.is_queued = True
                 self._queue.append(pending)
                 return []
+            num_messages = pending.call.num_messages(limits) if isinstance(pending.call, WriteCall) else 0
+            if num_messages and not self._may_upload:
+                pending.is_queued = True
+                self._writes.append(pending)
+                return []
+            if num_messages:
+                self._uploading[pending.call.key] = num_messages
             self._out.add(pending.call.key)
         if isinstance(pending.call, ReadCall):
             pending.call.has_turn = self._take_turn(pending.call.key)
@@ -274,12 +290,21 @@ class ClientCore:
             if isinstance(pending.call, ReadCall) and pending.is_out and pending.call.waits:
                 self._take_turn(pending.call.key)
                 actions += pending.call.go_on()
-        while self._queue and self._can_begin and len(self._out) < MAX_OUT:
-            pending = self._queue.popleft()
+        while self._can_begin and len(self._out) < MAX_OUT:
+            if self._writes and self._may_upload:
+                pending = self._writes.popleft()
+            elif self._queue:
+                pending = self._queue.popleft()
+            else:
+                break
             pending.is_queued = False
             if pending.call.key in self._pending:
                 actions += self._begin(pending, now)
         return actions
+
+    @property
+    def _may_upload(self) -> bool:
+        return sum(self._uploading.values()) < self._upload_limit
 
     def _take_turn(self, key: bytes) -> bool:
         """Let a read have chunks under way, if there is room for them."""
@@ -334,6 +359,8 @@ class ClientCore:
                 case Fail():
                     return [*result, *self._failed(pending, action.error, now, tell=True)]
                 case Settle():
+                    if pending.call.key in self._uploading:
+                        self._upload_limit = min(MAX_UPLOADED, self._upload_limit + 1)
                     return [*result, *self._end(pending, tell=False), action]
                 case Watch():
                     self._by_stream[action.stream_id] = pending
@@ -360,7 +387,9 @@ class ClientCore:
         if pending.call.progress > pending.progress:
             pending.progress = pending.call.progress
             pending.retries = pending.failures = 0
-        if not self._is_passing(error, now):
+        if isinstance(error, Overloaded) and pending.call.key in self._uploading:
+            self._upload_limit = max(1, self._upload_limit // 2)
+        elif not self._is_passing(error, now):
             # A worker that dies fails all its calls at once, and each needs just one more attempt, elsewhere: no storm.
             may_spend = isinstance(error, WorkerLost) or self._budget.spend(now)
             if pending.retries >= self._max_retries or not may_spend:
@@ -381,6 +410,7 @@ class ClientCore:
         pending.not_before = now
         self._out.discard(pending.call.key)
         self._reading.discard(pending.call.key)
+        self._uploading.pop(pending.call.key, None)
         self._by_request.pop(pending.call.req_id, None)
         return self._apply(pending, pending.call.leave(tell=tell), now)
 
@@ -391,6 +421,7 @@ class ClientCore:
         self._pending.pop(pending.call.key, None)
         self._out.discard(pending.call.key)
         self._reading.discard(pending.call.key)
+        self._uploading.pop(pending.call.key, None)
         self._by_request.pop(pending.call.req_id, None)
         actions = list(pending.call.leave(tell=tell))
         for action in actions:

@@ -39,11 +39,18 @@ class WriteCall(Call):
         self.key = self.req_id = key
         self.deadline = deadline
         self._pair = pair
+        self._num_bytes = sum(tensor.data.nbytes for tensor in pair)
         self._make = make
         self._chunks: Iterator[ToBulk] = iter(())
 
+    def num_messages(self, limits: Welcome) -> int:
+        """How many it may have under way on the bulk lane."""
+        if self._num_bytes <= limits.max_inline_bytes:
+            return 0
+        return 1 if self._num_bytes <= limits.chunk_bytes else 1 + UPLOAD_WINDOW
+
     def begin(self, attempt: int, limits: Welcome, now: float) -> Sequence[Action]:
-        num_bytes = sum(tensor.data.nbytes for tensor in self._pair)
+        num_bytes = self._num_bytes
         if num_bytes > limits.max_tensor_bytes:
             raise TooLarge(
                 f"k and v are {num_bytes} bytes, limit {limits.max_tensor_bytes}", detail=limits.max_tensor_bytes

@@ -84,6 +84,20 @@ async def test_reads_of_several_clients_from_one_worker_wait_for_each_other(clie
     assert await client.kv.delete("wanted") == 1
 
 
+async def test_large_writes_of_several_clients_to_one_worker_wait_for_each_other(client: AsyncClient) -> None:
+    """The broker keeps 64 messages for a worker; these are 108, all sent at once."""
+    layers = [random_bits("bfloat16", (2048, 8, 128), seed) for seed in range(12)]
+    async with AsyncExitStack() as stack:
+        writers = [await stack.enter_async_context(AsyncClient(client.url, max_retries=0)) for _ in range(3)]
+        acks = await asyncio.gather(
+            *(writers[layer % 3].kv.put("layered", layer, k, k) for layer, k in enumerate(layers))
+        )
+    assert [ack.length for ack in acks] == [2048] * 12
+    for layer, k in enumerate(layers):
+        assert_same(await client.kv.get("layered", layer), k, k)
+    assert await client.kv.delete("layered") == 12
+
+
 async def test_strided_input_is_stored_as_it_reads(client: AsyncClient) -> None:
     k, v = np.asfortranarray(rows(9)[0]), rows(18)[1][::2]
     await client.kv.put("strided", 0, k, v)

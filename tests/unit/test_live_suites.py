@@ -29,7 +29,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 def reported(*, failed: bool, **fixtures: object) -> list[tuple[str, str]]:
     """The sections of the report on a test with these fixtures."""
-    hook = pytest_runtest_makereport(SimpleNamespace(funcargs=fixtures))  # type: ignore[arg-type]
+    hook: Any = pytest_runtest_makereport(SimpleNamespace(funcargs=fixtures))  # type: ignore[arg-type]
     next(hook)
     with pytest.raises(StopIteration) as end:
         hook.send(SimpleNamespace(failed=failed, sections=[]))

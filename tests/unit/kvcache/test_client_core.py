@@ -31,6 +31,7 @@ from bus.errors import (
     UnsupportedVersion,
     WorkerLost,
 )
+from bus.limits import UPLOAD_WINDOW
 from bus.sockets import BULK
 from bus.stats import PromptPart, pack
 from bus.streams import Deliver, stream_digest, token_bytes
@@ -38,14 +39,14 @@ from bus.tensors import DType, TensorMeta
 from kvcache.client import requests
 from kvcache.client.calls import Action, Emit, Fail, Settle, ToBulk, ToControl, Unwatch, Watch
 from kvcache.client.config import client_config
-from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, MAX_READS, ClientCore
+from kvcache.client.core import FIRST_CONTACT_S, GRACE_S, MAX_OUT, MAX_PENDING, MAX_READS, MAX_UPLOADED, ClientCore
 from kvcache.client.prompts import check_index, check_name, check_seconds, make_prompt, optional_name
 from kvcache.client.results import Alternative, Done, PromptTokens, Start, Token
 from kvcache.client.retries import RetryBudget, retry_delay
 from kvcache.client.session import Session
 from kvcache.client.streams import GenerateCall, Wanted
 from kvcache.client.tokens import as_tokens
-from kvcache.client.transfers import GET_CREDIT
+from kvcache.client.transfers import GET_CREDIT, WriteCall
 
 A = TypeVar("A")
 _ids = count(1)
@@ -389,6 +390,63 @@ def test_no_more_chunks_are_asked_for_at_a_time_than_a_lane_keeps() -> None:
     client.abandon(gets[10].key)
     client.abandon(gets[3].key)
     assert sent(client.tick(0.2), m.Credit) == [m.Credit(req_id=gets[11].key, chunks=GET_CREDIT)]
+
+
+def put_call(num_bytes: int, deadline: float = 60.0) -> WriteCall:
+    """K and V of so many bytes each; the welcome lets 64 go on the control lane, and 100 within their message."""
+    k = np.zeros((num_bytes, 1, 1), np.uint8)
+    return requests.put(new_id(), deadline, "s", 0, k, k)
+
+
+def begun(actions: Sequence[Action]) -> list[bytes]:
+    return [message.req_id for message in sent(actions, m.Put)]
+
+
+def done(call: WriteCall) -> m.KvDone:
+    return m.KvDone(req_id=call.key, length=1, durability="mem1")
+
+
+def test_writes_have_no_more_under_way_than_a_lane_keeps_and_begin_in_their_order() -> None:
+    client = core()
+    large = [put_call(300) for _ in range(8)]
+    out = [key for call in large for key in begun(client.submit(call, 0.0))]
+    assert out == [call.key for call in large[:4]]
+    assert BULK.queue_limit >= len(out) * (1 + UPLOAD_WINDOW)
+    whole, small = put_call(50), put_call(10)
+    assert begun(client.submit(whole, 0.0)) == [], "others have waited for longer"
+    assert begun(client.submit(small, 0.0)) == [small.key], "it goes on the other lane"
+    assert begun(client.on_message(done(large[0]), (), 0.1)) == [large[4].key]
+    client.abandon(large[5].key)
+    assert begun(client.on_message(failed(large[1].key, Conflict("x")), (), 0.1)) == [large[6].key]
+    assert begun(client.on_message(done(large[2]), (), 0.1)) == [large[7].key]
+    assert begun(client.on_message(done(large[3]), (), 0.1)) == [whole.key]
+
+
+def test_a_write_that_finds_no_room_tries_again_until_its_deadline_and_leaves_room_to_others() -> None:
+    client = core(max_retries=0)
+    first, second, third = writes = [put_call(300, 9.0) for _ in range(3)]
+    full = Overloaded("full", retry_after_ms=200)
+    assert [key for call in writes for key in begun(client.submit(call, 0.0))] == [call.key for call in writes]
+    for call in writes:
+        assert client.on_message(failed(call.key, full), (), 0.0) == []
+
+    client.on_message(m.BrokerBeat(beat=1, lease_ms=1), (), 0.5)
+    assert begun(client.tick(0.5)) == [first.key], "one at a time from now on"
+    assert begun(client.on_message(failed(first.key, full), (), 0.5)) == [second.key]
+    assert begun(client.on_message(failed(second.key, full), (), 0.5)) == [third.key]
+    assert begun(client.on_message(done(third), (), 0.6)) == []
+    assert begun(client.tick(1.0)) == [first.key]
+    assert begun(client.on_message(done(first), (), 1.1)) == [second.key]
+    client.on_message(m.BrokerBeat(beat=2, lease_ms=1), (), 8.9)
+    [fail] = of(client.on_message(failed(second.key, full), (), 8.9), Fail)
+    assert isinstance(fail.error, Overloaded)
+
+    for _ in range(MAX_UPLOADED):  # what has been refused so often is taken again bit by bit
+        call = put_call(50)
+        assert begun(client.submit(call, 9.0))
+        client.on_message(done(call), (), 9.0)
+    later = [put_call(300) for _ in range(5)]
+    assert [bool(begun(client.submit(call, 9.0))) for call in later] == [True] * 4 + [False]
 
 
 def test_a_read_that_waited_for_its_turn_and_begins_again_is_not_asked_to_go_on_twice() -> None:

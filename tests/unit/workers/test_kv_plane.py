@@ -352,9 +352,8 @@ def test_without_credit_a_value_that_is_not_small_is_only_announced(bench: CoreB
 
 def told_by(actions: list[Action], calls: list[int]) -> list[str]:
     """Who says what, in order: "0v" is the announcement of the first of these calls, "0c" a chunk, "0C" its last."""
-    kinds = {KvValue: "v", Chunk: "c"}
-    words = [(calls.index(one.call), kinds[type(one.message)], one.final) for one in answers(actions)]
-    return [f"{number}{kind.upper() if final else kind}" for number, kind, final in words]
+    words = [(one, "v" if isinstance(one.message, KvValue) else "c") for one in answers(actions)]
+    return [f"{calls.index(one.call)}{kind.upper() if one.final else kind}" for one, kind in words]
 
 
 def test_reads_that_find_no_room_on_their_lane_wait_and_take_turns(bench: CoreBench) -> None:
