@@ -67,7 +67,8 @@ class ServiceFailed(Exception):
         code = status.exit_code
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         often = f", {status.restarts + 1} times in a row" if status.restarts else ""
-        super().__init__(f"{status.service.name} ended {how}{often}")
+        said = f"; it said: {status.last_lines[-1]}" if status.last_lines else ""
+        super().__init__(f"{status.service.name} ended {how}{often}{said}")
 
 
 class Supervisor:

@@ -88,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KVCacheError as error:
         complain(str(error))
         return exit_code_of(error)
-    except ServiceFailed as error:
+    except (ServiceFailed, OSError) as error:  # a full disk, a folder that may not be read
         complain(str(error))
         return EXIT_FAILED
+    except UnicodeDecodeError as error:
+        complain(f"what was typed or piped in is no {error.encoding} text: {error.reason}")
+        return EXIT_USAGE
     return EXIT_OK

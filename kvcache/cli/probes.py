@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -80,7 +81,25 @@ def installed_at() -> float:
 def taken_ports() -> dict[int, bool]:
     """Whether each port that a broker and a gateway use by default is taken, the gateway's last."""
     first = int(DEFAULT_URL.rpartition(":")[2])
-    return {port: _is_taken(port) for port in (*range(first, first + NUM_PORTS), GATEWAY_PORT)}
+    ports = (*range(first, first + NUM_PORTS), GATEWAY_PORT)
+    return {port: is_taken(f"tcp://127.0.0.1:{port}") for port in ports}
+
+
+def is_taken(endpoint: str) -> bool:
+    """Whether somebody listens at `tcp://HOST:PORT` or `ipc:///PATH` of this machine."""
+    scheme, _, place = endpoint.partition("://")
+    host, _, port = place.rpartition(":")
+    is_ipc = scheme == "ipc"
+    family = socket.AF_UNIX if is_ipc else socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those who will listen there do
+        try:
+            if is_ipc:
+                return probe.connect_ex(place) == 0
+            probe.bind((host.strip("[]"), int(port)))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def examine(source: ModelSource | None, *, load: bool) -> Examination | Finding:
@@ -127,13 +146,3 @@ def loopback() -> Finding:
     except (KVCacheError, RuntimeError, OSError) as error:
         return fail("loopback", f"a broker of our own did not answer: {error}", advice)
     return ok("loopback", f"a broker of our own answers in {sorted(times)[NUM_ROUND_TRIPS // 2] * 1000:.1f} ms")
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as those who will listen there do
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-        return False

@@ -12,7 +12,7 @@ import typer
 from bus.endpoints import DEFAULT_URL
 from bus.errors import BadArgument
 from kvcache.cli.options import BrokerPolicy, Home, KvMemory, LogFormat, Logs, NumWorkers, Url, WorkerFlags
-from kvcache.cli.up import cluster_services, run_services
+from kvcache.cli.up import cluster_services, need_free, run_services
 from kvcache.models import DEFAULT_HOME
 from kvcache.supervisor import Service
 
@@ -40,8 +40,9 @@ def serve(
     A broker, workers and a gateway, with live status.
     """
     if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
-        raise BadArgument("the gateway is not installed; run: pip install 'kvcache[gateway]'")
+        raise BadArgument("the gateway is not installed; run in the checkout: pip install -e '.[gateway]'")
     url = url or DEFAULT_URL
+    need_free([f"tcp://{host}:{port}"], "--port")
     flags = ["--kv-cache-memory-bytes", kv_memory, *(worker_flags or [])]
     services = cluster_services(url, [model], workers, policy, home, flags, log_format)
     services.append(_gateway(url, host, port, api_key_file, log_format))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import kvcache
-from bus.endpoints import DEFAULT_URL
-from bus.errors import KVCacheError
+from bus.endpoints import DEFAULT_URL, endpoints
+from bus.errors import KVCacheError, Unavailable
+from kvcache.cli import probes
 from kvcache.cli.board import Board, open_board
 from kvcache.cli.model_files import fetch
 from kvcache.cli.options import BrokerPolicy, Home, KvMemory, LogFormat, Logs, NumWorkers, Url, WorkerFlags
@@ -61,7 +63,8 @@ def cluster_services(
     worker_flags: Sequence[str],
     log_format: LogFormat,
 ) -> list[Service]:
-    """A broker and workers, whose models are fetched first if they are not here."""
+    """A broker and workers, whose models are fetched first if they are not here. Raises Unavailable or BadArgument."""
+    need_free(astuple(endpoints(url))[1:], "--url")
     registry = ModelRegistry(Path(home), named=models)
     for name in registry.named:
         fetch(registry, name)
@@ -70,6 +73,16 @@ def cluster_services(
     flags += [part for model in models for part in ("--model", model)]
     workers = (_worker(f"worker-{number}", flags, home) for number in range(1, num_workers + 1))
     return [_broker(url, policy, logs), *workers]
+
+
+def need_free(addresses: Iterable[str], option: str) -> None:
+    """Raises Unavailable if somebody listens at one of them.
+
+    Asked before anything starts: workers would join the broker that is there, under the names of those that it has.
+    """
+    for address in addresses:
+        if probes.is_taken(address):
+            raise Unavailable(f"{address} is in use, perhaps by another cluster; stop that, or choose another {option}")
 
 
 def _broker(url: str, policy: str | None, logs: Sequence[str]) -> Service:

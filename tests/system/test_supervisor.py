@@ -92,7 +92,7 @@ async def test_crash_loop_fails_with_the_last_lines_and_stops_the_others() -> No
     recorder, stop = Recorder(), asyncio.Event()
     supervisor = supervise(recorder, service("broker", SERVE), service("worker", "print('no model'); exit(7)", rank=1))
     supervisor.confirm()
-    with pytest.raises(ServiceFailed, match="worker ended with exit code 7, 3 times in a row") as failure:
+    with pytest.raises(ServiceFailed, match="with exit code 7, 3 times in a row; it said: no model") as failure:
         await supervisor.run(stop)
     assert list(failure.value.status.last_lines) == ["no model"] * 3
     assert supervisor.statuses["broker"].state is ServiceState.STOPPED

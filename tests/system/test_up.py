@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import AsyncIterator, Callable
@@ -108,14 +107,3 @@ async def test_serve_runs_all_of_it_and_the_gateway_stops_first(tiny_model: Path
         if process.returncode is None:
             process.kill()
         await process.wait()
-
-
-async def test_up_on_a_port_in_use_fails_with_the_reason(tiny_model: Path) -> None:
-    url = free_url()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", int(url.rpartition(":")[2])))
-        taken.listen()
-        code, out, err = await run("up", "--url", url, "--model", str(tiny_model))
-    assert code == 1
-    assert "broker ended with exit code" in err
-    assert "in use" in out

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 import kvcache
 from bus.errors import BadArgument, ConnectionLost, DeadlineExceeded, KVCacheError, NotFound, NoWorkers
 from kvcache.cli import main
+from kvcache.local import free_port, free_url
 
 COMMANDS = ["up", "generate", "chat", "route", "workers", "stats", "models-pull", "models-list"]
 COMMANDS += [f"kv-{verb}" for verb in ("put", "append", "get", "length", "delete", "pin", "unpin", "list")]
@@ -82,6 +87,44 @@ def test_errors_become_one_line_and_an_exit_code(
     monkeypatch.setattr(kvcache, "Client", raiser(error))
     assert main(["workers"]) == code
     assert capsys.readouterr().err == f"error: {error.message}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "complaint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "kv.json"), 1, "No space left on device: 'kv.json'"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 2, "is no utf-8 text: invalid start byte"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_too(
+    error: Exception, code: int, complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kvcache, "Client", raiser(error))
+    assert main(["workers"]) == code
+    shown = capsys.readouterr().err
+    assert complaint in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["up", "--model", "MODEL"], ["serve", "MODEL", "--port", str(free_port())]])
+def test_no_second_cluster_starts_where_one_runs(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(asyncio, "run", raiser(AssertionError("services were started")))
+    (tmp_path / "config.json").write_text("{}")
+    url = free_url()
+    port = int(url.rpartition(":")[2]) + 5  # the last of its six
+    with socket.create_server(("127.0.0.1", port)):
+        words = [str(tmp_path) if word == "MODEL" else word for word in command]
+        assert main([*words, "--url", url]) == 1
+    assert f":{port} is in use" in capsys.readouterr().err
+
+
+def test_no_gateway_starts_where_one_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "smollm2", "--port", str(port)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: tcp://127.0.0.1:{port} is in use")
 
 
 def test_message_of_several_lines_is_shown_as_one(

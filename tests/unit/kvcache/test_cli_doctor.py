@@ -96,6 +96,18 @@ class TestProbes:
             assert probes.taken_ports()[port] is True
         assert probes.taken_ports()[port] is False
 
+    def test_a_unix_socket_is_taken_while_somebody_listens(self, tmp_path: Path) -> None:
+        path = tmp_path / "bus.0"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            assert probes.is_taken(f"ipc://{path}") is False  # left behind by one that ended
+            listener.listen()
+            assert probes.is_taken(f"ipc://{path}") is True
+
+    @pytest.mark.parametrize("endpoint", ["tcp://203.0.113.1:80", "tcp://[::2]:80", "ipc:///no/such/bus.0"])
+    def test_what_cannot_be_listened_at_is_not_taken(self, endpoint: str) -> None:
+        assert probes.is_taken(endpoint) is False
+
     def test_memory_and_disk_are_there(self, tmp_path: Path) -> None:
         assert probes.free_memory() > 0
         assert probes.free_disk(tmp_path / "not" / "yet") > 0
