@@ -51,8 +51,8 @@ class Turn(TypedDict):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo. Returns 0, or 1 with the reason on stderr."""
-    parser = argparse.ArgumentParser(prog="kvcache demo", description=__doc__.partition("\n")[0])
+    """Run the demo. Returns 0, 1 with the reason on stderr, or 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m kvcache.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON; all else goes to stderr")
     parser.add_argument("--model", default="smollm2", help="a name, folder or hub id [smollm2]")
     given = parser.parse_args(argv)
@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KVCacheError, RuntimeError) as error:
         sys.stderr.write(f"demo: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("demo: interrupted\n")
+        return 130
     _show(turns, console)
     if given.json:
         sys.stdout.write(json.dumps({"turns": turns}) + "\n")

@@ -37,9 +37,9 @@ BENCHMARKS: dict[str, tuple[Benchmark, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when every benchmark ran (goals met or not), 1 when one could not, 2 for wrong usage.
+    """Returns 0 when every benchmark ran (goals met or not), 1 when one could not, 2 for wrong usage, 130 for Ctrl-C.
 
-    The others run all the same, and their figures are kept.
+    The others run all the same, and their figures are kept; those from before a Ctrl-C too.
     """
     parser = argparse.ArgumentParser(
         prog="kvcache bench",
@@ -62,10 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     own.add_argument("--plot", metavar="FILE", type=Path, help="also draw a plot, as SVG: of engine, a step's time")
     own.add_argument("--markdown", metavar="FILE", type=Path, help="of peers: also write the tables there")
     given = parser.parse_args(argv)
+    for file in filter(None, (given.json, given.plot, given.markdown)):
+        try:
+            file.open("ab").close()  # now, and not when all has been measured
+        except OSError as error:
+            parser.error(f"cannot write {file}: {error.strerror}")
     names = list(BENCHMARKS) if given.name == "all" else [given.name]
     benchmarks = {name: what for name, (what, _) in BENCHMARKS.items()} | _with_options(given)
     console, status = Console(highlight=False), Console(stderr=True, highlight=False)
     reports: list[Report] = []
+    is_interrupted = False
     for name in names:
         started = time.monotonic()
 
@@ -77,11 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (KVCacheError, RuntimeError) as error:
             sys.stderr.write(f"bench {name}: {error}\n")
             continue
+        except KeyboardInterrupt:
+            sys.stderr.write(f"bench {name}: interrupted\n")
+            is_interrupted = True
+            break
         show(reports[-1], console)
     if given.json and reports:
         result = reports if given.name == "all" else reports[0]
         given.json.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2) + b"\n")
-    return 0 if len(reports) == len(names) else 1
+    return 130 if is_interrupted else 0 if len(reports) == len(names) else 1
 
 
 def _with_options(given: argparse.Namespace) -> dict[str, Benchmark]:

@@ -41,7 +41,7 @@ class Scene(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 when done, 1 when something could not be done, 2 for wrong usage."""
+    """Returns 0 when done, 1 when something could not be done, 2 for wrong usage, 130 for Ctrl-C."""
     given = parser().parse_args(argv)
     console, status = _console(), _console(stderr=True)
     try:
@@ -65,8 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"simulate: {error}\n")
         return 1
     except OSError as error:
-        sys.stderr.write(f"simulate: {error.filename}: {error.strerror}\n")
+        sys.stderr.write(f"simulate: {f'{error.filename}: ' if error.filename else ''}{error.strerror}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("simulate: interrupted\n")
+        return 130
     return 0
 
 

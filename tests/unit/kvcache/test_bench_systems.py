@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
+from kvcache.bench import main as command
 from kvcache.bench.engine_goals import Figures
 from kvcache.bench.main import main
 from kvcache.bench.peers.contract import TOKEN_BYTES, Bytes, measure_store
 from kvcache.bench.peers.environments import PeerUnavailable
 from kvcache.bench.peers.processes import Processes
+from kvcache.bench.report import Report
 from kvcache.bench.systems import goals
 from kvcache.bench.systems.asking import by_http, put
 from kvcache.bench.systems.contestants import ONE, PLAIN, VLLM
@@ -301,6 +304,30 @@ def test_a_program_that_is_not_there_is_told() -> None:
     with pytest.raises(PeerUnavailable, match="cannot be started"):
         processes.start(["/nowhere/at/all"], {})
     processes.close()
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["ring", "--json", str(tmp_path / "no" / "folder.json")])
+    assert ended.value.code == 2
+    assert "folder.json: No such file" in capsys.readouterr().err
+
+
+def test_an_interrupt_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*, quick: bool, progress: Callable[[str], None]) -> Report:
+        raise KeyboardInterrupt
+
+    def measure(*, quick: bool, progress: Callable[[str], None]) -> Report:
+        return Report(name="ring", machine={}, versions={}, rows=[])
+
+    monkeypatch.setattr(command, "BENCHMARKS", {"ring": (measure, ""), "router": (interrupt, ""), "bus": (measure, "")})
+    assert main(["all", "--json", str(tmp_path / "all.json")]) == 130
+    assert capsys.readouterr().err.endswith("bench router: interrupted\n")
+    assert len(json.loads((tmp_path / "all.json").read_text())) == 1
 
 
 def test_a_peer_that_nobody_knows_is_wrong_usage() -> None:

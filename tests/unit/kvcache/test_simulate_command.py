@@ -10,6 +10,7 @@ import pytest
 
 from bus.errors import BadArgument
 from kvcache.plots import distribution, plot
+from kvcache.simulate import main as command
 from kvcache.simulate.costs import Costs, read_costs
 from kvcache.simulate.main import main
 from kvcache.simulate.options import parse_change
@@ -122,6 +123,17 @@ def test_changes_are_read() -> None:
 def test_a_file_that_cannot_be_written_is_named(trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([trace, "--json", str(tmp_path / "no" / "folder.json")]) == 1
     assert "folder.json: No such file" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_it_without_a_traceback(
+    trace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*args: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "simulate", interrupt)
+    assert main([trace]) == 130
+    assert capsys.readouterr().err == "simulate: interrupted\n"
 
 
 def test_costs_come_back_from_their_file(tmp_path: Path) -> None:
