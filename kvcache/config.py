@@ -67,19 +67,26 @@ def _check_range(name: str, value: int, least: int, most: int, because: str = ""
 def parse_broker_config(argv: Sequence[str], env: Mapping[str, str] | None = None) -> BrokerConfig:
     """Flags over environment over defaults. Raises BadArgument; argparse ends the process for unknown flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvcache.broker", description="Route requests to workers and relay their token streams."
+        prog="kvcache broker", description="Route requests to workers and relay their token streams."
     )
     helps = {
         "bind": "first of six consecutive endpoints: tcp://127.0.0.1:PORT or ipc:///PATH",
         "policy": f"for requests that name no sequence: {', '.join(POLICIES)}",
         "security": "none: bind loopback or ipc only",
+        "heartbeat_ms": "between signs of life",
+        "lease_ms": "how long a worker may serve without hearing from the broker",
+        "worker_lost_ms": "after this silence a worker is lost: its requests go elsewhere",
+        "client_lost_ms": "after this silence a client is gone: its work stops",
         "settle_ms": "after start, wait this long for workers to rejoin",
+        "drain_ms": "when told to stop, how long what is in flight may take",
         "max_inflight": "requests one worker may have at a time",
         "record": "append times, lengths and hashed prefixes of generations to this file, for kvcache simulate",
+        "log_level": "debug, info, warning or error",
+        "log_format": "text, or json: an object a line",
     }
     for field in fields(BrokerConfig):
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=None, metavar="X", help=f"{helps.get(field.name, '')} [{field.default}]")
+        parser.add_argument(flag, default=None, metavar="X", help=f"{helps[field.name]} [{field.default}]")
     given = vars(parser.parse_args(argv))
     environ = os.environ if env is None else env
     values: dict[str, str | int] = {}

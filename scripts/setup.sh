@@ -80,6 +80,7 @@ install_browser() {
     fi
 }
 
+(($# == 0)) || fail "setup.sh takes no arguments, only variables: PYTHON, and KVCACHE_PYTHON where nothing is to be installed"
 [[ -z ${KVCACHE_PYTHON:-} ]] || exit 0
 [[ -n ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} || -x $root/.venv/bin/python ]] || make_environment
 python="$(env_python)"

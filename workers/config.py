@@ -202,7 +202,7 @@ def parse_bytes(flag: str, text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m workers",
+        prog="kvcache worker",
         description="A worker: runs models, keeps their KV in blocks, and serves the KV plane. "
         "Each flag may also be set by an environment variable, KVCACHE_ and its name in capitals.",
     )

@@ -39,6 +39,7 @@ def bench(context: typer.Context) -> None:
 def record(context: typer.Context) -> None:
     """Run a broker that records arrivals."""
     if "--help" in context.args:
+        typer.echo("kvcache record FILE [FLAGS]: a broker that records arrivals to FILE. Its flags are a broker's:\n")
         _become("kvcache.broker", context)
     if not context.args or context.args[0].startswith("-"):
         raise typer.BadParameter("name the file to write, then the broker's flags: kvcache record FILE [...]")

@@ -25,17 +25,19 @@ HELPS = {
     "api_key": "a key that callers must send as a bearer; may be repeated; better kept in a file",
     "api_key_file": "keys, one a line, plain or as sha256:HEX (see --new-api-key)",
     "cors_origin": "a web origin whose pages may call; may be repeated; none by default",
-    "default_max_tokens": "of a chat answer that names no limit",
-    "max_body_bytes": "of one request; larger ones are refused (413)",
-    "body_timeout_s": "in which a request's head, and then its body, must arrive (408)",
-    "request_timeout_s": "which a generation may take in all (504)",
-    "write_timeout_s": "for which a reader may take nothing before its stream is given up",
+    "default_max_tokens": "tokens of a chat answer that names no limit",
+    "max_body_bytes": "size of one request; larger ones are refused (413)",
+    "body_timeout_s": "seconds in which a request's head, and then its body, must arrive (408)",
+    "request_timeout_s": "seconds that a generation may take in all (504)",
+    "write_timeout_s": "seconds for which a reader may take nothing before its stream is given up",
     "dashboard": "on or off: off leaves /dashboard out, where callers must not see each other's figures",
     "max_requests": "generations at a time; more are refused (429)",
-    "ping_s": "between comments that keep a silent stream open",
+    "ping_s": "seconds between comments that keep a silent stream open",
     "metrics_compat": "vllm: show metrics under vLLM's names too",
     "metrics_public": "show /metrics without a key",
-    "drain_s": "which running answers are given when the gateway is told to stop",
+    "drain_s": "seconds that running answers are given when the gateway is told to stop",
+    "log_level": "debug, info, warning or error",
+    "log_format": "text, or json: an object a line",
 }
 
 
@@ -93,13 +95,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(GatewayConfig):
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if isinstance(default, bool):
-            parser.add_argument(flag, default=None, action="store_const", const="true", help=HELPS.get(field.name, ""))
+            parser.add_argument(flag, default=None, action="store_const", const="true", help=HELPS[field.name])
             continue
         action = "append" if default == () else "store"
         shown = "none" if default in ((), "") else default
-        parser.add_argument(
-            flag, default=None, metavar="X", action=action, help=f"{HELPS.get(field.name, '')} [{shown}]"
-        )
+        parser.add_argument(flag, default=None, metavar="X", action=action, help=f"{HELPS[field.name]} [{shown}]")
 
 
 def config_from(given: Mapping[str, Any], env: Mapping[str, str] | None = None) -> GatewayConfig:

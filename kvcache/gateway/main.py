@@ -41,7 +41,7 @@ LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a clean end, 1 if it could not serve, 2 for bad flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvcache.gateway", description="Serve the OpenAI API from a cluster of workers."
+        prog="kvcache gateway", description="Serve the OpenAI API from a cluster of workers."
     )
     add_flags(parser)
     parser.add_argument("--new-api-key", action="store_true", help="print a new key and its hash, and do nothing else")
