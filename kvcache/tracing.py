@@ -69,7 +69,7 @@ def tracer_for(service: str, instance: str, env: Mapping[str, str]) -> Iterator[
     try:
         from kvcache.otel import OtelTracer, make_exporter
     except ModuleNotFoundError as error:
-        log.warning("no traces: %s is not installed; run: pip install 'kvcache[otel]'", error.name)
+        log.warning("no traces: %s is not installed; run in the checkout: pip install -e '.[otel]'", error.name)
         yield None
         return
     tracer = OtelTracer(service, instance, make_exporter(exporter))

@@ -118,7 +118,7 @@ def _openvino_runner(
     loaded: LoadedModel, kv: PagedKV, threads: int | None, weights: WeightsName, graphs: Path | None
 ) -> Runner:
     if importlib.util.find_spec("openvino") is None:
-        raise _NotToBeHad("it is not installed; pip install 'kvcache[openvino]'")
+        raise _NotToBeHad("it is not installed; pip install -e '.[openvino]'")
     try:
         # Not at the top: it is optional, and takes a second to import.
         module: Any = importlib.import_module("workers.openvino_runner")

@@ -29,7 +29,7 @@ def metrics(
     if compat not in {"", "vllm"}:
         raise BadArgument(f"metrics can be compatible with 'vllm', not with {compat!r}")
     if importlib.util.find_spec("prometheus_client") is None:
-        raise BadArgument("prometheus_client is not installed; run: pip install 'kvcache[gateway]'")
+        raise BadArgument("prometheus_client is not installed; run in the checkout: pip install -e '.[gateway]'")
     logs.configure("info", "text")
     # Here and not above: it stands on a package that is optional.
     from kvcache.metrics.exporter import export

@@ -150,7 +150,7 @@ def start_torch(setup: Setup, processes: Processes) -> System:
 def start_plain(setup: Setup, processes: Processes) -> System:
     """A gateway, a coordinator and a worker; see their scripts. More workers would only share the same cores."""
     if not _has_web_server():
-        raise PeerUnavailable("it needs the packages of the gateway: pip install 'kvcache[gateway]'")
+        raise PeerUnavailable("it needs the packages of the gateway: pip install -e '.[gateway]'")
     worker, coordinator, gateway = free_port(), free_port(), free_port()
     model = [str(setup.folder), str(setup.threads), setup.dtype]
     for script, arguments in (

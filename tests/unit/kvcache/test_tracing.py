@@ -52,7 +52,7 @@ def test_without_the_package_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with tracer_for("s", "i", {ENDPOINT: "http://x"}) as tracer:
         assert tracer is None
-    assert "pip install 'kvcache[otel]'" in caplog.text
+    assert "pip install -e '.[otel]'" in caplog.text
 
 
 def test_gateway_broker_and_worker_make_one_trace(monkeypatch: pytest.MonkeyPatch) -> None:

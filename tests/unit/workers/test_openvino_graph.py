@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workers.openvino_runner import OpenVinoRunner
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="openvino is not installed; pip install 'kvcache[openvino]'"
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed; pip install -e '.[openvino]'"
 )
 
 PROMPT = list(range(3, 43))

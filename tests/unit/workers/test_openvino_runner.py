@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from workers.runners import Runner
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="openvino is not installed; pip install 'kvcache[openvino]'"
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed; pip install -e '.[openvino]'"
 )
 
 BLOCK_SIZE = 32

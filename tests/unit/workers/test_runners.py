@@ -20,7 +20,7 @@ from workers.torch_model import LoadOptions, TorchModels
 from .conftest import Family, make_pool, make_slice
 
 needs_openvino = pytest.mark.skipif(
-    importlib.util.find_spec("openvino") is None, reason="openvino is not installed; pip install 'kvcache[openvino]'"
+    importlib.util.find_spec("openvino") is None, reason="openvino is not installed; pip install -e '.[openvino]'"
 )
 
 
