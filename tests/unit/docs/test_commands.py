@@ -35,13 +35,14 @@ PROGRAMS: dict[str, Callable[[Sequence[str]], int]] = {
 def shown(text: str) -> Iterator[list[str]]:
     """The words behind `kvcache` of each command in a text: in a line of code, or between backquotes."""
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines() + re.findall(r"^ {4}(kvcache .*)$", text, re.MULTILINE)
-    for line in [*lines, *re.findall(r"`(kvcache [^`]+)`", text)]:
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"\w+=", words[0]):
-            del words[0]
-        if words[:1] == ["kvcache"]:
-            yield words[1:]
+    code = "\n".join(blocks).replace("\\\n", " ")
+    for pattern, where in (
+        (r"^(?:\w+=\S+ )*kvcache (.*)$", code),
+        (r"^ {4}kvcache (.*)$", text),
+        (r"`kvcache ([^`]+)`", text),
+    ):
+        for words in re.findall(pattern, where, re.MULTILINE):
+            yield shlex.split(words, comments=True)
 
 
 def unknown(words: Sequence[str], helps: dict[str, str]) -> list[str]:
@@ -50,7 +51,7 @@ def unknown(words: Sequence[str], helps: dict[str, str]) -> list[str]:
     names = list(words)
     while (children := getattr(command, "commands", None)) and names and not names[0].startswith("-"):
         if names[0] not in children:
-            return names[:1]
+            return [] if names[0].isupper() else names[:1]
         command = children[names.pop(0)]
     own, _, of_workers = " ".join(words).partition(" -- ")
     if words and words[0] in FORWARDED:
