@@ -43,6 +43,8 @@ def read_layers(path: Path, only: int | None = None) -> dict[int, tuple[Array, A
 
 def write_layers(path: Path, pairs: Mapping[int, KVPair]) -> None:
     """Write K and V of each layer, bit for bit. Raises BadArgument if there can be no such file."""
+    if path.exists() and not path.is_file():  # safetensors puts a file in the place of whatever is there, devices too
+        raise BadArgument(f"cannot write {path}: it is there, and no file")
     # Imported here: torch takes a second that most sequences need not wait for, numpy what `kvcache --help` need not.
     try:
         if any(pair.dtype in _NOT_IN_NUMPY for pair in pairs.values()):
