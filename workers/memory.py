@@ -6,18 +6,25 @@ import mmap
 
 import numpy as np
 
+from bus.errors import NoSpace
+
 
 class HostMemory:
-    """Main memory, aligned to the operating system's page. Raises ValueError for a size below 1.
+    """Main memory, aligned to the operating system's page. Offsets are in bytes; ranges must lie inside.
 
-    Offsets are in bytes; ranges must lie inside.
+    Raises ValueError for a size below 1, NoSpace for more than the operating system gives.
     """
 
     def __init__(self, nbytes: int) -> None:
         if nbytes < 1:
             raise ValueError(f"a memory region needs at least 1 byte, not {nbytes}")
         self.nbytes = nbytes
-        padded = np.empty(nbytes + mmap.PAGESIZE, dtype=np.uint8)
+        try:
+            padded = np.empty(nbytes + mmap.PAGESIZE, dtype=np.uint8)
+        except MemoryError:
+            raise NoSpace(
+                f"this machine has no {nbytes} bytes for the KV plane; give it less: --kv-plane-bytes"
+            ) from None
         start = -padded.ctypes.data % mmap.PAGESIZE
         self._view = padded[start : start + nbytes].data
 

@@ -606,6 +606,11 @@ def test_page_that_the_region_cannot_hold_is_refused() -> None:
             KVStore(HostMemory(64), page_bytes)
 
 
+def test_more_memory_than_there_is_is_refused() -> None:
+    with pytest.raises(NoSpace, match="no 1125899906842624 bytes for the KV plane"):
+        HostMemory(1 << 50)
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Puts, appends, reads, pins and deletes in a small region, each in pieces and at any time, against a dict."""
 
