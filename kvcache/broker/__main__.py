@@ -1,4 +1,8 @@
-from kvcache.broker.main import main
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load Ctrl-C is an end without a traceback
+
+from kvcache.broker.main import main  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(main())
