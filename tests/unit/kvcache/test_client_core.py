@@ -395,7 +395,7 @@ def test_no_more_chunks_are_asked_for_at_a_time_than_a_lane_keeps() -> None:
 def put_call(num_bytes: int, deadline: float = 60.0) -> WriteCall:
     """K and V of so many bytes each; the welcome lets 64 go on the control lane, and 100 within their message."""
     k = np.zeros((num_bytes, 1, 1), np.uint8)
-    return requests.put(new_id(), deadline, "s", 0, k, k)
+    return requests.put(new_id(), deadline, "s", 0, k, k, 1)
 
 
 def begun(actions: Sequence[Action]) -> list[bytes]:
