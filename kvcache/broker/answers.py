@@ -56,7 +56,7 @@ class Answers(ABC):
 
 
 class DeleteAnswers(Answers):
-    """Each worker has its own copies, so what they deleted adds up, and what none of them has is not found.
+    """Each worker deletes its own copy of the same layers; what none of them has is not found.
 
     A worker that is lost meanwhile took its copies with it, so nothing is left to do there.
     """
@@ -79,7 +79,7 @@ class DeleteAnswers(Answers):
         if not done:
             return self._missing or wire.failed(self._req_id, WorkerLost("every worker that was asked was lost"))
         is_repeated = all(one.duplicate for one in done)
-        return KvDone(req_id=self._req_id, count=sum(one.count for one in done), duplicate=is_repeated)
+        return KvDone(req_id=self._req_id, count=max(one.count for one in done), duplicate=is_repeated)
 
 
 class WriteAnswers(Answers):
