@@ -152,7 +152,8 @@ class ModelWorker:
         if self._engine is None or not self.decodes or not step_s:
             return 0.0
         steps = (now - self._step_until) / step_s
-        return max(0.0, ceil(steps - SAME_MOMENT) - steps) * step_s
+        rest = ceil(steps - SAME_MOMENT) - steps
+        return rest * step_s if rest > SAME_MOMENT else 0.0
 
     def _step_s(self, seconds: float) -> float:
         """How long a step takes whose prompts would take so long at the pace of full ones.

@@ -22,7 +22,7 @@ from kvcache.simulate.routers import PolicyRouter, Router
 from kvcache.simulate.simulation import Change, Result, Setup, Simulation
 from kvcache.simulate.synthetic import chain_of
 from kvcache.simulate.traces import Arrival, block_ends
-from kvcache.simulate.worker import Engine
+from kvcache.simulate.worker import Engine, Job, ModelWorker
 
 COSTS = Costs(token_s=1e-3, context_s=0.0, step_s=0.01, pull_s=1e-4, pull_start_s=0.0)
 ROUTERS: dict[str, Callable[[], Router]] = {
@@ -106,6 +106,20 @@ def test_a_prompt_waits_for_the_step_that_decodes_run() -> None:
     trace = [ask(0.0, (1, 256), output=4), ask(0.3, (2, 256)), ask(2.0, (3, 256))]
     result = run(trace, num_workers=1, costs=costs, engine=Engine(256, 32))
     assert ttft(result) == pytest.approx([0.256, 0.34, 0.256])  # the second one begins at 0.384; the last finds it idle
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e4), st.floats(1e-4, 1))
+def test_who_has_waited_for_a_step_of_decodes_begins(at: float, later: float, step_s: float) -> None:
+    """Whatever is rounded: else it waits for less than the clock can tell, for ever."""
+    worker = ModelWorker("w", msgspec.structs.replace(COSTS, step_s=step_s), 10_000, engine=Engine(256, 32))
+    for number, now in enumerate((at, at + later)):
+        worker.enqueue(Job(number, ask(now, (number, 10)), None, now))
+        until = worker.start(now)
+        assert until is not None
+        worker.start(until)
+        assert worker.start(until) is None, "it is computing"
+        for job in worker.step_over():
+            worker.finish_prefill(job, until)
 
 
 def test_a_ring_is_built_once_however_many_workers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
